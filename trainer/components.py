@@ -1,0 +1,124 @@
+"""Names in a recipe become objects.
+
+A component is a function or class with a decorator: `@task`, `@model`, `@loss`, `@dataset`,
+`@augmentation`, `@optimizer`, `@schedule` or `@tracker`. Its typed signature is its recipe schema:
+
+    @model(interface="dense")
+    def unet(num_classes: int, /, *, width: Annotated[int, Field(gt=0)] = 32) -> nn.Module: ...
+
+    model: {name: unet, width: 64}          # in a recipe
+
+Parameters before `/` are supplied by the framework, by name; the others are the recipe's keys.
+The folders are the catalogue: a new file in `trainer/models/` is a new name, with no other edit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+# Where the components of each kind live: a package's modules, or one module.
+CATALOGUE = {
+    "task": "trainer.tasks",
+    "model": "trainer.models",
+    "loss": "trainer.losses",
+    "dataset": "trainer.data.sets",
+    "augmentation": "trainer.data.augment",
+    "optimizer": "trainer.optimizers",
+    "schedule": "trainer.schedules",
+    "tracker": "trainer.trackers",
+}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Settings(BaseModel):
+    """Base of every schema: no unknown keys, no silent conversions ("8" is not 8, true is not 1)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), frozen=True)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One name that a recipe can use.
+
+    Attributes:
+        kind: `model`, `loss`, … (a key of `CATALOGUE`).
+        name: what the recipe says after `name:`.
+        factory: the decorated function or class.
+        schema: pydantic model of the keys a recipe may set.
+        context: names of the positional-only parameters that the framework supplies.
+        interface: what flows between model, loss and task, e.g. `dense` (logits (B, C, H, W)
+            against class maps (B, H, W)); a recipe's task, model and loss must agree on it.
+        fields: for a data set, the fields its samples have; for a task, those it needs.
+    """
+
+    kind: str
+    name: str
+    factory: Callable[..., Any]
+    schema: type[Settings]
+    context: tuple[str, ...]
+    interface: str | None
+    fields: tuple[str, ...]
+
+    def build(self, settings: Mapping[str, Any], **context: Any) -> Any:
+        """Calls the factory with the recipe's keys and those context values it asks for."""
+        missing = [name for name in self.context if name not in context]
+        assert not missing, f"{self.kind} {self.name} asks for {missing}, which nothing supplies"
+        return self.factory(*(context[name] for name in self.context), **settings)
+
+
+_registered: dict[str, dict[str, Component]] = {kind: {} for kind in CATALOGUE}
+_loaded: set[str] = set()
+
+
+def _decorator(kind: str) -> Callable[..., Callable[[F], F]]:
+    def decorate(*, name: str | None = None, interface: str | None = None, fields: tuple[str, ...] = ()) -> Callable[[F], F]:
+        def register(factory: F) -> F:
+            _register(kind, name or factory.__name__.lower(), factory, interface, fields)
+            return factory
+
+        return register
+
+    return decorate
+
+
+def _register(kind: str, name: str, factory: Callable[..., Any], interface: str | None, fields: tuple[str, ...]) -> None:
+    known = _registered[kind].get(name)
+    if known and (known.factory.__module__, known.factory.__qualname__) != (factory.__module__, factory.__qualname__):
+        raise ValueError(f"two components are called {kind} {name!r}: in {known.factory.__module__} and in {factory.__module__}")
+    signature = inspect.signature(factory, eval_str=True)
+    context = tuple(p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY)
+    keys: dict[str, Any] = {
+        p.name: (p.annotation, ... if p.default is p.empty else p.default)
+        for p in signature.parameters.values()
+        if p.kind is not p.POSITIONAL_ONLY
+    }
+    schema = create_model(f"{kind}:{name}", __base__=Settings, **keys)
+    _registered[kind][name] = Component(kind, name, factory, schema, context, interface, fields)
+
+
+task = _decorator("task")
+model = _decorator("model")
+loss = _decorator("loss")
+dataset = _decorator("dataset")
+augmentation = _decorator("augmentation")
+optimizer = _decorator("optimizer")
+schedule = _decorator("schedule")
+tracker = _decorator("tracker")
+
+
+def catalogue(kind: str) -> dict[str, Component]:
+    """All components of a kind by name; imports the modules that hold them at first use."""
+    if kind not in _loaded:
+        module = importlib.import_module(CATALOGUE[kind])
+        for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
+            importlib.import_module(f"{CATALOGUE[kind]}.{info.name}")
+        _loaded.add(kind)
+    return dict(sorted(_registered[kind].items()))

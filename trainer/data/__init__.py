@@ -1,0 +1,1 @@
+"""Data: archives become Parquet once; an exact, resumable order streams it."""

@@ -1,0 +1,66 @@
+"""A data set before it is prepared: which archives it comes from and how they become rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Role = Literal["image", "mask", "label"]
+"""What a column holds: an encoded RGB image, an encoded one-channel index image, an integer."""
+Row = dict[str, Any]
+"""One sample: encoded bytes for images and masks, an int for labels; keys are column names."""
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What tasks and models must know of a data set.
+
+    Attributes:
+        classes: names in the order of their index.
+        ignore_index: the label that counts nowhere (255), or None.
+    """
+
+    classes: tuple[str, ...]
+    ignore_index: int | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An official archive.
+
+    Attributes:
+        name: file name, looked up in the archives folder.
+        urls: where it is downloaded from if it isn't there; tried in order.
+        sha256: its checksum where one is known.
+    """
+
+    name: str
+    urls: tuple[str, ...] = ()
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a `@dataset` factory returns.
+
+    Attributes:
+        name: folder below `$TRAINER_DATA`.
+        info: classes and ignored label.
+        columns: role of each column.
+        rows: given the local path of each archive, yields `(split, row)` for every sample, always the same
+            rows in the same order; splits are `train` and `validation`.
+        archives: what `rows` reads; none for generated sets.
+    """
+
+    name: str
+    info: DataInfo
+    columns: Mapping[str, Role]
+    rows: Callable[[Mapping[str, Path]], Iterator[tuple[str, Row]]]
+    archives: tuple[Archive, ...] = field(default=())

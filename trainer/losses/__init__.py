@@ -1,0 +1,1 @@
+"""Losses that return sums; each module registers its own."""

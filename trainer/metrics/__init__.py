@@ -1,0 +1,1 @@
+"""Metrics from sufficient statistics: plain functions of summed tensors."""

@@ -1,0 +1,1 @@
+"""Models: plain torch code; each module registers its builders."""

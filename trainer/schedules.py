@@ -1,0 +1,56 @@
+"""Learning-rate schedules: a factor on `optimizer.lr` as a pure function of the progress of the training.
+
+Having no state, a schedule resumes exactly and is the same for any number of processes. Each factory
+gets `share`, which converts a recipe's duration to a share of the training, and returns
+`progress in [0, 1] -> factor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import Field
+
+from trainer.components import schedule
+from trainer.durations import DurationOrZero, Span
+
+Schedule = Callable[[float], float]
+Share = Callable[[Span], float]
+NONE = Span.parse("0%")
+Factor = Annotated[float, Field(ge=0, le=1)]
+
+
+def _after_warmup(warmup: float, decay: Schedule) -> Schedule:
+    """Linear from 0 to 1 during `warmup`, then `decay` over what remains."""
+    return lambda progress: progress / warmup if progress < warmup else decay((progress - warmup) / max(1 - warmup, 1e-12))
+
+
+@schedule()
+def constant(share: Share, /, *, warmup: DurationOrZero = NONE) -> Schedule:
+    """`optimizer.lr` throughout, after the warm-up."""
+    return _after_warmup(share(warmup), lambda _: 1.0)
+
+
+@schedule()
+def cosine(share: Share, /, *, warmup: DurationOrZero = NONE, final: Factor = 0.0) -> Schedule:
+    """Half a cosine from 1 down to `final` (Loshchilov & Hutter, 2017, without restarts)."""
+    return _after_warmup(share(warmup), lambda p: final + (1 - final) * (1 + math.cos(math.pi * p)) / 2)
+
+
+@schedule()
+def polynomial(share: Share, /, *, warmup: DurationOrZero = NONE, power: Annotated[float, Field(gt=0)] = 0.9) -> Schedule:
+    """(1 - progress) ** power, as in DeepLab (Chen et al., 2017)."""
+    return _after_warmup(share(warmup), lambda p: (1 - p) ** power)
+
+
+@schedule()
+def one_cycle(share: Share, /, *, warmup: DurationOrZero = Span.parse("30%"), start: Annotated[float, Field(gt=0, le=1)] = 0.04, final: Factor = 1e-6) -> Schedule:
+    """Half a cosine up from `start`, half a cosine down to `final` (Smith & Topin, 2018); `optimizer.lr` is the peak."""
+    peak = share(warmup)
+
+    def between(a: float, b: float, p: float) -> float:
+        return b + (a - b) * (1 + math.cos(math.pi * p)) / 2
+
+    return lambda progress: between(start, 1.0, progress / peak) if progress < peak else between(1.0, final, (progress - peak) / max(1 - peak, 1e-12))

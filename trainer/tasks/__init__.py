@@ -1,0 +1,1 @@
+"""The kinds of assignments; each module registers one task."""
