@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake in what the user gave: one message that says what, where and what to do. Exit code 2."""
@@ -9,3 +14,15 @@ class UserError(Exception):
 
 class TrainingFailed(Exception):
     """Training can't go on: a non-finite loss, unreadable data beyond what the recipe tolerates. Exit code 3."""
+
+
+def exit_code(run: Callable[..., Any], *arguments: Any) -> int:
+    """Calls `run`; prints the one message of a user's mistake (2) or a failed training (3), on rank 0 only."""
+    try:
+        run(*arguments)
+    except (UserError, TrainingFailed) as error:
+        mistake = isinstance(error, UserError)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}" if mistake else f"training failed: {error}", file=sys.stderr, flush=True)
+        return 2 if mistake else 3
+    return 0

@@ -1,0 +1,95 @@
+"""Guarantees 1 to 4, on real processes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.processes import lines, run_processes, train, write_recipe
+
+VALIDATION = 13  # rows of tests/tiny.py
+
+
+def sha256(run: Path, name: str = "model") -> str:
+    newest = max((run / "checkpoints").glob("step_*"))
+    return hashlib.sha256((newest / f"{name}.safetensors").read_bytes()).hexdigest()
+
+
+def test_any_number_of_processes_and_workers_sees_the_same_samples_and_losses(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    runs = {}
+    for world_size, workers in ((1, 0), (1, 3), (2, 0), (2, 1), (4, 0), (4, 3)):
+        name = f"p{world_size}w{workers}"
+        run_processes(world_size, train, recipe, (f"name={name}", f"data.workers={workers}"))
+        runs[name] = lines(tmp_path / "runs" / name)
+    reference = runs.pop("p1w0")
+    assert len({line["data_fingerprint"] for line in reference if line["split"] == "train"}) == 20
+    for name, found in runs.items():
+        assert [line.get("data_fingerprint") for line in found] == [line.get("data_fingerprint") for line in reference], name
+        for line, expected in zip(found, reference, strict=True):
+            assert math.isclose(line["loss"], expected["loss"], rel_tol=1e-9), (name, line, expected)
+
+
+def test_single_precision_losses_agree_over_the_first_steps(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    for world_size in (1, 2, 4):
+        run_processes(world_size, train, recipe, (f"name=p{world_size}", "train.precision=fp32"))
+    one, two, four = (lines(tmp_path / "runs" / f"p{n}") for n in (1, 2, 4))
+    for other in (two, four):
+        first = [(a["loss"], b["loss"]) for a, b in zip(one, other, strict=True) if a["split"] == "train" and a["step"] <= 10]
+        assert len(first) == 10 and all(math.isclose(a, b, rel_tol=1e-5) for a, b in first)
+        assert math.isclose(one[-1]["loss"], other[-1]["loss"], rel_tol=0.01)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("options", [(), ("train.accumulate=2", "train.ema=0.9", "train.clip_norm=1.0")], ids=["plain", "accumulate-ema-clip"])
+def test_a_run_interrupted_twice_ends_bit_for_bit_like_an_undisturbed_one(tmp_path: Path, world_size: int, options: tuple[str, ...]) -> None:
+    recipe = write_recipe(tmp_path)
+    options = (*options, "train.precision=fp32", "train.log_every=3 steps")
+    run_processes(world_size, train, recipe, ("name=whole", *options))
+    run_processes(world_size, train, recipe, ("name=cut", *options), 9)
+    run_processes(world_size, train, recipe, ("name=cut", *options), 16)
+    assert max((tmp_path / "runs" / "cut" / "checkpoints").glob("step_*")).name == "step_00000016"
+    run_processes(world_size, train, recipe, ("name=cut", *options))
+    whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
+    assert sha256(cut) == sha256(whole)
+    assert lines(cut) == lines(whole)
+    if "train.ema=0.9" in options:
+        assert sha256(cut, "ema") == sha256(whole, "ema") != sha256(whole)
+
+
+def test_the_last_steps_differ_if_one_sample_was_augmented_differently(tmp_path: Path) -> None:
+    """The comparison above would notice: another seed gives other weights and another fingerprint."""
+    recipe = write_recipe(tmp_path)
+    for seed in (0, 1):
+        run_processes(1, train, recipe, (f"name=s{seed}", f"train.seed={seed}", "train.duration=2 steps"))
+    assert sha256(tmp_path / "runs" / "s0") != sha256(tmp_path / "runs" / "s1")
+    assert lines(tmp_path / "runs" / "s0")[0]["data_fingerprint"] != lines(tmp_path / "runs" / "s1")[0]["data_fingerprint"]
+
+
+def _count_evaluated(recipe: Path, out: Path) -> None:
+    from trainer.recipe import load_recipe
+    from trainer.trainer import Trainer
+
+    trainer = Trainer(load_recipe(recipe, ("evaluate.batch_size=64",)))
+    seen = [int(i) for batch in trainer.valid_batches for i in batch["sample_id"]]
+    (out / f"rank{trainer.rank}").write_text(" ".join(map(str, seen)))
+    trainer.accelerator.end_training()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 15])
+def test_every_validation_sample_is_evaluated_once_even_with_empty_shares(tmp_path: Path, world_size: int) -> None:
+    """15 processes share 13 samples: two have none."""
+    if world_size == 15:
+        from trainer.data.order import Shard
+
+        shares = [list(Shard(VALIDATION, 4, rank, world_size)) for rank in range(world_size)]
+        assert sorted(i for share in shares for batch in share for i in batch) == list(range(VALIDATION))
+        assert [] in shares
+        return
+    run_processes(world_size, _count_evaluated, write_recipe(tmp_path), tmp_path)
+    seen = [int(i) for rank in range(world_size) for i in (tmp_path / f"rank{rank}").read_text().split()]
+    assert seen == list(range(VALIDATION))

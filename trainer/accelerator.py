@@ -1,0 +1,166 @@
+"""The one place where an Accelerator is built, and where a launcher that contradicts the recipe is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.errors import UserError
+from trainer.recipe import Problem, Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LAUNCH_FILE = Path("accelerate_config.yaml")
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher set, and where.
+
+    Attributes:
+        processes: number of processes.
+        mixed_precision: `no` is unset.
+        accumulation: gradient accumulation steps; None is unset.
+        dynamo: compile backend; `no` is unset.
+        where: the file or variables that say so, for messages.
+    """
+
+    processes: int = 1
+    mixed_precision: str = "no"
+    accumulation: int | None = None
+    dynamo: str = "no"
+    where: str = "the launcher"
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ, file: Path = LAUNCH_FILE) -> Launch:
+        """From the variables a launcher sets; where there was none, from the launch file, so that both ways agree."""
+        accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+        launched = "ACCELERATE_MIXED_PRECISION" in environment
+        values = {} if launched or not file.is_file() else _launch_file(file)
+        return cls(
+            processes=int(environment.get("WORLD_SIZE", 1)),
+            mixed_precision=str(environment.get("ACCELERATE_MIXED_PRECISION", values.get("mixed_precision") or "no")).lower(),
+            accumulation=int(accumulation) if accumulation and accumulation.isdigit() else values.get("gradient_accumulation_steps"),
+            dynamo=str(environment.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower(),
+            where="the launcher (its options, its configuration file or ACCELERATE_… variables)" if launched or accumulation else str(file),
+        )
+
+    def check(self, recipe: Recipe) -> Iterator[Problem]:
+        """Settings of the launcher that differ from the recipe's."""
+        precision, accumulate = recipe.train.precision, recipe.train.accumulate
+        if self.mixed_precision not in ("no", precision):
+            yield recipe.problem(
+                "train.precision",
+                f"{self.where} says mixed_precision: {self.mixed_precision}, the recipe {precision}; set 'no' there, the recipe decides",
+            )
+        if self.accumulation not in (None, accumulate):
+            yield recipe.problem(
+                "train.accumulate",
+                f"{self.where} says gradient_accumulation_steps: {self.accumulation}, the recipe {accumulate}; leave it out there, the recipe decides",
+            )
+        if self.dynamo not in ("no", "") and not recipe.train.compile:
+            yield recipe.problem("train.compile", f"{self.where} says dynamo backend {self.dynamo}, the recipe doesn't compile; the recipe decides")
+        if recipe.data.batch_size % (self.processes * accumulate):
+            split = f"{self.processes} processes" + (f" x train.accumulate {accumulate}" if accumulate > 1 else "")
+            share = self.processes * accumulate
+            near = max(share, round(recipe.data.batch_size / share) * share)
+            yield recipe.problem(
+                "data.batch_size", f"must be divisible by {split}; it counts all samples of an optimizer step; try {near}", recipe.data.batch_size
+            )
+
+    def checks(self) -> Any:
+        """For `load_recipe`."""
+        return ((("data", "train"), self.check), (("train",), _check_device))
+
+
+def _launch_file(file: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        values = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+    except (OSError, YAMLError) as error:
+        raise UserError(f"{file}: can't be read: {error}") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _check_device(recipe: Recipe) -> Iterator[Problem]:
+    precision = recipe.train.precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        yield recipe.problem("train.precision", "fp16 needs a GPU; use bf16, fp32 or auto", precision)
+    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield recipe.problem("train.precision", "this GPU has no fast bf16; use fp16, fp32 or auto", precision)
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto` is bf16 where the hardware is fast at it (Ampere GPUs and later, CPUs with AVX-512 BF16 or AMX), else fp32."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads(setting: str | int, local_processes: int) -> int:
+    """Threads of this process; `auto` shares the cores among the machine's processes (launchers set one, even for one process)."""
+    return setting if isinstance(setting, int) else max(1, num_cores() // local_processes)
+
+
+def num_workers(setting: str | int, local_processes: int) -> int:
+    """Loader workers; `auto` is none on CPUs, where they compete with the training, and a share of the cores beside GPUs."""
+    if isinstance(setting, int):
+        return setting
+    return min(8, max(1, num_cores() // local_processes - 1)) if torch.cuda.is_available() else 0
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """The Accelerator of this process, as the recipe says; sets threads and determinism too.
+
+    Raises:
+        UserError: processes were launched that don't see each other.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    precision = resolve_precision(recipe.train.precision)
+    accelerator = Accelerator(
+        # Without a GPU a bare Accelerator() ignores the launcher: every process would be rank 0 of 1.
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+        kwargs_handlers=[
+            # Buffers are equal on all processes: batch norm that learns is global, the rest is frozen.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
+    )
+    accelerator.gradient_accumulation_steps = 1  # the loop divides by itself; an equal setting in the launch file must not divide again
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but each sees {accelerator.num_processes}: "
+            "start them with `accelerate launch --config_file accelerate_config.yaml --num_processes N`"
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(num_threads(recipe.train.threads, local))
+    deterministic = recipe.train.deterministic
+    if deterministic is True or (deterministic == "auto" and not torch.cuda.is_available()):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and hides nothing here
+        torch.backends.cudnn.benchmark = False
+    elif torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+    return accelerator

@@ -1,0 +1,229 @@
+"""Checkpoints: a whole, verified folder or none.
+
+    checkpoints/step_00000123/   model.safetensors, ema.safetensors, optimizer.safetensors, trainer.json, manifest.json
+    checkpoints/last             link to the newest
+    checkpoints/best             link to hard links of the best, which outlive its own folder
+
+A folder is written under another name, with a manifest of SHA-256 sums, flushed to disk, and renamed:
+a kill at any moment leaves the previous checkpoints and at most a leftover that nothing reads.
+Everything is safetensors or JSON; loading can't run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainer.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def folder_name(step: int) -> str:
+    """`step_00000123`."""
+    return f"step_{step:08d}"
+
+
+@dataclass
+class Checkpoint:
+    """The state of a run after `trainer["step"]` steps, on the CPU.
+
+    Attributes:
+        model: raw weights and buffers.
+        ema: averaged ones, where the run has them.
+        optimizer: `<parameter name>/<state name>` -> tensor.
+        trainer: everything else, JSON.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    trainer: dict[str, Any]
+    ema: dict[str, Tensor] | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.trainer["step"])
+
+
+class InvalidCheckpoint(Exception):
+    """A checkpoint folder that isn't whole; the message says what is wrong with it."""
+
+
+def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
+    """Writes a checkpoint, points `last` (and `best`) to it and removes all but the newest `keep`.
+
+    Raises:
+        OSError: it couldn't be written; older checkpoints are untouched.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".writing-*"):
+        shutil.rmtree(leftover)
+    final = root / folder_name(checkpoint.step)
+    temporary = root / f".writing-{final.name}"
+    temporary.mkdir()
+    try:
+        tensors = {"model": checkpoint.model, "optimizer": checkpoint.optimizer} | ({"ema": checkpoint.ema} if checkpoint.ema is not None else {})
+        for name, values in tensors.items():
+            save_file({key: value.contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+        (temporary / "trainer.json").write_text(json.dumps(checkpoint.trainer, indent=1), encoding="utf-8")
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(temporary.iterdir())}
+        manifest = {"format": FORMAT, "step": checkpoint.step, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for file in (*temporary.iterdir(), temporary):
+            _flush(file)
+        if final.exists():
+            shutil.rmtree(final)  # an invalid one of the same step, or it would have been resumed from
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _flush(root)
+    _point(root / "last", final.name)
+    if best:
+        _keep_best(root, final)
+    for old in steps(root)[:-keep]:
+        shutil.rmtree(root / folder_name(old))
+    return final
+
+
+def _keep_best(root: Path, checkpoint: Path) -> None:
+    """Hard-links a checkpoint's files to where pruning doesn't reach, then moves the `best` link over at once."""
+    store = root / ".best" / checkpoint.name
+    if store.exists():
+        shutil.rmtree(store)
+    store.mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        try:
+            os.link(file, store / file.name)
+        except OSError:  # a file system without hard links
+            shutil.copy2(file, store / file.name)
+    _point(root / "best", f".best/{checkpoint.name}")
+    for old in store.parent.iterdir():
+        if old != store:
+            shutil.rmtree(old)
+
+
+def _point(link: Path, target: str) -> None:
+    temporary = link.with_name(f".{link.name}-link")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of all checkpoints in the folder, oldest first, valid or not."""
+    if not root.is_dir():
+        return []
+    return sorted(int(match[1]) for path in root.iterdir() if (match := re.fullmatch(r"step_(\d+)", path.name)))
+
+
+def verify(folder: Path) -> None:
+    """Compares every file with the manifest.
+
+    Raises:
+        InvalidCheckpoint: something is missing, or not as it was written.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise InvalidCheckpoint(f"{MANIFEST}: format {manifest['format']}, this version reads {FORMAT}")
+        files = dict(manifest["files"])
+        if not {"model.safetensors", "optimizer.safetensors", "trainer.json"} <= files.keys():
+            raise InvalidCheckpoint(f"{MANIFEST}: names too few files")
+        for name, expected in files.items():
+            file = folder / Path(name).name
+            if not file.is_file():
+                raise InvalidCheckpoint(f"{name}: missing")
+            if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+                raise InvalidCheckpoint(f"{name}: not as it was written (checksum)")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidCheckpoint(f"{MANIFEST}: can't be read ({type(error).__name__}: {error})") from error
+
+
+def newest_valid(root: Path) -> tuple[int | None, list[str]]:
+    """Step of the newest checkpoint that is whole (None: there is none), and what is wrong with the newer ones."""
+    complaints = []
+    for step in reversed(steps(root)):
+        try:
+            verify(root / folder_name(step))
+        except InvalidCheckpoint as error:
+            complaints.append(f"{folder_name(step)} is not whole: {error}")
+        else:
+            return step, complaints
+    return None, complaints
+
+
+def load(folder: Path) -> Checkpoint:
+    """Reads a verified checkpoint.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        ema = folder / "ema.safetensors"
+        return Checkpoint(
+            model=load_file(folder / "model.safetensors"),
+            optimizer=load_file(folder / "optimizer.safetensors"),
+            trainer=json.loads((folder / "trainer.json").read_text(encoding="utf-8")),
+            ema=load_file(ema) if ema.exists() else None,
+        )
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{folder}: can't be read: {error}") from error
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of weights and buffers on the CPU, in the standard memory layout."""
+    return {key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for key, value in model.state_dict().items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """A copy of the optimizer's state by parameter name; hyperparameters come from the recipe and aren't stored."""
+    return {
+        f"{names[parameter]}/{key}": torch.as_tensor(value).detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if value is not None
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]) -> None:
+    """Restores what `optimizer_tensors` returned.
+
+    State of a parameter's shape gets the parameter's memory layout: fused kernels walk both by address.
+    """
+    by_name = {name: parameter for parameter, name in names.items()}
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, state = key.rpartition("/")
+        parameter = by_name[name]
+        if value.shape == parameter.shape and value.dim():
+            optimizer.state[parameter][state] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+        else:
+            optimizer.state[parameter][state] = value.to(parameter.device)

@@ -1,0 +1,201 @@
+"""Archives: found in a folder or downloaded, then read member by member without unpacking anything to disk."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import http.client
+import lzma
+import os
+import stat
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
+
+from filelock import FileLock
+
+from trainer.data.card import sha256
+from trainer.data.source import Archive
+from trainer.errors import UserError
+
+MAX_MEMBER_BYTES = 256 * 2**20  # no image or annotation file comes near; a bomb goes beyond
+TIMEOUT_S = 20
+CHUNK_BYTES = 2**20
+
+
+class Member(NamedTuple):
+    """A file of an archive: its name there and its bytes."""
+
+    name: str
+    data: bytes
+
+
+# ---------------------------------------------------------------- finding
+
+
+def locate(archives: Sequence[Archive], data_dir: Path, archives_dir: Path | None, say: Callable[[str], None] = print) -> dict[str, Path]:
+    """Finds each archive in `archives_dir`, else in `<data_dir>/downloads`, else downloads it there.
+
+    Raises:
+        UserError: one message for all that are missing, with where to put them; or a checksum is wrong.
+    """
+    if archives_dir and not archives_dir.is_dir():
+        raise UserError(f"no folder {archives_dir}; give --archives (or TRAINER_ARCHIVES) the folder that holds the archives")
+    downloads = data_dir / "downloads"
+    found: dict[str, Path] = {}
+    missing: list[str] = []
+    for archive in archives:
+        places = [folder / archive.name for folder in (archives_dir, downloads) if folder]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            path, reasons = _download(archive, downloads, say)
+            if path is None:
+                missing.append("\n".join([f"  {archive.name}", *(f"    {reason}" for reason in reasons)]))
+                continue
+        elif archive.sha256 not in (None, sha256(path)):
+            raise UserError(f"{path} is not the official archive: its SHA-256 is {sha256(path)}, not {archive.sha256}; delete or replace it")
+        found[archive.name] = path
+    if missing:
+        where = f"put into {archives_dir}" if archives_dir else f"put into a folder that --archives (or TRAINER_ARCHIVES) names, or into {downloads}"
+        raise UserError("\n".join([f"these archives are neither here nor can they be downloaded; {where}:", *missing]))
+    return found
+
+
+def _download(archive: Archive, folder: Path, say: Callable[[str], None]) -> tuple[Path | None, list[str]]:
+    """Tries each URL; returns the file, or None and why each one failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, part = folder / archive.name, folder / f"{archive.name}.part"
+    reasons: list[str] = []
+    with FileLock(folder / f".{archive.name}.lock"):
+        if path.is_file():  # another process was faster
+            return path, reasons
+        for url in archive.urls:
+            say(f"downloading {url}")
+            try:
+                _fetch(url, part, say)
+            except (OSError, http.client.HTTPException) as error:
+                part.unlink(missing_ok=True)
+                reasons.append(f"{url}: {getattr(error, 'reason', None) or error}")
+                continue
+            if archive.sha256 not in (None, sha256(part)):
+                part.unlink()
+                reasons.append(f"{url}: what came is not the official archive (its SHA-256 is another)")
+                continue
+            part.replace(path)
+            return path, reasons
+    return None, reasons
+
+
+def _fetch(url: str, part: Path, say: Callable[[str], None]) -> None:
+    """Downloads one file; says how far it is every few seconds."""
+    request = urllib.request.Request(url, headers={"User-Agent": "recipe-trainer"})  # some servers refuse urllib's own name
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, part.open("wb") as file:
+        expected = int(response.headers.get("Content-Length") or 0)
+        said = time.monotonic()
+        while chunk := response.read(CHUNK_BYTES):
+            file.write(chunk)
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                say(f"  {file.tell() / 2**20:.0f} of {expected / 2**20:.0f} MiB" if expected else f"  {file.tell() / 2**20:.0f} MiB")
+        if expected and file.tell() != expected:
+            raise urllib.error.URLError(f"the connection ended after {file.tell()} of {expected} bytes")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------- reading
+
+
+def members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
+    """Yields the files whose names end in one of `suffixes` (any case), in the archive's order.
+
+    Nothing is written to disk. Names are relative, with `/`, without a leading `./`.
+
+    Raises:
+        UserError: the archive is damaged or cut short; a member's name leaves the archive's folder, is a link or a
+            device, or is larger than `MAX_MEMBER_BYTES`.
+    """
+    with _damage_reported(path):
+        if zipfile.is_zipfile(path):
+            yield from _zip_members(path, suffixes)
+        else:
+            yield from _tar_members(path, suffixes)
+
+
+@contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    try:
+        yield
+    # RuntimeError is what zipfile raises for encrypted members and unknown compression.
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or incomplete ({error}); delete it or replace it by the official archive") from error
+
+
+def _tar_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
+    with _decompressed(path) as stream:
+        bounded: Any = _Bounded(stream)
+        archive = tarfile.open(fileobj=bounded, mode="r:")
+        for info in archive:
+            name = _checked(path, info.name, info.isreg() or info.isdir())
+            if info.isreg() and name.lower().endswith(suffixes):
+                _check_size(path, name, info.size)
+                content = archive.extractfile(info)
+                assert content is not None, "a regular file has content"
+                yield Member(name, content.read())
+        # tarfile takes a missing end, or garbage after a member, for the end.
+        stream.seek(archive.offset)
+        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("its end is missing")
+        while stream.read(CHUNK_BYTES):  # the checksum of a compressed file stands at its end
+            pass
+
+
+def _zip_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the archive comes from a system without such kinds
+            name = _checked(path, info.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+            if not info.is_dir() and name.lower().endswith(suffixes):
+                _check_size(path, name, info.file_size)
+                yield Member(name, archive.read(info))
+
+
+def _checked(path: Path, name: str, plain: bool) -> str:
+    """A member's name, made uniform; `plain` says that it is a file or a folder."""
+    relative = PurePosixPath(name.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts:
+        raise UserError(f"{path}: member {name!r} points outside the archive; replace the file by the official archive")
+    if not plain:
+        raise UserError(f"{path}: member {name!r} is a link or a device; replace the file by the official archive")
+    return str(relative)
+
+
+def _check_size(path: Path, name: str, size: int) -> None:
+    if size > MAX_MEMBER_BYTES:
+        raise UserError(f"{path}: member {name!r} has {size / 2**20:.0f} MiB, more than the {MAX_MEMBER_BYTES / 2**20:.0f} MiB a member may have")
+
+
+def _decompressed(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        magic = file.read(6)
+    openers: Mapping[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+    return next((opener(path, "rb") for start, opener in openers.items() if magic.startswith(start)), None) or path.open("rb")
+
+
+class _Bounded:
+    """A stream that refuses a huge single read: tarfile reads a header's extension whole, whatever size it claims."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.seek, self.tell = stream, stream.seek, stream.tell
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_MEMBER_BYTES:
+            raise tarfile.ReadError(f"a header of {size / 2**20:.0f} MiB")
+        return self.stream.read(size)

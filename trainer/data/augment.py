@@ -1,0 +1,55 @@
+"""Augmentations of a recipe's `data.augment`, applied in the order it lists them.
+
+Each is one of torchvision's v2 transforms: it moves the image and its masks together (masks by nearest
+neighbour) and draws from torch's generator, which the stream seeds for every sample.
+
+    augment: [{name: random_crop, size: [224, 224]}, {name: horizontal_flip, p: 0.5}]
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from trainer.components import augmentation
+
+Size = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+"""Height and width in pixels."""
+Interval = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0)]
+
+
+@augmentation()
+def random_crop(ignore_index: int | None, /, *, size: Size) -> v2.Transform:
+    """Cuts `size` (height, width) out at a random place; a smaller image is padded, its mask with the ignored label."""
+    return v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: ignore_index or 0, "others": 0})
+
+
+@augmentation()
+def random_resized_crop(*, size: Size, scale: Interval = [0.08, 1.0], ratio: Interval = [3 / 4, 4 / 3]) -> v2.Transform:  # noqa: B006
+    """Cuts out a random share `scale` of the area with a random aspect `ratio` and resizes it to `size`."""
+    return v2.RandomResizedCrop(size, scale=tuple(scale), ratio=tuple(ratio))
+
+
+@augmentation()
+def horizontal_flip(*, p: Probability = 0.5) -> v2.Transform:
+    """Mirrors left and right with probability `p`."""
+    return v2.RandomHorizontalFlip(p)
+
+
+@augmentation()
+def vertical_flip(*, p: Probability = 0.5) -> v2.Transform:
+    """Mirrors top and bottom with probability `p`."""
+    return v2.RandomVerticalFlip(p)
+
+
+@augmentation()
+def color_jitter(
+    *, brightness: Strength = 0.0, contrast: Strength = 0.0, saturation: Strength = 0.0, hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+) -> v2.Transform:
+    """Changes the image's colours by random factors in [1 - strength, 1 + strength]; hue by a shift of at most `hue` turns."""
+    return v2.ColorJitter(brightness, contrast, saturation, hue)

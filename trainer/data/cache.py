@@ -1,0 +1,92 @@
+"""Decoded, resized pixels in a memory map, so that an image is decoded once and not once an epoch.
+
+The first pass over a set fills it, sample by sample; later passes read it and never open the Parquet
+files. One file holds every sample at a place known beforehand, and one byte for each sample says
+whether it is there: processes and workers of a machine fill it together without a lock. The operating
+system's page cache keeps in memory what fits.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class PixelCache:
+    """A uint8 memory map of the image and mask columns of a split.
+
+    Args:
+        folder: where the files lie; it names the data and the resize, so that a change of either is another folder.
+        channels: column -> channels, e.g. `{"image": 3, "mask": 1}`.
+        sizes: int64 (N, 2), height and width of every sample.
+
+    Raises:
+        OSError: the folder can't be written or the disk has no room for all samples.
+    """
+
+    def __init__(self, folder: Path, channels: Mapping[str, int], sizes: npt.NDArray[np.int64]) -> None:
+        self.channels = dict(channels)
+        self.sizes = sizes
+        pixels = sizes[:, 0] * sizes[:, 1]
+        self.starts = np.concatenate([[0], np.cumsum(pixels * sum(channels.values()))])
+        self.uniform = bool(len(sizes)) and bool((sizes == sizes[0]).all())
+        folder.mkdir(parents=True, exist_ok=True)
+        self.pixels = _reserve(folder / "pixels.u8", max(1, int(self.starts[-1])))
+        self.filled = _reserve(folder / "filled.u8", max(1, len(sizes)))
+
+    def __contains__(self, sample_id: int) -> bool:
+        return bool(self.filled[sample_id])
+
+    def read(self, sample_id: int) -> dict[str, Tensor]:
+        """A copy of one sample: column -> uint8 (C, H, W)."""
+        flat = self.pixels[self.starts[sample_id] : self.starts[sample_id + 1]]
+        return self._split(torch.from_numpy(flat.copy())[None], *self.sizes[sample_id], batch=False)
+
+    def read_batch(self, sample_ids: list[int]) -> dict[str, Tensor]:
+        """Samples of one size, all of them filled: column -> uint8 (B, C, H, W)."""
+        assert self.uniform
+        rows = self.pixels.reshape(len(self.sizes), -1)[sample_ids]
+        return self._split(torch.from_numpy(rows), *self.sizes[0], batch=True)
+
+    def write(self, sample_id: int, sample: Mapping[str, Tensor]) -> None:
+        """Stores one sample; the byte that says it is there comes last."""
+        start = self.starts[sample_id]
+        for column in self.channels:
+            flat = sample[column].numpy().reshape(-1)
+            self.pixels[start : start + flat.size] = flat
+            start += flat.size
+        assert start == self.starts[sample_id + 1]
+        self.filled[sample_id] = 1
+
+    def _split(self, rows: Tensor, height: int, width: int, batch: bool) -> dict[str, Tensor]:
+        out, start = {}, 0
+        for column, channels in self.channels.items():
+            end = start + channels * int(height) * int(width)
+            plane = rows[:, start:end].reshape(len(rows), channels, int(height), int(width))
+            out[column] = plane if batch else plane[0]
+            start = end
+        return out
+
+
+def _reserve(file: Path, size: int) -> Bytes:
+    """Maps a file of `size` bytes; its room is taken now, since a full disk would later kill the process (SIGBUS)."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    finally:
+        os.close(descriptor)
+    return np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
+
+
+def node_name() -> str:
+    """This machine's name: a folder on a network file system holds one cache for each machine, for shared maps are not coherent there."""
+    return platform.node() or "localhost"

@@ -1,0 +1,288 @@
+"""Preparing a data set: its archives become Parquet files with many small row groups, once.
+
+    <data>/<name>/card.json
+    <data>/<name>/train/00000.parquet …
+    <data>/<name>/validation/00000.parquet …
+
+Rows are written to a hidden folder beside it, which is renamed at the very end: a set is whole or it isn't there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import ExifTags, Image, ImageOps
+
+from trainer.data.archives import Member, locate
+from trainer.data.card import CARD, Card, Shard, Split, sha256
+from trainer.data.source import Role, Row, Source
+from trainer.errors import UserError
+
+# An epoch shuffles row groups, so a set needs several, and a row group is what a reader holds in memory.
+GROUP_ROWS = 64
+GROUP_BYTES = 2**20
+MIN_GROUPS = 8
+FILE_BYTES = 256 * 2**20
+
+Say = Callable[[str], None]
+
+
+def data_dir() -> Path:
+    """Where prepared sets lie: `$TRAINER_DATA`, else `data` in the current folder."""
+    return Path(os.environ.get("TRAINER_DATA") or "data")
+
+
+def archives_dir() -> Path | None:
+    """Where archives are looked up: `$TRAINER_ARCHIVES`, or None."""
+    folder = os.environ.get("TRAINER_ARCHIVES")
+    return Path(folder) if folder else None
+
+
+def ensure_prepared(source: Source, data_dir: Path, archives_dir: Path | None, say: Say = print) -> Card:
+    """The card of a set, which is prepared first where it isn't yet; a ready one is only read, without a lock.
+
+    Raises:
+        UserError: see `prepare`.
+    """
+    return _ready(source, data_dir / source.name) or prepare(source, data_dir, archives_dir, say)
+
+
+def prepare(source: Source, data_dir: Path, archives_dir: Path | None, say: Say = print) -> Card:
+    """Prepares a set in `data_dir / source.name`, or returns the card of the one that is there.
+
+    Under a file lock, so any number of processes may call it. What a killed one leaves is removed by the next.
+
+    Raises:
+        UserError: an archive is missing or damaged, an image can't be decoded, a mask doesn't fit its image,
+            or the folder can't be written.
+    """
+    folder = data_dir / source.name
+    partial, old = (data_dir / f".{source.name}.{end}" for end in ("partial", "old"))
+    with _write_errors_reported(source.name, data_dir):
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(data_dir / f".{source.name}.lock", source.name, say):
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            card = _ready(source, folder, say)
+            if card:
+                return card
+            if folder.exists() and not (folder / CARD).exists():
+                raise UserError(f"{folder} exists but isn't a prepared data set; move it away, or set TRAINER_DATA to another folder")
+            paths = locate(source.archives, data_dir, archives_dir, say)
+            say(f"preparing {source.name} in {folder}")
+            try:
+                card = _write(source, paths, partial)
+                if folder.exists():
+                    folder.replace(old)
+                partial.replace(folder)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+            return card
+
+
+def _ready(source: Source, folder: Path, say: Say = lambda line: None) -> Card | None:
+    """The card in `folder` if the set is whole and what `source` describes today; says why where it isn't."""
+    if not (folder / CARD).exists():
+        return None
+    try:
+        card = Card.load(folder)
+    except UserError as error:
+        say(str(error))
+        return None
+    if (card.info, card.columns) != (source.info, source.columns):
+        say(f"{folder} was prepared with other classes or columns")
+        return None
+    return card
+
+
+@contextmanager
+def _locked(path: Path, name: str, say: Say) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process that prepares {name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _write_errors_reported(name: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        free = shutil.disk_usage(existing).free / 2**20
+        reason = error.strerror or error
+        raise UserError(f"{name} can't be written to {folder}: {reason} ({free:.0f} MiB free); make room, or set TRAINER_DATA to another folder") from error
+
+
+# ---------------------------------------------------------------- rows
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encodes uint8 (H, W, 3) as an RGB, uint8 (H, W) as a one-channel PNG whose pixels are the values themselves."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def read_indices(data: bytes) -> np.ndarray:
+    """Decodes a one-channel image to its indices, uint8 (H, W); of a palette image they are not the colours.
+
+    Raises:
+        ValueError: the image has several channels, or more than 8 bits.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode not in ("P", "L", "1"):
+            raise ValueError(f"a mask has one channel of 8 bits, this image has mode {image.mode}")
+        return np.asarray(image).astype(np.uint8)
+
+
+def _checked_image(data: bytes) -> tuple[bytes, tuple[int, int]]:
+    """Decodes an image fully; returns its own bytes, or a PNG where they need rotating or aren't JPEG or PNG, and (width, height)."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        if image.format in ("JPEG", "MPO", "PNG") and not rotated:  # MPO: a camera's JPEG with a second picture behind it
+            return data, image.size
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        return encode_png(np.asarray(upright)), upright.size
+
+
+def _checked_mask(data: bytes) -> tuple[bytes, tuple[int, int]]:
+    """Decodes a mask fully; returns it as one-channel index PNG, and (width, height)."""
+    indices = read_indices(data)
+    with Image.open(io.BytesIO(data)) as image:
+        ready = image.format == "PNG" and image.mode == "L"
+        return data if ready else encode_png(indices), image.size
+
+
+def _checked_row(columns: Mapping[str, Role], row: Row, place: str) -> Row:
+    """A row as it is written: `{"bytes", "path"}` for images and masks, and `height` and `width`."""
+    checked: Row = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    for column, role in columns.items():
+        value = row[column]
+        if role == "label":
+            checked[column] = value
+            continue
+        name, data = value if isinstance(value, Member) else (None, value)
+        try:
+            data, sizes[column] = _checked_image(data) if role == "image" else _checked_mask(data)
+        except Exception as error:  # decoders raise all kinds of errors on damaged data
+            raise UserError(f"{name or place}: this {role} can't be decoded ({error}); replace the archive it comes from") from error
+        checked[column] = {"bytes": data, "path": name}
+        place = name or place
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{column} {width} x {height}" for column, (width, height) in sizes.items())
+        raise UserError(f"{place}: sizes differ: {listed}; replace the archive it comes from")
+    for width, height in list(sizes.values())[:1]:
+        checked |= {"height": height, "width": width}
+    return checked
+
+
+# ---------------------------------------------------------------- Parquet
+
+
+def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
+    """Writes all rows and the card into `folder`."""
+    schema = _schema(source.columns)
+    writers = {split: _SplitWriter(folder, split, schema) for split in ("train", "validation")}
+    for split, row in source.rows(paths):
+        writer = writers[split]
+        writer.add(_checked_row(source.columns, row, f"{source.name}, {split} sample {writer.rows}"))
+    splits = {split: writer.close() for split, writer in writers.items()}
+    for split, written in splits.items():
+        if not written.rows:
+            raise UserError(f"{', '.join(map(str, paths.values())) or source.name}: no {split} samples; replace the archives by the official ones")
+    card = Card(
+        name=source.name,
+        classes=source.info.classes,
+        ignore_index=source.info.ignore_index,
+        columns=dict(source.columns),
+        splits=splits,
+        archives={name: sha256(path) for name, path in paths.items()},
+        notes=tuple((inspect.getdoc(source.rows) or "").splitlines()),
+    )
+    card.save(folder)
+    return card
+
+
+def _schema(columns: Mapping[str, Role]) -> Any:
+    """Arrow schema with the `datasets` features of each column."""
+    from datasets import Features, Value
+    from datasets import Image as ImageFeature
+
+    features = {"image": ImageFeature(mode="RGB"), "mask": ImageFeature(mode="L"), "label": Value("int64")}
+    sizes = {"height": Value("int64"), "width": Value("int64")} if {"image", "mask"} & set(columns.values()) else {}
+    return Features({column: features[role] for column, role in columns.items()} | sizes).arrow_schema
+
+
+class _SplitWriter:
+    """Writes the rows of one split: full row groups, and at the end what is left in `MIN_GROUPS` even ones."""
+
+    def __init__(self, folder: Path, split: str, schema: Any) -> None:
+        self.folder, self.split, self.schema = folder, split, schema
+        self.rows = 0
+        self.waiting: list[list[Row]] = [[]]
+        self.bytes = 0  # in the last of the waiting groups
+        self.shards: list[Shard] = []
+        self.writer: Any = None
+        self.groups: list[int] = []  # of the open file
+        (folder / split).mkdir(parents=True)
+
+    def add(self, row: Row) -> None:
+        self.rows += 1
+        self.waiting[-1].append(row)
+        self.bytes += sum(len(value["bytes"]) for value in row.values() if isinstance(value, dict))
+        if len(self.waiting[-1]) == GROUP_ROWS or self.bytes >= GROUP_BYTES:
+            self.waiting.append([])
+            self.bytes = 0
+        if len(self.waiting) > MIN_GROUPS:
+            self._write_group(self.waiting.pop(0))
+
+    def close(self) -> Split:
+        rows = [row for group in self.waiting for row in group]
+        count = min(MIN_GROUPS, len(rows))
+        for i in range(count):
+            self._write_group(rows[i * len(rows) // count : (i + 1) * len(rows) // count])
+        self._close_file()
+        return Split(self.rows, tuple(self.shards))
+
+    def _write_group(self, rows: list[Row]) -> None:
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetWriter
+
+        if self.writer is None:
+            self.file = (self.folder / self.split / f"{len(self.shards):05d}.parquet").open("wb")
+            # Images are compressed already and no two are alike: neither a codec nor a dictionary nor minima and maxima help.
+            self.writer = ParquetWriter(self.file, self.schema, compression="none", use_dictionary=False, write_statistics=False)
+        self.writer.write_table(pa.Table.from_pylist(rows, schema=self.schema), row_group_size=len(rows))
+        self.groups.append(len(rows))
+        if self.file.tell() >= FILE_BYTES:
+            self._close_file()
+
+    def _close_file(self) -> None:
+        if self.writer is None:
+            return
+        self.writer.close()
+        self.file.close()
+        path = Path(self.file.name)
+        name = f"{self.split}/{path.name}"
+        self.shards.append(Shard(name, sha256(path), path.stat().st_size, tuple(self.groups)))
+        self.writer, self.groups = None, []

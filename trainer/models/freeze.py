@@ -1,0 +1,45 @@
+"""Fine-tuning: some layers learn, the rest stays bit for bit what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from trainer.models.layers import check_layers, is_below
+
+
+def train_only(model: nn.Module, layers: Sequence[str]) -> None:
+    """Freezes every parameter that isn't below one of `layers`; with no layers nothing is frozen.
+
+    Args:
+        model: on any device, meta too.
+        layers: paths of modules, e.g. `classifier.4`.
+
+    Raises:
+        ValueError: a layer doesn't exist; the message names those with the most similar names.
+    """
+    check_layers(model, layers, "model.train_only")
+    if layers:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_below(name, layers))
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Puts what learns into training mode and what is frozen into evaluation mode.
+
+    Frozen parameters alone don't make a frozen layer: in training mode a batch norm would still move its running
+    statistics, and a dropout would disturb features that no longer adapt to it. A module is in training mode if a
+    parameter in it learns; one without parameters (dropout) if all parameters of the module it is part of do.
+    Decided by `requires_grad` alone, so wrappers around the model (DDP, compile) don't matter.
+    """
+    _set_mode(model, learns=True)
+
+
+def _set_mode(module: nn.Module, learns: bool) -> None:
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    if flags:
+        learns = all(flags)
+    module.training = any(flags) or learns
+    for child in module.children():
+        _set_mode(child, learns)

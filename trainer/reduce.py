@@ -1,0 +1,161 @@
+"""N processes compute what one computes: sums that carry gradients, and batch norm over all processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _AddOverProcesses(torch.autograd.Function):
+    """The total over processes, with the gradient of the local term alone: the other terms are constants here."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def add_over_processes(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adds each tensor over all processes, in one message; gradients flow to this process's term.
+
+    A loss L of the totals has the gradient dL/dS · dS_r/dθ on process r; the sum over r is the gradient one
+    process would compute. DDP takes the mean, so the caller multiplies the loss by the number of processes.
+    """
+    if world_size() == 1:
+        return sums
+    flat = torch.cat([value.double().reshape(-1) for value in sums.values()])
+    parts = _AddOverProcesses.apply(flat).split([value.numel() for value in sums.values()])
+    return {key: part.reshape(value.shape).to(value.dtype) for (key, value), part in zip(sums.items(), parts, strict=True)}
+
+
+def total(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adds each tensor over all processes without gradients; integers stay exact."""
+    if world_size() == 1:
+        return sums
+    out: dict[str, Tensor] = {}
+    for dtype in sorted({value.dtype for value in sums.values()}, key=str):
+        keys = [key for key, value in sums.items() if value.dtype == dtype]
+        flat = torch.cat([sums[key].detach().reshape(-1) for key in keys])
+        dist.all_reduce(flat)
+        for key, part in zip(keys, flat.split([sums[key].numel() for key in keys]), strict=True):
+            out[key] = part.reshape(sums[key].shape)
+    return {key: out[key] for key in sums}
+
+
+class _Normalize(torch.autograd.Function):
+    """Batch norm with the mean and variance of all processes' elements (Ioffe & Szegedy, 2015, over N processes)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dims = [d for d in range(x.dim()) if d != 1]
+        wide = x if x.dtype == torch.float64 else x.float()
+        variance, mean = torch.var_mean(wide, dims, correction=0)
+        count = torch.full_like(mean[:1], x.numel() // x.shape[1])
+        local = torch.cat([count, mean, variance])
+        gathered = torch.empty((world_size(), local.numel()), dtype=local.dtype, device=local.device)
+        dist.all_gather_into_tensor(gathered, local)
+        counts, means, variances = gathered[:, :1], *gathered[:, 1:].chunk(2, dim=1)
+        elements = counts.sum()
+        mean = (counts * means).sum(0) / elements
+        variance = (counts * (variances + (means - mean) ** 2)).sum(0) / elements  # Chan et al., 1979
+        ctx.save_for_backward(x, weight, mean, variance, elements)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance, elements)
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps), mean, variance, elements
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        x, weight, mean, variance, elements = ctx.saved_tensors
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        wide = gradient.to(mean.dtype)
+        inverse = torch.rsqrt(variance + ctx.eps)
+        normalized = (x.to(mean.dtype) - mean.view(shape)) * inverse.view(shape)
+        local = torch.cat([wide.sum(dims), (wide * normalized).sum(dims)])
+        summed = local.clone()
+        dist.all_reduce(summed)
+        mean_gradient, mean_product = (summed / elements).chunk(2)
+        scale = inverse if weight is None else inverse * weight.to(mean.dtype)
+        into = (wide - mean_gradient.view(shape) - normalized * mean_product.view(shape)) * scale.view(shape)
+        for_bias, for_weight = local.chunk(2)
+        if weight is None:
+            return into.to(x.dtype), None, None, None
+        return into.to(x.dtype), for_weight.to(weight.dtype), for_bias.to(weight.dtype), None
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch norm that learns from the whole micro-batch over all processes; on CPUs and GPUs alike.
+
+    Its parameters, buffers and keys are those of the module it replaces; in eval mode it is that module.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises (B, C, …) over everything but C."""
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        output, mean, variance, elements = _Normalize.apply(input, self.weight, self.bias, self.eps)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                unbiased = variance * (elements / (elements - 1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        return output
+
+
+def use_global_batch_norm(model: nn.Module) -> None:
+    """Makes every batch norm of `model` a `GlobalBatchNorm`, in place: parameters, buffers and hooks stay."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.__class__ = GlobalBatchNorm
+
+
+class Control:
+    """Small messages between processes about the run itself, over CPU tensors: they never wait for a GPU."""
+
+    def __init__(self) -> None:
+        nccl = world_size() > 1 and dist.get_backend() != "gloo"
+        self._group = dist.new_group(backend="gloo") if nccl else None
+
+    def maximum(self, values: list[float]) -> list[float]:
+        """The largest of each value over all processes."""
+        return self._reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX)
+
+    def sum(self, values: list[int]) -> list[int]:
+        """The sum of each value over all processes, modulo 2**64 as int64."""
+        return self._reduce(torch.tensor(values, dtype=torch.int64), dist.ReduceOp.SUM)
+
+    def from_main(self, values: list[int]) -> list[int]:
+        """Rank 0's values."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        if world_size() > 1:
+            dist.broadcast(tensor, 0, group=self._group)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        """Waits for all processes."""
+        self.sum([0])
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> Any:
+        if world_size() > 1:
+            dist.all_reduce(tensor, operation, group=self._group)
+        return tensor.tolist()

@@ -1,0 +1,91 @@
+"""Which folder a run lives in, and which checkpoint it goes on from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from trainer import checkpoint as checkpoints
+from trainer.errors import UserError
+from trainer.recipe import Recipe, differences
+from trainer.tracking import RunFolder, set_aside
+
+Say = Callable[[str], None]
+
+
+def runs_dir() -> Path:
+    """Where run folders lie: `$TRAINER_RUNS`, else `runs`."""
+    return Path(os.environ.get("TRAINER_RUNS") or "runs")
+
+
+def lock_run(folder: RunFolder) -> FileLock:
+    """Takes a run for this process; the operating system frees it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    folder.path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.path.with_name(f".{folder.path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder.path} is in use by another process; wait for it, or give this run another name=…") from None
+    return lock
+
+
+def open_run(folder: RunFolder, recipe: Recipe, resume: str, say: Say) -> Path | None:
+    """Makes the folder ready to go on in; returns the checkpoint to go on from, None for a start from the beginning.
+
+    Args:
+        folder: of the run, locked.
+        recipe: what is going to be trained.
+        resume: `auto`, `never`, or the path of a checkpoint folder.
+        say: prints a line for people.
+
+    Raises:
+        UserError: the folder holds another recipe's run, or no checkpoint is whole.
+    """
+    if resume == "auto":
+        found = _newest_checkpoint(folder, recipe, say)
+    else:
+        found = None if resume == "never" else _given_checkpoint(Path(resume))
+        if folder.path.exists():
+            moved = set_aside(folder.path)
+            say(f"the old {folder.path} is now {moved}")
+            if found and not found.exists():  # it was in there
+                found = moved / found.relative_to(folder.path.resolve())
+    folder.create()
+    if found and found.parent != folder.checkpoints:
+        for line in RunFolder(found.parents[1]).read_metrics():
+            folder.log(line)
+    folder.truncate_metrics(checkpoints.load(found).step if found else 0)
+    folder.write_recipe(recipe.resolved())
+    return found
+
+
+def _newest_checkpoint(folder: RunFolder, recipe: Recipe, say: Say) -> Path | None:
+    if not checkpoints.steps(folder.checkpoints):
+        return None  # nothing was computed that another recipe could spoil
+    changed = differences(folder.read_recipe(), recipe.resolved())
+    if changed:
+        raise UserError(
+            f"{folder.path} holds a run of another recipe; these keys differ: {', '.join(changed)}. "
+            "Give this run another name=…, or set the old folder aside with --resume never"
+        )
+    step, complaints = checkpoints.newest_valid(folder.checkpoints)
+    for complaint in complaints:
+        say(complaint)
+    if step is None:
+        raise UserError(f"{folder.checkpoints}: no checkpoint is whole; --resume never starts from the beginning")
+    return folder.checkpoints / checkpoints.folder_name(step)
+
+
+def _given_checkpoint(folder: Path) -> Path:
+    try:
+        checkpoints.verify(folder)
+    except checkpoints.InvalidCheckpoint as error:
+        raise UserError(f"--resume {folder}: {error}; it takes auto, never, or a folder such as runs/NAME/checkpoints/step_00000100") from None
+    return folder.resolve()

@@ -1,0 +1,49 @@
+"""Trains a recipe: `accelerate launch trainer/run.py recipes/quickstart.yaml [--resume auto|never|PATH] [key.path=value …]`.
+
+Exit codes: 0 finished, or stopped on a signal with a checkpoint saved; 2 a mistake in what was given; 3 training failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+# Launchers put this file's folder first, where `import trainer` finds nothing and `data`, `recipe` … would shadow others.
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from trainer.errors import exit_code  # noqa: E402
+from trainer.signals import STOP  # noqa: E402
+
+
+def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
+    """Reads the recipe, builds the Trainer, fits."""
+    from trainer.accelerator import Launch
+    from trainer.recipe import load_recipe
+    from trainer.tasks.build import TASK_CHECKS
+
+    recipe = load_recipe(recipe_path, overrides, [*Launch.read().checks(), *TASK_CHECKS])
+
+    from trainer.trainer import Trainer  # only now: it imports accelerate and datasets
+
+    trainer = Trainer(recipe, resume)
+    try:
+        trainer.fit()
+    finally:
+        trainer.accelerator.end_training()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="trainer/run.py", description="Trains a recipe.")
+    parser.add_argument("recipe", help="a YAML file, e.g. recipes/quickstart.yaml")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="go on from the newest checkpoint, start anew, or a checkpoint folder")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optimizer.lr=1e-3")
+    options = parser.parse_intermixed_args(arguments)
+    return exit_code(train, options.recipe, options.resume, options.overrides)
+
+
+if __name__ == "__main__":
+    STOP.install()  # before torch is imported: that takes seconds, in which a signal would kill
+    sys.exit(main())

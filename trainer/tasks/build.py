@@ -1,0 +1,77 @@
+"""From a recipe to a Task: model, weights, what learns, loss; and the checks that need a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from trainer.data.source import DataInfo
+from trainer.errors import UserError
+from trainer.models.freeze import train_only
+from trainer.models.layers import check_layers
+from trainer.models.weights import load_safetensors
+from trainer.recipe import Problem, Recipe, nearest
+from trainer.seeds import Use, mix
+from trainer.tasks.task import Task
+
+
+def _build_model(recipe: Recipe, info: DataInfo, pretrained: bool) -> nn.Module:
+    component = recipe.components["model"]
+    settings = {key: getattr(recipe.model, key) for key in component.schema.model_fields}
+    if "weights" in settings and (not pretrained or settings["weights"].endswith(".safetensors")):
+        settings["weights"] = "none"
+    model: nn.Module = component.build(settings, num_classes=info.num_classes)
+    return model
+
+
+def build_task(recipe: Recipe, info: DataInfo) -> Task:
+    """Builds what a recipe trains; the same initial weights on every process.
+
+    The initial weights are, in this order: random from `train.seed`; the model's own pretrained ones; a safetensors
+    file's, without `model.reset_layers`; a checkpoint's, where the run is resumed.
+
+    Raises:
+        UserError: weights can't be downloaded or don't fit.
+    """
+    torch.manual_seed(mix(recipe.train.seed, Use.INITIALISE))
+    weights = getattr(recipe.model, "weights", "none")
+    try:
+        model = _build_model(recipe, info, pretrained=True)
+        if weights.endswith(".safetensors"):
+            load_safetensors(model, weights, recipe.model.reset_layers)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"model.weights: {error}") from error
+    train_only(model, recipe.model.train_only)
+    context = {"num_classes": info.num_classes, "ignore_index": info.ignore_index, "classes": info.classes}
+    loss = recipe.build("loss", **context)
+    task: Task = recipe.build("task", model=model, loss=loss, **context)
+    return task
+
+
+def check_model(recipe: Recipe) -> Iterator[Problem]:
+    """Builds the model without memory, to see that it can be built and that the layers the recipe names exist."""
+    try:
+        info = recipe.build("data").info
+        with torch.device("meta"):
+            model = _build_model(recipe, info, pretrained=False)
+    except (ValueError, UserError) as error:
+        yield recipe.problem("model", str(error))
+        return
+    for key in ("train_only", "reset_layers"):
+        try:
+            check_layers(model, getattr(recipe.model, key), f"model.{key}")
+        except ValueError as error:
+            yield recipe.problem(f"model.{key}", str(error).removeprefix(f"model.{key}: "), getattr(recipe.model, key))
+
+
+def check_best(recipe: Recipe) -> Iterator[Problem]:
+    """`evaluate.best` is a metric that the task computes."""
+    names = recipe.components["task"].factory.metric_names  # type: ignore[attr-defined]
+    if recipe.evaluate.best not in names:
+        yield recipe.problem("evaluate.best", f"unknown metric; {nearest(recipe.evaluate.best, names)}", recipe.evaluate.best)
+
+
+TASK_CHECKS = ((("data", "model"), check_model), (("task", "evaluate"), check_best))
+"""For `load_recipe`."""

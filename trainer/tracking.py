@@ -1,0 +1,224 @@
+"""The run folder: the truth about a run, which W&B and TensorBoard only mirror.
+
+    runs/<name>/recipe.yaml  environment.json  metrics.jsonl  summary.json  checkpoints/  pictures/
+
+Rank 0 writes it, nobody else. Whatever moment a process is killed at, every file is whole but for a
+torn last line in `metrics.jsonl`, which readers skip and a resume cuts off.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from ruamel.yaml import YAML
+
+Status = Literal["running", "finished", "stopped", "failed"]
+Line = dict[str, Any]
+"""One line of `metrics.jsonl`: `step`, `epoch`, `split`, then metrics by name."""
+
+# What stands in a line beside its metrics; `*_per_second` too.
+BOOKKEEPING = ("step", "epoch", "samples", "seconds", "time")
+PACKAGES = ("torch", "torchvision", "accelerate", "datasets", "numpy", "pyarrow", "pydantic", "safetensors", "wandb", "tensorboard")
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Replaces `path` by `text` (UTF-8): a reader, or a kill at any moment, meets the old or the new file, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lives in the folder
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def set_aside(path: Path) -> Path:
+    """Moves a run folder to `<name>.1`, or the first number that is free; returns where it is now."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return path.rename(target)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric of this name is best when lowest: losses are, everything else is best when highest."""
+    return metric.endswith("loss")
+
+
+def metrics_of(line: Line) -> dict[str, float]:
+    """The finite metrics of a line, without counters, times and rates."""
+    return {
+        name: value
+        for name, value in line.items()
+        if isinstance(value, int | float) and math.isfinite(value) and name not in BOOKKEEPING and not name.endswith("_per_second")
+    }
+
+
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+        path: `runs/<name>`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of the PNG files."""
+        return self.path / "pictures"
+
+    @property
+    def metrics(self) -> Path:
+        """The file with a JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    def create(self) -> None:
+        """Makes the folders; those that are there stay as they are."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.pictures.mkdir(exist_ok=True)
+
+    def write_recipe(self, resolved: dict[str, Any]) -> None:
+        """Writes the resolved recipe as YAML that can be run again."""
+        text = io.StringIO("# The recipe of this run, with every default written out.\n")
+        text.seek(0, io.SEEK_END)
+        YAML().dump(resolved, text)
+        atomic_write(self.path / "recipe.yaml", text.getvalue())
+
+    def read_recipe(self) -> dict[str, Any]:
+        """The resolved recipe that this run was started with."""
+        return YAML(typ="safe").load(self.path / "recipe.yaml")
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        """Writes what the run computes with, see `environment`."""
+        atomic_write(self.path / "environment.json", _pretty(environment))
+
+    def log(self, line: Line) -> None:
+        """Appends a line to `metrics.jsonl`, in the operating system's hands when this returns.
+
+        Floats keep every bit. JSON knows no nan and no infinity: they become null.
+        """
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+
+    def read_metrics(self) -> list[Line]:
+        """All whole lines of `metrics.jsonl`, in order."""
+        return [json.loads(line) for line in self._whole_lines()]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Takes `metrics.jsonl` back to a checkpoint: lines after `step`, which will be computed again, go."""
+        kept = [line for line in self._whole_lines() if json.loads(line)["step"] <= step]
+        atomic_write(self.metrics, "".join(kept))
+
+    def _whole_lines(self) -> list[str]:
+        if not self.metrics.exists():
+            return []
+        with self.metrics.open(encoding="utf-8", newline="\n") as file:
+            return [line for line in file if line.endswith("\n")]
+
+    def write_summary(self, status: Status, *, seconds: float, samples_per_second: float, world_size: int) -> dict[str, Any]:
+        """Writes and returns `summary.json`: where the run stands, each metric's best and last validation value with its step.
+
+        The values come from `metrics.jsonl`, so that they cover the whole run however often it was interrupted.
+
+        Args:
+            status: what the run is from now on.
+            seconds: of training, over all interruptions.
+            samples_per_second: over all processes.
+            world_size: number of processes.
+        """
+        best: dict[str, dict[str, float]] = {}
+        final: dict[str, dict[str, float]] = {}
+        for line in self.read_metrics():
+            if line["split"] != "validation":
+                continue
+            for name, value in metrics_of(line).items():
+                final[name] = {"value": value, "step": line["step"]}
+                if name not in best or (value < best[name]["value"] if lower_is_better(name) else value > best[name]["value"]):
+                    best[name] = final[name]
+        summary = {"status": status, "best": best, "final": final, "seconds": seconds, "samples_per_second": samples_per_second, "world_size": world_size}
+        atomic_write(self.path / "summary.json", _pretty(summary))
+        return summary
+
+    def read_summary(self) -> dict[str, Any]:
+        """What `write_summary` wrote last; empty for a run that hasn't come so far."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _pretty(tree: dict[str, Any]) -> str:
+    return json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n"
+
+
+def environment() -> dict[str, Any]:
+    """What this process computes with: versions, commit, devices, processes. No environment variables: they hold secrets."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "git": _git(Path(__file__).resolve().parents[1]),
+        "host": platform.node(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "world_size": torch.distributed.get_world_size() if distributed else 1,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _git(root: Path) -> dict[str, Any] | None:
+    """Commit of the checkout at `root`, and whether tracked files differ from it; None outside a checkout."""
+    if not (root / ".git").exists():  # installed: a repository further up would be somebody else's
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
