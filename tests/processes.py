@@ -40,7 +40,7 @@ def _child(rank: int, function: Callable[..., Any], world_size: int, port: int, 
     torch.set_num_threads(1)  # a forked child hangs in OpenMP otherwise
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # as launchers do
     code = 1
     try:
         function(*arguments)

@@ -141,8 +141,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
         kwargs_handlers=[
-            # Buffers are equal on all processes: batch norm that learns is global, the rest is frozen.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=TIMEOUT),
         ],
     )

@@ -67,9 +67,9 @@ class _Normalize(torch.autograd.Function):
         variance, mean = torch.var_mean(wide, dims, correction=0)
         count = torch.full_like(mean[:1], x.numel() // x.shape[1])
         local = torch.cat([count, mean, variance])
-        gathered = torch.empty((world_size(), local.numel()), dtype=local.dtype, device=local.device)
+        gathered = torch.empty(world_size() * local.numel(), dtype=local.dtype, device=local.device)
         dist.all_gather_into_tensor(gathered, local)
-        counts, means, variances = gathered[:, :1], *gathered[:, 1:].chunk(2, dim=1)
+        counts, means, variances = gathered.view(world_size(), -1).split([1, x.shape[1], x.shape[1]], dim=1)
         elements = counts.sum()
         mean = (counts * means).sum(0) / elements
         variance = (counts * (variances + (means - mean) ** 2)).sum(0) / elements  # Chan et al., 1979

@@ -19,7 +19,8 @@ from queue import SimpleQueue
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from torchvision.io import ImageReadMode, decode_image
+import numpy as np
+from PIL import Image
 
 from trainer.components import tracker
 from trainer.recipe import Choice, build
@@ -134,6 +135,8 @@ class Wandb:
         self._given_up = False
         if mode_wanted == "disabled":
             return
+        # wandb's reports about itself would hold up the end by 20 s where a server accepts them and never answers.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         # Imported here and not by the thread: a loader worker forked in the middle of an import would wait for its lock for ever.
         import wandb
 
@@ -287,7 +290,8 @@ class TensorBoard:
     def pictures(self, files: Sequence[Path], step: int) -> None:
         """Writes the images; the n-th of every step stands behind one slider."""
         for index, file in enumerate(files):
-            self._writer.add_image(f"pictures/{index}", decode_image(str(file), ImageReadMode.RGB), step)
+            with Image.open(file) as image:
+                self._writer.add_image(f"pictures/{index}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes the summary as text and closes the file."""

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from accelerate.utils.operations import convert_to_fp32
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.io import write_png
 
 from trainer import checkpoint as checkpoints
 from trainer.accelerator import build_accelerator, num_workers, resolve_precision
@@ -85,6 +85,7 @@ class Trainer:
 
         self.progress = Progress(self.is_main)
         self.folder = RunFolder(runs_dir() / recipe.name)
+        self.mirrors = Mirrors([], self.folder.path, recipe.name, {})
         self.restore_from = self._on_main(lambda: self._open_run(resume))
         self._build_data()
         self._build_model()
@@ -130,6 +131,10 @@ class Trainer:
         optimizer = self.recipe.build("optimizer", parameters=list(learning))
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.model = self.accelerator.prepare_model(model, evaluation_mode=self.world_size == 1)  # DDP only where there are others
+        if self.world_size > 1:
+            # Buffers are equal on all processes: batch norm that learns is global, the rest is frozen. The argument of this
+            # name is deprecated in torch 2.15, and the one that replaces it is unknown to older versions and to Accelerate.
+            self.model.broadcast_buffers = False
 
     # ------------------------------------------------------------ the loop
 
@@ -298,7 +303,7 @@ class Trainer:
             batch = self._to_device(self.valid_samples.__getitems__(list(range(count))))
             rows = self.task.pictures(forward, batch).cpu()
             file = self.folder.pictures / f"validation_step_{self.step:08d}.png"
-            write_png(rows.movedim(0, 1).flatten(1, 2).contiguous(), str(file))
+            Image.fromarray(rows.permute(0, 2, 3, 1).flatten(0, 1).numpy()).save(file)  # one below the other
             self.mirrors.pictures([file], self.step)
         if time.monotonic() - self._curves_drawn > CURVES_EVERY_S:
             self._draw_curves()

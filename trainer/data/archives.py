@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from filelock import FileLock
 
@@ -46,7 +46,7 @@ def locate(archives: Sequence[Archive], data_dir: Path, archives_dir: Path | Non
     Raises:
         UserError: one message for all that are missing, with where to put them; or a checksum is wrong.
     """
-    if archives_dir and not archives_dir.is_dir():
+    if archives and archives_dir and not archives_dir.is_dir():
         raise UserError(f"no folder {archives_dir}; give --archives (or TRAINER_ARCHIVES) the folder that holds the archives")
     downloads = data_dir / "downloads"
     found: dict[str, Path] = {}
@@ -63,8 +63,8 @@ def locate(archives: Sequence[Archive], data_dir: Path, archives_dir: Path | Non
             raise UserError(f"{path} is not the official archive: its SHA-256 is {sha256(path)}, not {archive.sha256}; delete or replace it")
         found[archive.name] = path
     if missing:
-        where = f"put into {archives_dir}" if archives_dir else f"put into a folder that --archives (or TRAINER_ARCHIVES) names, or into {downloads}"
-        raise UserError("\n".join([f"these archives are neither here nor can they be downloaded; {where}:", *missing]))
+        where = str(archives_dir) if archives_dir else f"a folder that --archives (or TRAINER_ARCHIVES) names, or into {downloads}"
+        raise UserError("\n".join([f"these archives are neither here nor can they be downloaded; put them into {where}:", *missing]))
     return found
 
 
@@ -139,9 +139,7 @@ def _damage_reported(path: Path) -> Iterator[None]:
 
 
 def _tar_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
-    with _decompressed(path) as stream:
-        bounded: Any = _Bounded(stream)
-        archive = tarfile.open(fileobj=bounded, mode="r:")
+    with _decompressed(path) as stream, tarfile.open(fileobj=cast(IO[bytes], _Bounded(stream)), mode="r:") as archive:
         for info in archive:
             name = _checked(path, info.name, info.isreg() or info.isdir())
             if info.isreg() and name.lower().endswith(suffixes):

@@ -36,12 +36,10 @@ class SoftIoU(Loss):
 
     def forward(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Local sums, float64 scalars: `intersection` and `union`, in pixels."""
-        predicted = outputs.softmax(1)[:, self.channel]
         true = targets == self.channel
+        predicted = outputs.softmax(1)[:, self.channel]
         if self.ignore_index is not None:
-            valid = targets != self.ignore_index
-            predicted = torch.where(valid, predicted, 0)
-            true &= valid
+            predicted = torch.where(targets == self.ignore_index, 0, predicted)
         intersection = torch.where(true, predicted, 0)
         union = torch.where(true, 1, predicted)  # x + y - x·y is 1 where y = 1 and x where y = 0
         return {"intersection": intersection.sum(dtype=torch.float64), "union": union.sum(dtype=torch.float64)}

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from trainer.data import archives
+from trainer.data.archives import Member, locate, members
+from trainer.data.source import Archive
+from trainer.errors import UserError
+
+FILES = {"./set/a.png": b"first", "set/read.me": b"no", "set/B.PNG": b"second" * 100}
+
+
+def tar(path: Path, mode: str = "w:gz") -> Path:
+    with tarfile.open(path, mode) as archive:
+        folder = tarfile.TarInfo("set")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, data in FILES.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def zipped(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.mkdir("set")
+        for name, data in FILES.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz", "zip"])
+def test_members_are_read_from_any_kind_of_archive_without_unpacking_it(tmp_path: Path, mode: str) -> None:
+    path = zipped(tmp_path / "set.zip") if mode == "zip" else tar(tmp_path / "set.tar", mode)
+    assert list(members(path, (".png",))) == [Member("set/a.png", b"first"), Member("set/B.PNG", b"second" * 100)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("../evil.png", tarfile.REGTYPE),
+        ("set/../../evil.png", tarfile.REGTYPE),
+        ("..\\evil.png", tarfile.REGTYPE),
+        ("/evil.png", tarfile.REGTYPE),
+        ("../evil.sh", tarfile.REGTYPE),
+        ("link.png", tarfile.SYMTYPE),
+        ("link.png", tarfile.LNKTYPE),
+        ("device.png", tarfile.CHRTYPE),
+        ("pipe.png", tarfile.FIFOTYPE),
+    ],
+)
+def test_a_tar_member_that_leaves_its_folder_is_refused(tmp_path: Path, name: str, kind: bytes) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "/etc/hostname"
+        archive.addfile(info)
+    with pytest.raises(UserError, match=r"set\.tar: member .* (outside|link)"):
+        list(members(path, (".png",)))
+
+
+@pytest.mark.parametrize(("name", "mode"), [("../evil.png", 0o100644), ("/evil.png", 0), ("link.png", 0o120777)])
+def test_a_zip_member_that_leaves_its_folder_is_refused(tmp_path: Path, name: str, mode: int) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        info = zipfile.ZipInfo(name)
+        info.external_attr = mode << 16
+        archive.writestr(info, "/etc/hostname")
+    with pytest.raises(UserError, match=r"set\.zip: member .* (outside|link)"):
+        list(members(path, (".png",)))
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "header"])
+def test_a_bomb_is_refused_before_it_fills_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 100_000)
+    path, zeros = tmp_path / "bomb", bytes(200_000)
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.png", zeros)
+    else:
+        with tarfile.open(path, "w:gz") as archive:
+            info = tarfile.TarInfo("a.png")
+            info.pax_headers = {"comment": "0" * 200_000} if kind == "header" else {}
+            info.size = 0 if kind == "header" else len(zeros)
+            archive.addfile(info, io.BytesIO(zeros))
+    with pytest.raises(UserError, match="bomb"):
+        list(members(path, (".png",)))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "zip"])
+def test_an_archive_cut_anywhere_is_an_error_that_names_it_and_never_a_smaller_set(tmp_path: Path, mode: str) -> None:
+    whole = (zipped(tmp_path / "set.zip") if mode == "zip" else tar(tmp_path / "set.tar", mode)).read_bytes()
+    content = whole.rstrip(b"\0") if mode == "w" else whole  # a tar's padding may be cut
+    for end in range(0, len(content), max(1, len(content) // 80)):
+        path = tmp_path / "cut"
+        path.write_bytes(content[:end])
+        with pytest.raises(UserError, match=r"cut is damaged or incomplete .* delete it or replace it"):
+            list(members(path, (".png",)))
+
+
+def test_a_tar_cut_between_two_members_is_an_error(tmp_path: Path) -> None:
+    whole = tar(tmp_path / "set.tar", "w").read_bytes()
+    path = tmp_path / "cut"
+    path.write_bytes(whole[: 3 * 512])  # the folder, and a.png with its padding
+    with pytest.raises(UserError, match="its end is missing"):
+        list(members(path, (".png",)))
+
+
+def test_a_changed_byte_is_noticed_at_the_latest_at_the_end(tmp_path: Path) -> None:
+    path = tar(tmp_path / "set.tgz")
+    data = bytearray(path.read_bytes())
+    data[-8] ^= 1  # the checksum
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        list(members(path, (".png",)))
+
+
+# ---------------------------------------------------------------- finding
+
+
+def published(tmp_path: Path, content: bytes = b"official") -> str:
+    path = tmp_path / "server.tgz"
+    path.write_bytes(content)
+    return path.as_uri()
+
+
+def test_an_archive_in_the_folder_is_taken_from_there(tmp_path: Path) -> None:
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    (folder / "set.tgz").write_bytes(b"mine")
+    found = locate([Archive("set.tgz", (published(tmp_path),))], tmp_path / "data", folder)
+    assert found == {"set.tgz": folder / "set.tgz"}
+    assert not (tmp_path / "data" / "downloads" / "set.tgz").exists()
+
+
+def test_what_the_folder_lacks_is_downloaded_once(tmp_path: Path) -> None:
+    archive = Archive("set.tgz", ((tmp_path / "gone").as_uri(), published(tmp_path)))
+    path = locate([archive], tmp_path, None)["set.tgz"]
+    assert (path, path.read_bytes()) == (tmp_path / "downloads" / "set.tgz", b"official")
+    published(tmp_path, b"another")
+    assert locate([archive], tmp_path, None)["set.tgz"].read_bytes() == b"official"
+
+
+def test_a_download_with_another_checksum_is_not_kept(tmp_path: Path) -> None:
+    archive = Archive("set.tgz", (published(tmp_path, b"a web page"),), hashlib.sha256(b"official").hexdigest())
+    with pytest.raises(UserError, match="not the official archive"):
+        locate([archive], tmp_path, None)
+    assert not list((tmp_path / "downloads").glob("set.tgz*"))
+
+
+def test_a_file_with_another_checksum_in_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "set.tgz").write_bytes(b"another")
+    with pytest.raises(UserError, match=r"set\.tgz is not the official archive.*delete or replace it"):
+        locate([Archive("set.tgz", (), hashlib.sha256(b"official").hexdigest())], tmp_path / "data", tmp_path)
+
+
+def test_one_error_names_every_missing_archive_where_to_put_it_and_what_was_tried(tmp_path: Path) -> None:
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    wanted = [Archive(name, ((tmp_path / "gone" / name).as_uri(),)) for name in ("a.tgz", "b.tgz")]
+    with pytest.raises(UserError) as raised:
+        locate(wanted, tmp_path / "data", folder)
+    for expected in ("a.tgz", "b.tgz", str(folder), *wanted[0].urls, *wanted[1].urls, "No such file"):
+        assert expected in str(raised.value)
+
+
+def test_a_connection_that_breaks_leaves_no_archive(tmp_path: Path) -> None:
+    class Breaking(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"half")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Breaking)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    with pytest.raises(UserError, match="after 4 of 100 bytes"):
+        locate([Archive("set.tgz", (f"http://127.0.0.1:{server.server_port}/set.tgz",))], tmp_path, None)
+    server.server_close()
+    assert not list((tmp_path / "downloads").glob("set.tgz*"))
+
+
+def test_a_generated_set_needs_no_archives_folder(tmp_path: Path) -> None:
+    assert locate([], tmp_path, tmp_path / "gone") == {}
+
+
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder .*gone"):
+        locate([Archive("set.tgz")], tmp_path, tmp_path / "gone")

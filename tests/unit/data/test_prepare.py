@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from trainer.commands import prepare as command
+from trainer.data import prepare as module
+from trainer.data.archives import Member
+from trainer.data.card import Card
+from trainer.data.prepare import archives_dir, data_dir, encode_png, ensure_prepared, prepare, read_indices
+from trainer.data.source import DataInfo, Role, Row, Source
+from trainer.errors import UserError
+
+SEGMENTATION: dict[str, Role] = {"image": "image", "mask": "mask"}
+
+
+def picture(i: int, format: str = "PNG", size: tuple[int, int] = (6, 4), **options: Any) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, format, **options)
+    return file.getvalue()
+
+
+def mask(i: int, size: tuple[int, int] = (6, 4)) -> bytes:
+    return encode_png(np.full((size[1], size[0]), i % 2, np.uint8))
+
+
+def rows(train: int = 20, validation: int = 3) -> Iterator[tuple[str, Row]]:
+    for i in range(train + validation):
+        yield "train" if i < train else "validation", {"image": picture(i), "mask": mask(i)}
+
+
+def source(make: Callable[[], Iterator[tuple[str, Row]]] = rows, columns: Mapping[str, Role] = SEGMENTATION) -> Source:
+    def told(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
+        """Split by hand."""
+        return make()
+
+    return Source("toy", DataInfo(("no", "yes"), 255), columns, told)
+
+
+def one(row: Row, columns: Mapping[str, Role] = SEGMENTATION) -> Source:
+    return source(lambda: iter([("train", row), ("validation", row)]), columns)
+
+
+def read(folder: Path, split: str = "train") -> list[Row]:
+    card = Card.load(folder)
+    return [row for path in card.files(folder, split) for row in pq.read_table(path).to_pylist()]
+
+
+def prepared_row(tmp_path: Path, row: Row, columns: Mapping[str, Role] = SEGMENTATION) -> Row:
+    prepare(one(row, columns), tmp_path, None)
+    return read(tmp_path / "toy")[0]
+
+
+# ---------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_images_keep_their_bytes_and_their_name(tmp_path: Path, format: str) -> None:
+    image = picture(1, format)
+    row = prepared_row(tmp_path, {"image": Member("set/a.img", image), "mask": mask(1)})
+    assert row["image"] == {"bytes": image, "path": "set/a.img"}
+    assert (row["height"], row["width"]) == (4, 6)
+
+
+def test_all_rows_arrive_in_order(tmp_path: Path) -> None:
+    card = prepare(source(), tmp_path, None)
+    assert {split: written.rows for split, written in card.splits.items()} == {"train": 20, "validation": 3}
+    found = [row["image"]["bytes"] for split in ("train", "validation") for row in read(tmp_path / "toy", split)]
+    assert found == [row["image"] for _, row in rows()]
+
+
+def test_the_files_carry_the_features_that_datasets_reads(tmp_path: Path) -> None:
+    from datasets import Features, Value
+    from datasets import Image as ImageFeature
+
+    columns: dict[str, Role] = {"image": "image", "mask": "mask", "label": "label"}
+    prepare(one({"image": picture(1), "mask": mask(1), "label": 7}, columns), tmp_path, None)
+    schema = pq.read_schema(tmp_path / "toy" / "train" / "00000.parquet")
+    expected = {"image": ImageFeature(mode="RGB"), "mask": ImageFeature(mode="L"), "label": Value("int64"), "height": Value("int64"), "width": Value("int64")}
+    assert Features.from_arrow_schema(schema) == Features(expected)
+    assert read(tmp_path / "toy")[0]["label"] == 7
+
+
+def test_a_photograph_that_says_it_is_rotated_is_stored_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    row = prepared_row(tmp_path, {"image": picture(1, "PNG", exif=exif), "mask": mask(1, (4, 6))})
+    stored = Image.open(io.BytesIO(row["image"]["bytes"]))
+    assert (row["height"], row["width"]) == (6, 4)
+    assert stored.getexif().get(0x0112) is None
+    before = np.asarray(Image.open(io.BytesIO(picture(1))))
+    assert np.array_equal(np.asarray(stored), np.rot90(before, -1))
+
+
+def test_formats_that_the_stream_does_not_decode_become_png(tmp_path: Path) -> None:
+    row = prepared_row(tmp_path, {"image": picture(1, "BMP"), "mask": mask(1)})
+    stored = Image.open(io.BytesIO(row["image"]["bytes"]))
+    assert stored.format == "PNG"
+    assert np.array_equal(np.asarray(stored), np.asarray(Image.open(io.BytesIO(picture(1)))))
+
+
+def test_a_palette_mask_keeps_its_indices_not_its_colours(tmp_path: Path) -> None:
+    indices = np.array([[0, 1, 2], [3, 1, 255]], np.uint8)
+    palette = Image.fromarray(indices).copy()
+    palette.putpalette([200 - i % 100 for i in range(768)])
+    file = io.BytesIO()
+    palette.save(file, "PNG")
+    row = prepared_row(tmp_path, {"image": picture(1, size=(3, 2)), "mask": file.getvalue()})
+    stored = Image.open(io.BytesIO(row["mask"]["bytes"]))
+    assert stored.mode == "L"
+    assert np.array_equal(np.asarray(stored), indices)
+
+
+def test_a_coloured_mask_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"set/m\.png: this mask can't be decoded \(.*mode RGB"):
+        prepare(one({"image": picture(1), "mask": Member("set/m.png", picture(1))}), tmp_path, None)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_a_damaged_image_is_an_error_that_names_it_and_nothing_is_left(tmp_path: Path, format: str) -> None:
+    whole = picture(1, format, size=(64, 64))
+    with pytest.raises(UserError, match=r"set/a\.img: this image can't be decoded"):
+        prepare(one({"image": Member("set/a.img", whole[: len(whole) // 2]), "mask": mask(1, (64, 64))}), tmp_path, None)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_mask_of_another_size_is_an_error_that_names_the_image(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.png: sizes differ: image 6 x 4, mask 5 x 4"):
+        prepare(one({"image": Member("a.png", picture(1)), "mask": mask(1, (5, 4))}), tmp_path, None)
+
+
+def test_a_split_without_samples_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no validation samples"):
+        prepare(source(lambda: rows(3, 0)), tmp_path, None)
+
+
+# ---------------------------------------------------------------- row groups and files
+
+
+@pytest.mark.parametrize("count", [3, 8, 20, 511, 512, 700])
+def test_row_groups_are_small_many_and_even(tmp_path: Path, count: int) -> None:
+    def labels() -> Iterator[tuple[str, Row]]:
+        for i in range(count):
+            yield "train", {"label": i}
+        yield "validation", {"label": 0}
+
+    groups = prepare(source(labels, {"label": "label"}), tmp_path, None).row_groups("train")
+    assert sum(groups) == count
+    assert len(groups) >= min(8, count)
+    assert max(groups) <= 64
+    assert max(groups[-8:]) - min(groups[-8:]) <= 1
+    assert [row["label"] for row in read(tmp_path / "toy")] == list(range(count))
+
+
+def test_large_rows_make_small_row_groups_and_files_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(picture(0))
+    monkeypatch.setattr(module, "GROUP_BYTES", 2 * size)
+    monkeypatch.setattr(module, "FILE_BYTES", 8 * size)
+    card = prepare(source(lambda: rows(40)), tmp_path, None)
+    assert max(card.row_groups("train")) <= 2
+    assert len(card.splits["train"].files) > 3
+    for shard, path in zip(card.splits["train"].files, card.files(tmp_path / "toy", "train"), strict=True):
+        metadata = pq.read_metadata(path)
+        assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == list(shard.row_groups)
+    assert [row["image"]["bytes"] for row in read(tmp_path / "toy")] == [row["image"] for _, row in rows(40)][:40]
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (prepare(source(), tmp_path / name, None) for name in "ab")
+    assert first == second
+    assert first.fingerprint == second.fingerprint
+
+
+# ---------------------------------------------------------------- once, whole, by one process
+
+
+def refuse() -> Iterator[tuple[str, Row]]:
+    raise AssertionError("the set was prepared a second time")
+
+
+def test_a_prepared_set_is_returned_as_it_is(tmp_path: Path) -> None:
+    card = prepare(source(), tmp_path, None)
+    assert prepare(source(refuse), tmp_path, None) == card
+    assert ensure_prepared(source(refuse), tmp_path, None) == card
+    assert card == Card.load(tmp_path / "toy")
+    assert card.notes == ("Split by hand.",)
+
+
+def test_a_ready_set_needs_no_writable_folder(tmp_path: Path) -> None:
+    card = ensure_prepared(source(), tmp_path, None)
+    (tmp_path / ".toy.lock").unlink()
+    assert ensure_prepared(source(refuse), tmp_path, None) == card
+    assert not (tmp_path / ".toy.lock").exists()
+
+
+def damage_card(folder: Path) -> None:
+    (folder / "card.json").write_text("{")
+
+
+def cut_file(folder: Path) -> None:
+    (folder / "train" / "00000.parquet").write_bytes(b"PAR1")
+
+
+@pytest.mark.parametrize("damage", [damage_card, cut_file])
+def test_a_damaged_set_is_prepared_again(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    card = prepare(source(), tmp_path, None)
+    damage(tmp_path / "toy")
+    said: list[str] = []
+    assert prepare(source(), tmp_path, None, said.append) == card
+    card.verify(tmp_path / "toy")
+    assert str(tmp_path / "toy") in said[0]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["toy"]
+
+
+def test_a_set_of_other_classes_is_prepared_again(tmp_path: Path) -> None:
+    prepare(source(), tmp_path, None)
+    renamed = Source("toy", DataInfo(("a", "b"), 255), SEGMENTATION, source().rows)
+    assert ensure_prepared(renamed, tmp_path, None).classes == ("a", "b")
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="isn't a prepared data set; move it away"):
+        prepare(source(), tmp_path, None)
+    assert (tmp_path / "toy" / "thesis.txt").read_text() == "mine"
+
+
+def in_child(body: Callable[[], None]) -> int | None:
+    """Runs `body` in a forked process; returns its exit code."""
+    child = multiprocessing.get_context("fork").Process(target=body)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def test_a_killed_prepare_leaves_no_set_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    def killed() -> Iterator[tuple[str, Row]]:
+        yield from rows()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(lambda: prepare(source(killed), tmp_path, None) and None) == -signal.SIGKILL
+    assert (tmp_path / ".toy.partial" / "train").exists()  # it died in the middle
+    assert not (tmp_path / "toy").exists()
+    assert prepare(source(), tmp_path, None).splits["train"].rows == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".toy.lock", "toy"]
+
+
+def test_an_interrupted_prepare_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> Iterator[tuple[str, Row]]:
+        yield from rows()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source(interrupted), tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == [".toy.lock"]
+
+
+def test_of_two_processes_one_prepares_and_the_other_says_that_it_waits(tmp_path: Path) -> None:
+    started, waits = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[tuple[str, Row]]:
+        started.set()
+        assert waits.wait(60)
+        yield from rows()
+
+    def say(line: str) -> None:
+        assert "waiting for another process" in line
+        waits.set()
+
+    first = threading.Thread(target=prepare, args=(source(slow), tmp_path, None))
+    first.start()
+    assert started.wait(60)
+    card = prepare(source(refuse), tmp_path, None, say)
+    first.join()
+    assert card.splits["train"].rows == 20
+
+
+def test_a_full_disk_is_an_error_that_says_where_and_how_much_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, rows: list[Row]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module._SplitWriter, "_write_group", full)
+    with pytest.raises(UserError, match=rf"toy can't be written to {tmp_path}: No space left on device \(\d+ MiB free\); make room, or set TRAINER_DATA"):
+        prepare(source(), tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == [".toy.lock"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/data: Not a directory"):
+        prepare(source(), tmp_path / "file" / "data", None)
+
+
+# ---------------------------------------------------------------- surroundings
+
+
+def test_folders_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINER_DATA", "elsewhere")
+    monkeypatch.setenv("TRAINER_ARCHIVES", "archives")
+    assert (data_dir(), archives_dir()) == (Path("elsewhere"), Path("archives"))
+    monkeypatch.delenv("TRAINER_DATA")
+    monkeypatch.delenv("TRAINER_ARCHIVES")
+    assert (data_dir(), archives_dir()) == (Path("data"), None)
+
+
+def test_indices_survive_encoding() -> None:
+    indices = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(read_indices(encode_png(indices)), indices)
+
+
+def call(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(words))
+
+
+def test_the_command_prepares_tells_and_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
+    assert call("shapes") == 0
+    out = capsys.readouterr().out
+    for expected in ("751 rows", "600 train", "151 validation", "circle", str(tmp_path / "shapes")):
+        assert expected in out
+    path = tmp_path / "shapes" / "train" / "00000.parquet"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train/00000\.parquet has changed"):
+        call("shapes", "--verify")
+
+
+def test_the_command_names_the_nearest_data_set() -> None:
+    with pytest.raises(UserError, match="unknown data set 'flowers'; did you mean 'flowers17'"):
+        call("flowers")
