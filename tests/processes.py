@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Imported here, not in every child: what the framework imports at first use takes seconds.
+import datasets  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401  DDP imports it at first use, which takes seconds in every child
+import torch._dynamo  # noqa: F401
 import torch.multiprocessing as mp
 
 from trainer.accelerator import Launch
