@@ -15,7 +15,7 @@ from typing import Any
 import datasets  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 import torch.multiprocessing as mp
 
 from trainer.accelerator import Launch

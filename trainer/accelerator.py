@@ -68,7 +68,7 @@ class Launch:
             )
         if self.dynamo not in ("no", "") and not recipe.train.compile:
             yield recipe.problem("train.compile", f"{self.where} says dynamo backend {self.dynamo}, the recipe doesn't compile; the recipe decides")
-        if recipe.data.batch_size % (self.processes * accumulate):
+        if self.processes > 1 and recipe.data.batch_size % (self.processes * accumulate):
             split = f"{self.processes} processes" + (f" x train.accumulate {accumulate}" if accumulate > 1 else "")
             share = self.processes * accumulate
             near = max(share, round(recipe.data.batch_size / share) * share)
@@ -158,7 +158,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     if deterministic is True or (deterministic == "auto" and not torch.cuda.is_available()):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and hides nothing here
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time and hides nothing here
         torch.backends.cudnn.benchmark = False
     elif torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True

@@ -203,7 +203,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for key, value in model.state_dict().items()}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """A copy of the optimizer's state by parameter name; hyperparameters come from the recipe and aren't stored."""
     return {
         f"{names[parameter]}/{key}": torch.as_tensor(value).detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
@@ -213,7 +213,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> None:
     """Restores what `optimizer_tensors` returned.
 
     State of a parameter's shape gets the parameter's memory layout: fused kernels walk both by address.

@@ -96,9 +96,7 @@ def _register(kind: str, name: str, factory: Callable[..., Any], interface: str 
     signature = inspect.signature(factory, eval_str=True)
     context = tuple(p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY)
     keys: dict[str, Any] = {
-        p.name: (p.annotation, ... if p.default is p.empty else p.default)
-        for p in signature.parameters.values()
-        if p.kind is not p.POSITIONAL_ONLY
+        p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in signature.parameters.values() if p.kind is not p.POSITIONAL_ONLY
     }
     schema = create_model(f"{kind}:{name}", __base__=Settings, **keys)
     _registered[kind][name] = Component(kind, name, factory, schema, context, interface, fields)

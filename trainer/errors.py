@@ -11,9 +11,13 @@ from typing import Any
 class UserError(Exception):
     """A mistake in what the user gave: one message that says what, where and what to do. Exit code 2."""
 
+    label = "error: "
+
 
 class TrainingFailed(Exception):
     """Training can't go on: a non-finite loss, unreadable data beyond what the recipe tolerates. Exit code 3."""
+
+    label = "training failed: "
 
 
 def exit_code(run: Callable[..., Any], *arguments: Any) -> int:
@@ -21,8 +25,7 @@ def exit_code(run: Callable[..., Any], *arguments: Any) -> int:
     try:
         run(*arguments)
     except (UserError, TrainingFailed) as error:
-        mistake = isinstance(error, UserError)
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}" if mistake else f"training failed: {error}", file=sys.stderr, flush=True)
-        return 2 if mistake else 3
+            print(f"{error.label}{error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 3
     return 0

@@ -17,18 +17,38 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 @optimizer()
-def sgd(parameters: Iterable[nn.Parameter], /, *, lr: LearningRate, momentum: Fraction = 0.9, weight_decay: NotNegative = 0.0, nesterov: bool = False) -> torch.optim.Optimizer:
+def sgd(
+    parameters: Iterable[nn.Parameter], /, *, lr: LearningRate, momentum: Fraction = 0.9, weight_decay: NotNegative = 0.0, nesterov: bool = False
+) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum."""
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
 
 @optimizer()
-def adam(parameters: Iterable[nn.Parameter], /, *, lr: LearningRate, beta1: Fraction = 0.9, beta2: Fraction = 0.999, eps: float = 1e-8, weight_decay: NotNegative = 0.0) -> torch.optim.Optimizer:
+def adam(
+    parameters: Iterable[nn.Parameter],
+    /,
+    *,
+    lr: LearningRate,
+    beta1: Fraction = 0.9,
+    beta2: Fraction = 0.999,
+    eps: float = 1e-8,
+    weight_decay: NotNegative = 0.0,
+) -> torch.optim.Optimizer:
     """Adam (Kingma & Ba, 2015); `weight_decay` is an L2 term in the gradient."""
     return torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
 
 
 @optimizer()
-def adamw(parameters: Iterable[nn.Parameter], /, *, lr: LearningRate, beta1: Fraction = 0.9, beta2: Fraction = 0.999, eps: float = 1e-8, weight_decay: NotNegative = 0.01) -> torch.optim.Optimizer:
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    /,
+    *,
+    lr: LearningRate,
+    beta1: Fraction = 0.9,
+    beta2: Fraction = 0.999,
+    eps: float = 1e-8,
+    weight_decay: NotNegative = 0.01,
+) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019)."""
     return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)

@@ -1,17 +1,15 @@
-"""Strict recipes: YAML with `inherit` and `key.path=value`, every mistake at once, each with its place.
+"""Strict recipes: every section validated against the component it names, every mistake at once, each with its place.
 
     problem = "recipes/mine.yaml:8:3: optimizer.lr: must be greater than 0 (got -0.001)"
 
-`load_recipe` reads the file and its parents, merges them, validates each section against the schema
-of the component it names (`components.py`) and runs the cross-field checks.
+`load_recipe` reads the file and its parents (`recipe_file.py`), validates each section against the schema of
+the component it names (`components.py`) and runs the cross-field checks.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
-import io
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,52 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, create_model
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from trainer.components import Component, Settings, catalogue
 from trainer.durations import Clock, Duration, Span
-from trainer.errors import UserError
-
-KeyPath = tuple[str | int, ...]
-Place = str
-"""Where a value stands: `file:line:column`, or `command line`."""
-
-MAX_NODES = 20_000  # a recipe is a page; more is a mistake or an alias bomb
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One mistake: where it stands, which key, what is wrong and what to do."""
-
-    place: Place
-    path: KeyPath
-    what: str
-    got: str | None = None
-
-    def __str__(self) -> str:
-        key = f" {dotted(self.path)}:" if self.path else ""
-        got = "" if self.got is None else f" (got {self.got})"
-        return f"{self.place}:{key} {self.what}{got}"
-
-
-class RecipeError(UserError):
-    """A recipe is wrong; holds every problem found."""
-
-    def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = sorted(set(problems), key=lambda p: (_natural(p.place), p.path != (), str(p.path)))
-        super().__init__("\n".join(map(str, self.problems)))
-
-
-def _natural(place: Place) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in place.split(":")]
-
-
-def dotted(path: KeyPath) -> str:
-    """`("track", 0, "mode")` as `track[0].mode`."""
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-
+from trainer.recipe_file import KeyPath, Place, Problem, Reader, RecipeError, nearest, place_of, short
 
 # ---------------------------------------------------------------- the sections and their schemas
 
@@ -187,7 +143,7 @@ class Recipe:
     def problem(self, path: str, what: str, got: Any = None) -> Problem:
         """A problem at `path` (dotted), placed where the recipe says that key, or the nearest one above it."""
         key: KeyPath = tuple(path.split("."))
-        return Problem(_place(self.places, key, self.path), key, what, None if got is None else str(got))
+        return Problem(place_of(self.places, key, self.path), key, what, None if got is None else str(got))
 
 
 def build(component: Component, settings: Settings, **context: Any) -> Any:
@@ -195,177 +151,20 @@ def build(component: Component, settings: Settings, **context: Any) -> Any:
     return component.build({key: getattr(settings, key) for key in component.schema.model_fields}, **context)
 
 
-# ---------------------------------------------------------------- reading YAML, with positions
-
-
-class _Reader:
-    """Reads a recipe and its parents into one tree, with the place of every key."""
-
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-        self.places: dict[KeyPath, Place] = {}
-
-    def read(self, path: Path, children: tuple[Path, ...] = (), at: Place | None = None) -> dict[str, Any]:
-        where = at or str(path)
-        if path.resolve() in children:
-            chain = " -> ".join(str(p.name) for p in (*children, path))
-            self.problems.append(Problem(where, ("inherit",), f"recipes inherit in a circle: {chain}"))
-            return {}
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            near = difflib.get_close_matches(path.name, _siblings(path), 1)
-            hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-            what = "the parent recipe doesn't exist" if children else "no such recipe"
-            self.problems.append(Problem(where, ("inherit",) if children else (), what + hint, str(path)))
-            return {}
-        except (OSError, UnicodeDecodeError) as error:
-            self.problems.append(Problem(where, (), f"can't be read: {error}"))
-            return {}
-        places: dict[KeyPath, Place] = {}
-        tree = self._parse(text, str(path), places)
-        parent = tree.pop("inherit", None) if isinstance(tree, dict) else None
-        if tree is not None and not isinstance(tree, dict):
-            self.problems.append(Problem(f"{path}:1:1", (), "a recipe is a mapping of sections (task:, data:, model:, …)", _short(tree)))
-            tree = {}
-        merged: dict[str, Any] = {}
-        if parent is not None:
-            place = places.get(("inherit",), str(path))
-            if isinstance(parent, str):
-                merged = self.read(path.parent / parent, (*children, path.resolve()), place)
-            else:
-                self.problems.append(Problem(place, ("inherit",), "must be the file name of another recipe", _short(parent)))
-        return self.merge(merged, tree or {}, places)
-
-    def overrides(self, arguments: Iterable[str]) -> tuple[dict[str, Any], dict[KeyPath, Place]]:
-        """`key.path=value` arguments as one tree."""
-        tree: dict[str, Any] = {}
-        places: dict[KeyPath, Place] = {}
-        for argument in arguments:
-            key, equals, value = argument.partition("=")
-            path: KeyPath = tuple(key.strip().split("."))
-            if not equals or not all(path):
-                self.problems.append(Problem("command line", (), "an override is key.path=value, e.g. optimizer.lr=1e-3", argument))
-                continue
-            inner: dict[KeyPath, Place] = {}
-            parsed = self._parse(value, "command line", inner, flow=True)
-            node = tree
-            for part in path[:-1]:
-                node = node.setdefault(part, {}) if isinstance(node.get(part, {}), dict) else node.update({part: {}}) or node[part]
-            node[path[-1]] = parsed
-            places |= {path[: i + 1]: "command line" for i in range(len(path))}
-            places |= {path + rest: "command line" for rest in inner}
-        return tree, places
-
-    def merge(self, base: dict[str, Any], top: dict[str, Any], places: dict[KeyPath, Place]) -> dict[str, Any]:
-        """Merges `top` over `base`, deeply; a mapping whose `name` changes is replaced whole."""
-        merged = self._merge(_named(base), _named(top), (), places)
-        self.places |= places
-        return merged
-
-    def _merge(self, base: dict[str, Any], top: dict[str, Any], path: KeyPath, places: dict[KeyPath, Place]) -> dict[str, Any]:
-        if "name" in base and "name" in top and base["name"] != top["name"] and path:
-            self.places = {p: place for p, place in self.places.items() if p[: len(path)] != path}
-            return top
-        out = dict(base)
-        for key, value in top.items():
-            if isinstance(value, dict) and isinstance(out.get(key), dict):
-                out[key] = self._merge(out[key], value, (*path, key), places)
-            else:
-                out[key] = value
-        return out
-
-    def _parse(self, text: str, file: str, places: dict[KeyPath, Place], flow: bool = False) -> Any:
-        yaml = YAML(typ="safe", pure=True)
-        try:
-            node = yaml.compose(io.StringIO(text))
-        except MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark and not flow else file
-            self.problems.append(Problem(place, (), f"not valid YAML: {error.problem or error.context}", _short(text) if flow else None))
-            return None
-        except (YAMLError, ValueError) as error:
-            self.problems.append(Problem(file, (), f"not valid YAML: {str(error).splitlines()[0]}"))
-            return None
-        budget = [MAX_NODES]
-        return None if node is None else self._plain(yaml, node, (), file, places, budget)
-
-    def _plain(self, yaml: YAML, node: Node, path: KeyPath, file: str, places: dict[KeyPath, Place], budget: list[int]) -> Any:
-        budget[0] -= 1
-        place = f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-        if budget[0] < 0:
-            if budget[0] == -1:
-                self.problems.append(Problem(place, path, f"more than {MAX_NODES} values; a recipe this large is a mistake"))
-            return None
-        places.setdefault(path, place)
-        if isinstance(node, MappingNode):
-            out: dict[Any, Any] = {}
-            first: dict[Any, int] = {}
-            for key_node, value_node in node.value:
-                key = key_node.value if isinstance(key_node, ScalarNode) else None
-                key_place = f"{file}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
-                if key is None:
-                    self.problems.append(Problem(key_place, path, "a key is a word"))
-                elif key in out:
-                    self.problems.append(Problem(key_place, (*path, key), f"duplicate key; it stands on line {first[key]} already"))
-                else:
-                    first[key] = key_node.start_mark.line + 1
-                    places[(*path, key)] = key_place
-                    out[key] = self._plain(yaml, value_node, (*path, key), file, places, budget)
-            return out
-        if isinstance(node, SequenceNode):
-            return [self._plain(yaml, child, (*path, i), file, places, budget) for i, child in enumerate(node.value)]
-        try:
-            return yaml.constructor.construct_object(node, deep=True)
-        except (YAMLError, ValueError):
-            self.problems.append(Problem(place, path, "not a plain value (tags such as !!python are refused)", str(node.tag)))
-            return None
-
-
-def _named(tree: dict[str, Any]) -> dict[str, Any]:
-    """Writes the short form `loss: soft_iou` as `loss: {name: soft_iou}`."""
-    return {
-        key: {"name": value} if isinstance(value, str) and key in SECTIONS and SECTIONS[key][0] else value for key, value in tree.items()
-    }
-
-
-def _siblings(path: Path) -> list[str]:
-    return [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    text = repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
 # ---------------------------------------------------------------- validation
 
 
-def _place(places: Mapping[KeyPath, Place], path: KeyPath, default: object) -> Place:
-    for end in range(len(path), -1, -1):
-        if path[:end] in places:
-            return places[path[:end]]
-    return str(default)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for an unknown word: the nearest known one, else all of them."""
-    known = list(known)
-    match = difflib.get_close_matches(word, known, 1, cutoff=0.6)
-    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}" if known else "there are none"
-
-
 class _Validator:
-    def __init__(self, reader: _Reader, path: Path) -> None:
+    def __init__(self, reader: Reader, path: Path) -> None:
         self.reader, self.path = reader, path
 
     def report(self, path: KeyPath, what: str, got: Any = None) -> None:
-        place = _place(self.reader.places, path, self.path)
-        self.reader.problems.append(Problem(place, path, what, None if got is None else _short(got)))
+        place = place_of(self.reader.places, path, self.path)
+        self.reader.problems.append(Problem(place, path, what, None if got is None else short(got)))
 
     def component(self, kind: str, value: Any, path: KeyPath) -> Component | None:
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            self.report(path, f"must be a name, or a mapping with a name; {kind}s: {', '.join(catalogue(kind))}", value)
+            self.report(path, f"must be the name of a {kind}, or a mapping with its name; known: {', '.join(catalogue(kind))}", value)
             return None
         found = catalogue(kind).get(value["name"])
         if found is None:
@@ -375,7 +174,7 @@ class _Validator:
     def choices(self, kind: str, value: Any, path: KeyPath) -> list[Choice]:
         """A list of components, each a name or a mapping with a name."""
         if not isinstance(value, list):
-            self.report(path, f"must be a list; {kind}s: {', '.join(catalogue(kind))}", value)
+            self.report(path, f"must be a list; known: {', '.join(catalogue(kind))}", value)
             return []
         chosen: list[Choice] = []
         for i, entry in enumerate(value):
@@ -387,43 +186,52 @@ class _Validator:
         return chosen
 
     def section(self, schema: type[Settings], value: Any, path: KeyPath) -> Any:
+        """Validates a mapping; reports every mistake in it and returns None if there is one."""
         try:
             return schema.model_validate(value)
         except ValidationError as error:
-            seen: set[KeyPath] = set()
+            mistakes: dict[KeyPath, list[Any]] = {}
             for item in error.errors():
-                where = path + _known_prefix(item["loc"], value)
-                if where not in seen:  # a union reports each of its members
-                    seen.add(where)
-                    self._report_pydantic(schema, item, where)
+                mistakes.setdefault(path + _known_prefix(item["loc"], value), []).append(item)
+            for where, items in mistakes.items():  # several for one key: a union reports each of its members
+                known = _keys(schema, items[0]["loc"][:-1])
+                first, *others = dict.fromkeys(_sentence(item, known) for item in items)
+                self.report(where, " or ".join([first, *(other.removeprefix("must be ") for other in others)]), _got(items[0]))
             return None
 
-    def _report_pydantic(self, schema: type[Settings], item: Any, where: KeyPath) -> None:
-        key = str(where[-1]) if where else ""
-        match item["type"]:
-            case "extra_forbidden":
-                self.report(where, f"unknown key; {nearest(key, _keys(schema, item['loc'][:-1]))}", item["input"])
-            case "missing":
-                self.report(where, "this key is required")
-            case "value_error":
-                self.report(where, str(item["ctx"]["error"]), item["input"])
-            case _:
-                self.report(where, _sentence(schema, item), item["input"])
+
+def _sentence(item: Any, known: list[str]) -> str:
+    """A mistake that pydantic found, in this project's words."""
+    match item["type"]:
+        case "extra_forbidden":
+            return f"unknown key; {nearest(str(item['loc'][-1]), known)}"
+        case "missing":
+            return "this key is required"
+        case "value_error":
+            return str(item["ctx"]["error"])
+        case _:
+            return str(item["msg"]).replace("Input should be", "must be")
+
+
+def _got(item: Any) -> Any:
+    return None if item["type"] == "missing" else item["input"]
 
 
 def _known_prefix(location: tuple[str | int, ...], value: Any) -> KeyPath:
-    """The part of pydantic's location that stands in the recipe (it also names members of unions)."""
-    out: list[str | int] = []
+    """The part of pydantic's location that stands in the recipe, and one key that should; the rest names members of unions."""
+    path: list[str | int] = []
     for part in location:
-        if isinstance(value, dict) and part in value or isinstance(value, list) and isinstance(part, int) and part < len(value):
+        if isinstance(value, dict):
+            path.append(part)
+            if part not in value:
+                break
             value = value[part]
-        elif not isinstance(value, dict) or out and not isinstance(value, dict):
-            break
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            path.append(part)
+            value = value[part]
         else:
-            out.append(part)
             break
-        out.append(part)
-    return tuple(out)
+    return tuple(path)
 
 
 def _keys(schema: type[Settings], location: tuple[str | int, ...]) -> list[str]:
@@ -433,19 +241,6 @@ def _keys(schema: type[Settings], location: tuple[str | int, ...]) -> list[str]:
             continue
         schema = annotation
     return list(schema.model_fields)
-
-
-def _sentence(schema: type[Settings], item: Any) -> str:
-    """Pydantic's message in this project's words; for a union, every form that is allowed."""
-    message = item["msg"].replace("Input should be", "must be")
-    root = schema.model_fields.get(str(item["loc"][0])) if item["loc"] else None
-    union = root is not None and len(item["loc"]) > 1 and "|" in str(root.annotation)
-    if union and root is not None:
-        members = str(root.annotation).replace("typing.", "")
-        members = re.sub(r"Annotated\[(\w+), .*?\](?= \||$)", r"\1", members).replace("Literal[", "one of [").replace("NoneType", "null").replace("None", "null")
-        members = members.replace("bool", "true/false").replace("float", "a number").replace("int", "a whole number").replace(" | ", ", or ")
-        return f"{message} (allowed: {members})"
-    return message
 
 
 Check = Callable[[Recipe], Iterator[Problem]]
@@ -464,7 +259,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), checks: Iterabl
         RecipeError: with every problem found.
     """
     path = Path(path)
-    reader = _Reader()
+    reader = Reader(named=[section for section, (kind, *_) in SECTIONS.items() if kind])
     tree = reader.read(path)
     if not tree and reader.problems:
         raise RecipeError(reader.problems)
@@ -526,7 +321,7 @@ def _top_level(tree: dict[str, Any], recipe: Recipe, validator: _Validator) -> N
         return
     for i, plugin in enumerate(plugins):
         try:
-            recipe.plugins.append(_import_plugin(plugin, _place(validator.reader.places, ("plugins",), recipe.path)))
+            recipe.plugins.append(_import_plugin(plugin, place_of(validator.reader.places, ("plugins",), recipe.path)))
         except (ImportError, OSError, SyntaxError, ValueError) as error:
             validator.report(("plugins", i), f"can't be imported: {error}", plugin)
 

@@ -134,7 +134,7 @@ class Control:
 
     def __init__(self) -> None:
         nccl = world_size() > 1 and dist.get_backend() != "gloo"
-        self._group = dist.new_group(backend="gloo") if nccl else None
+        self._group: Any = dist.new_group(backend="gloo") if nccl else None
 
     def maximum(self, values: list[float]) -> list[float]:
         """The largest of each value over all processes."""

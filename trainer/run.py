@@ -13,8 +13,8 @@ from pathlib import Path
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from trainer.errors import exit_code  # noqa: E402
-from trainer.signals import STOP  # noqa: E402
+from trainer.errors import exit_code
+from trainer.signals import STOP
 
 
 def train(recipe_path: str, resume: str, overrides: list[str]) -> None:

@@ -46,7 +46,7 @@ def polynomial(share: Share, /, *, warmup: DurationOrZero = NONE, power: Annotat
 
 
 @schedule()
-def one_cycle(share: Share, /, *, warmup: DurationOrZero = Span.parse("30%"), start: Annotated[float, Field(gt=0, le=1)] = 0.04, final: Factor = 1e-6) -> Schedule:
+def one_cycle(share: Share, /, *, warmup: DurationOrZero = Span.parse("30%"), start: Factor = 0.04, final: Factor = 1e-6) -> Schedule:
     """Half a cosine up from `start`, half a cosine down to `final` (Smith & Topin, 2018); `optimizer.lr` is the peak."""
     peak = share(warmup)
 

@@ -83,6 +83,9 @@ class Trainer:
         self.window_steps = 0
         self.best: float | None = None
 
+        self._started = self._logged_at = self._curves_drawn = time.monotonic()
+        self._logged_step = 0
+
         self.progress = Progress(self.is_main)
         self.folder = RunFolder(runs_dir() / recipe.name)
         self.mirrors = Mirrors([], self.folder.path, recipe.name, {})
@@ -123,12 +126,11 @@ class Trainer:
             use_global_batch_norm(model)
         if train.compile:
             model.compile()  # in place: the keys of the state dict stay as they are
-        learning = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.names = learning
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.ema = Ema(model, train.ema) if train.ema else None
         self.schedule = self.recipe.build("schedule", share=self.clock.share)
         self.base_lr = self.recipe.optimizer.lr
-        optimizer = self.recipe.build("optimizer", parameters=list(learning))
+        optimizer = self.recipe.build("optimizer", parameters=list(self.names))
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.model = self.accelerator.prepare_model(model, evaluation_mode=self.world_size == 1)  # DDP only where there are others
         if self.world_size > 1:

@@ -49,13 +49,13 @@ class PixelCache:
     def read(self, sample_id: int) -> dict[str, Tensor]:
         """A copy of one sample: column -> uint8 (C, H, W)."""
         flat = self.pixels[self.starts[sample_id] : self.starts[sample_id + 1]]
-        return self._split(torch.from_numpy(flat.copy())[None], *self.sizes[sample_id], batch=False)
+        return {column: pixels[0] for column, pixels in self._split(torch.from_numpy(flat.copy())[None], sample_id).items()}
 
     def read_batch(self, sample_ids: list[int]) -> dict[str, Tensor]:
         """Samples of one size, all of them filled: column -> uint8 (B, C, H, W)."""
         assert self.uniform
         rows = self.pixels.reshape(len(self.sizes), -1)[sample_ids]
-        return self._split(torch.from_numpy(rows), *self.sizes[0], batch=True)
+        return self._split(torch.from_numpy(rows), 0)
 
     def write(self, sample_id: int, sample: Mapping[str, Tensor]) -> None:
         """Stores one sample; the byte that says it is there comes last."""
@@ -67,14 +67,11 @@ class PixelCache:
         assert start == self.starts[sample_id + 1]
         self.filled[sample_id] = 1
 
-    def _split(self, rows: Tensor, height: int, width: int, batch: bool) -> dict[str, Tensor]:
-        out, start = {}, 0
-        for column, channels in self.channels.items():
-            end = start + channels * int(height) * int(width)
-            plane = rows[:, start:end].reshape(len(rows), channels, int(height), int(width))
-            out[column] = plane if batch else plane[0]
-            start = end
-        return out
+    def _split(self, rows: Tensor, sample_id: int) -> dict[str, Tensor]:
+        """Cuts rows (B, bytes) of the size of `sample_id` into columns (B, C, H, W)."""
+        height, width = self.sizes[sample_id].tolist()
+        parts = rows.split([channels * height * width for channels in self.channels.values()], dim=1)
+        return {column: part.reshape(len(rows), channels, height, width) for (column, channels), part in zip(self.channels.items(), parts, strict=True)}
 
 
 def _reserve(file: Path, size: int) -> Bytes:

@@ -15,7 +15,7 @@ from trainer.data.source import Row
 from trainer.errors import UserError
 
 SIZE = (48, 32)
-NUMBERS = [*range(1, 21), *range(81, 91), *range(1211, 1221), 1245]
+NUMBERS = [*range(1, 21), *range(81, 91), *range(1211, 1221)]
 
 
 def photograph(seed: int, quality: int = 90) -> bytes:
@@ -45,7 +45,7 @@ def pack(path: Path, files: Mapping[str, bytes]) -> None:
 
 @pytest.fixture
 def images() -> dict[str, bytes]:
-    """All photographs, among them two without trimap and two pairs of the same photograph."""
+    """All photographs, among them two without trimap and one twice, re-encoded."""
     files = {f"jpg/image_{number:04d}.jpg": photograph(number) for number in (*NUMBERS, 500, 501)}
     files["jpg/image_0007.jpg"] = photograph(3, quality=60)
     return {"jpg/files.txt": b"a listing"} | files
@@ -97,8 +97,17 @@ def test_the_split_does_not_change_between_versions() -> None:
 
 def test_the_same_photograph_is_on_one_side(tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]) -> None:
     split = {number(row): side for side, row in rows(tmp_path, images, trimaps)}
-    assert split[3] == split[7]  # re-encoded
-    assert split[1214] == split[1245]  # named in the code: here their pixels differ
+    assert split[3] == split[7]
+
+
+def test_known_duplicates_are_grouped_however_their_pixels_differ() -> None:
+    numbers = (1213, 1214, 1226, 1245, 1248)
+    hashes = dict(zip(numbers, np.random.default_rng(0).random((5, 256)) < 0.5, strict=True))
+    assert group_duplicates(hashes) == [[1213], [1214, 1245], [1226, 1248]]
+
+
+def test_a_group_too_large_for_the_validation_share_is_trained_on() -> None:
+    assert choose_validation([[1, 2, 3], [4, 5, 6], [7, 8, 9], [10]]) == {10}
 
 
 def test_groups_of_duplicates_are_found_and_never_divided() -> None:

@@ -42,7 +42,7 @@ def draw(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     ground = generator.uniform(60, 195, 3)
     image = ground + ramp[..., None] * generator.uniform(-60, 60, 3)
     mask = np.zeros((SIZE, SIZE), np.uint8)
-    for _ in range(generator.integers(1, 5)):
+    for _ in range(generator.integers(1, 4)):
         index = int(generator.integers(1, len(CLASSES)))
         distance = _distance(index, x, y, generator)
         coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # smooth edges
@@ -55,8 +55,8 @@ def draw(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 def _distance(index: int, x: np.ndarray, y: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Signed distance of every pixel to a shape of random size, place and angle; negative inside."""
-    radius = generator.uniform(8, 18)
-    centre = generator.uniform(radius / 2, SIZE - radius / 2, 2)
+    radius = generator.uniform(12, 20)
+    centre = generator.uniform(radius, SIZE - radius, 2)
     angle = generator.uniform(0, 2 * np.pi)
     dx, dy = x - centre[0], y - centre[1]
     if CLASSES[index] == "circle":

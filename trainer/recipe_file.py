@@ -1,0 +1,227 @@
+"""Recipe files: YAML with `inherit` and `key.path=value`, read into one tree that remembers where every key stands."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from trainer.errors import UserError
+
+KeyPath = tuple[str | int, ...]
+Place = str
+"""Where a value stands: `file:line:column`, or `command line`."""
+
+COMMAND_LINE: Place = "command line"
+MAX_NODES = 20_000  # a recipe is a page; more is a mistake or an alias bomb
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: where it stands, which key, what is wrong and what to do."""
+
+    place: Place
+    path: KeyPath
+    what: str
+    got: str | None = None
+
+    def __str__(self) -> str:
+        key = f" {dotted(self.path)}:" if self.path else ""
+        got = "" if self.got is None else f" (got {self.got})"
+        return f"{self.place}:{key} {self.what}{got}"
+
+
+class RecipeError(UserError):
+    """A recipe is wrong; holds every problem found."""
+
+    label = ""  # each line begins with a place already
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = sorted(set(problems), key=lambda p: (_natural(p.place), p.path != (), str(p.path)))
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def _natural(place: Place) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in place.split(":")]
+
+
+def dotted(path: KeyPath) -> str:
+    """`("track", 0, "mode")` as `track[0].mode`."""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+
+
+def place_of(places: Mapping[KeyPath, Place], path: KeyPath, default: object) -> Place:
+    """Where `path` stands, or the nearest key above it."""
+    for end in range(len(path), -1, -1):
+        if path[:end] in places:
+            return places[path[:end]]
+    return str(default)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for an unknown word: the nearest known one, else all of them."""
+    known = list(known)
+    match = difflib.get_close_matches(word, known, 1, cutoff=0.6)
+    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}" if known else "there are none"
+
+
+class Reader:
+    """Reads a recipe and its parents into one tree, with the place of every key.
+
+    Args:
+        named: sections that may be written as a mere name, `loss: soft_iou` for `loss: {name: soft_iou}`.
+
+    Attributes:
+        problems: what was found wrong so far.
+        places: where each key of the merged tree stands.
+    """
+
+    def __init__(self, named: Container[str]) -> None:
+        self.named = named
+        self.problems: list[Problem] = []
+        self.places: dict[KeyPath, Place] = {}
+
+    def read(self, path: Path, children: tuple[Path, ...] = (), at: Place | None = None) -> dict[str, Any]:
+        """Reads `path` over its parents; `children` inherit from it, at the place `at`. Mistakes go to `problems`."""
+        where = at or str(path)
+        if path.resolve() in children:
+            chain = " -> ".join(str(p.name) for p in (*children, path))
+            self.problems.append(Problem(where, ("inherit",), f"recipes inherit in a circle: {chain}"))
+            return {}
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            near = difflib.get_close_matches(path.name, _siblings(path), 1)
+            hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+            what = "the parent recipe doesn't exist" if children else "no such recipe"
+            self.problems.append(Problem(where, ("inherit",) if children else (), what + hint, str(path)))
+            return {}
+        except (OSError, UnicodeDecodeError) as error:
+            self.problems.append(Problem(where, (), f"can't be read: {error}"))
+            return {}
+        places: dict[KeyPath, Place] = {}
+        tree = self._parse(text, str(path), places)
+        parent = tree.pop("inherit", None) if isinstance(tree, dict) else None
+        if tree is not None and not isinstance(tree, dict):
+            self.problems.append(Problem(f"{path}:1:1", (), "a recipe is a mapping of sections (task:, data:, model:, …)", short(tree)))
+            tree = {}
+        merged: dict[str, Any] = {}
+        if parent is not None:
+            place = places.get(("inherit",), str(path))
+            if isinstance(parent, str):
+                merged = self.read(path.parent / parent, (*children, path.resolve()), place)
+            else:
+                self.problems.append(Problem(place, ("inherit",), "must be the file name of another recipe", short(parent)))
+        return self.merge(merged, tree or {}, places)
+
+    def overrides(self, arguments: Iterable[str]) -> tuple[dict[str, Any], dict[KeyPath, Place]]:
+        """`key.path=value` arguments as one tree, and the places of its keys."""
+        tree: dict[str, Any] = {}
+        places: dict[KeyPath, Place] = {}
+        for argument in arguments:
+            dotted_path, equals, value = argument.partition("=")
+            path = dotted_path.strip().split(".")
+            if not equals or not all(path):
+                self.problems.append(Problem(COMMAND_LINE, (), "an override is key.path=value, e.g. optimizer.lr=1e-3", argument))
+                continue
+            inner: dict[KeyPath, Place] = {}
+            parsed = self._parse(value, COMMAND_LINE, inner)
+            node = tree
+            for part in path[:-1]:
+                if not isinstance(node.get(part), dict):
+                    node[part] = {}
+                node = node[part]
+            node[path[-1]] = parsed
+            for end in range(1, len(path) + 1):
+                places[tuple(path[:end])] = COMMAND_LINE
+            for rest in inner:
+                places[(*path, *rest)] = COMMAND_LINE
+        return tree, places
+
+    def merge(self, base: dict[str, Any], top: dict[str, Any], places: dict[KeyPath, Place]) -> dict[str, Any]:
+        """Merges `top` over `base`, deeply; a mapping whose `name` changes is replaced whole."""
+        merged = self._merge(self._long_form(base), self._long_form(top), (), places)
+        self.places |= places
+        return merged
+
+    def _merge(self, base: dict[str, Any], top: dict[str, Any], path: KeyPath, places: dict[KeyPath, Place]) -> dict[str, Any]:
+        if path and "name" in base and "name" in top and base["name"] != top["name"]:
+            self.places = {p: place for p, place in self.places.items() if p[: len(path)] != path}
+            return top
+        out = dict(base)
+        for key, value in top.items():
+            if isinstance(value, dict) and isinstance(out.get(key), dict):
+                out[key] = self._merge(out[key], value, (*path, key), places)
+            else:
+                out[key] = value
+        return out
+
+    def _long_form(self, tree: dict[str, Any]) -> dict[str, Any]:
+        return {key: {"name": value} if isinstance(value, str) and key in self.named else value for key, value in tree.items()}
+
+    def _parse(self, text: str, file: str, places: dict[KeyPath, Place]) -> Any:
+        yaml = YAML(typ="safe", pure=True)
+        try:
+            node = yaml.compose(io.StringIO(text))
+        except MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            override = file == COMMAND_LINE
+            place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark and not override else file
+            self.problems.append(Problem(place, (), f"not valid YAML: {error.problem or error.context}", short(text) if override else None))
+            return None
+        except (YAMLError, ValueError) as error:
+            self.problems.append(Problem(file, (), f"not valid YAML: {str(error).splitlines()[0]}"))
+            return None
+        budget = [MAX_NODES]
+        return None if node is None else self._plain(yaml, node, (), file, places, budget)
+
+    def _plain(self, yaml: YAML, node: Node, path: KeyPath, file: str, places: dict[KeyPath, Place], budget: list[int]) -> Any:
+        budget[0] -= 1
+        place = f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        if budget[0] < 0:
+            if budget[0] == -1:
+                self.problems.append(Problem(place, path, f"more than {MAX_NODES} values; a recipe this large is a mistake"))
+            return None
+        places.setdefault(path, place)
+        if not str(node.tag).startswith("tag:yaml.org,2002:") or "python" in str(node.tag):
+            self.problems.append(Problem(place, path, "tags are refused: a recipe holds plain values", str(node.tag)))
+            return None
+        if isinstance(node, MappingNode):
+            out: dict[Any, Any] = {}
+            first: dict[Any, int] = {}
+            for key_node, value_node in node.value:
+                key = key_node.value if isinstance(key_node, ScalarNode) else None
+                key_place = f"{file}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
+                if key is None:
+                    self.problems.append(Problem(key_place, path, "a key is a word"))
+                elif key in out:
+                    self.problems.append(Problem(key_place, (*path, key), f"duplicate key; it stands on line {first[key]} already"))
+                else:
+                    first[key] = key_node.start_mark.line + 1
+                    places[(*path, key)] = key_place
+                    out[key] = self._plain(yaml, value_node, (*path, key), file, places, budget)
+            return out
+        if isinstance(node, SequenceNode):
+            return [self._plain(yaml, child, (*path, i), file, places, budget) for i, child in enumerate(node.value)]
+        try:
+            return yaml.constructor.construct_object(node, deep=True)
+        except (YAMLError, ValueError):
+            self.problems.append(Problem(place, path, "not a plain value", node.value))
+            return None
+
+
+def _siblings(path: Path) -> list[str]:
+    return [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+
+
+def short(value: Any, limit: int = 80) -> str:
+    """A value as a message quotes it."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
