@@ -372,16 +372,17 @@ def _check_durations(recipe: Recipe) -> Iterator[Problem]:
     if recipe.train.duration.unit == "%":
         yield recipe.problem("train.duration", "can't be a share of itself; give it in steps, epochs or minutes", recipe.train.duration)
         return
-    for section in ("schedule",):
-        for key, value in recipe.sections[section]:
-            if isinstance(value, Span):
-                try:
-                    share = clock.share(value) if "epochs" not in (value.unit, clock.duration.unit) or value.unit == clock.duration.unit else 0.0
-                except ValueError as error:
-                    yield recipe.problem(f"{section}.{key}", str(error))
-                else:
-                    if share > 1:
-                        yield recipe.problem(f"{section}.{key}", f"is longer than the training (train.duration {clock.duration})", value)
+    for key, value in recipe.schedule:
+        if not isinstance(value, Span):
+            continue
+        try:
+            share = clock.share(value)
+        except ValueError as error:
+            yield recipe.problem(f"schedule.{key}", str(error))
+        else:
+            comparable = {value.unit, clock.duration.unit} != {"steps", "epochs"}  # these need the size of the data set
+            if comparable and share > 1:
+                yield recipe.problem(f"schedule.{key}", f"is longer than the training (train.duration {clock.duration})", value)
 
 
 CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
@@ -401,5 +402,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         return out
 
     a, b = flatten(old), flatten(new)
-    keys = [key for key in {**a, **b} if a.get(key, None) != b.get(key, None)]
-    return [key for key in keys if not any(key == free or key.startswith(free + ".") for free in ("name", *RESUMABLE))]
+    changed = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    found = [key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in ("name", *RESUMABLE))]
+    before, after = Span.parse(a["train.duration"]), Span.parse(b["train.duration"])
+    if after.unit == before.unit and after.value < before.value:
+        found.append("train.duration (shorter than before)")
+    return found

@@ -23,7 +23,8 @@ def test_any_number_of_processes_and_workers_sees_the_same_samples_and_losses(tm
     runs = {}
     for world_size, workers in ((1, 0), (1, 3), (2, 0), (2, 1), (4, 0), (4, 3)):
         name = f"p{world_size}w{workers}"
-        run_processes(world_size, train, recipe, (f"name={name}", f"data.workers={workers}"))
+        cache = "auto" if workers else "off"  # both kinds of reading
+        run_processes(world_size, train, recipe, (f"name={name}", f"data.workers={workers}", f"data.cache={cache}"))
         runs[name] = lines(tmp_path / "runs" / name)
     reference = runs.pop("p1w0")
     assert len({line["data_fingerprint"] for line in reference if line["split"] == "train"}) == 20

@@ -63,7 +63,10 @@ class RowGroups:
             stream = datasets.load_dataset("parquet", data_files={"split": self.files}, split="split", streaming=True)
             self._stream = stream.decode(False).reshard()  # a shard for each row group
             assert self._stream.num_shards == len(self.counts)
-        rows = list(self._stream.shard(num_shards=len(self.counts), index=group))
+        shard = self._stream.shard(num_shards=len(self.counts), index=group)
+        # Not list(shard): inside a loader worker that would split the row group among the workers.
+        (columns,) = shard.iter(batch_size=self.counts[group])
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         assert len(rows) == self.counts[group]
         return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,10 +45,12 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task:
     except (ConnectionError, ValueError) as error:
         raise UserError(f"model.weights: {error}") from error
     train_only(model, recipe.model.train_only)
-    context = {"num_classes": info.num_classes, "ignore_index": info.ignore_index, "classes": info.classes}
-    loss = recipe.build("loss", **context)
-    task: Task = recipe.build("task", model=model, loss=loss, **context)
+    task: Task = recipe.build("task", model=model, loss=recipe.build("loss", **_context(info)), **_context(info))
     return task
+
+
+def _context(info: DataInfo) -> dict[str, Any]:
+    return {"num_classes": info.num_classes, "ignore_index": info.ignore_index, "classes": info.classes}
 
 
 def check_model(recipe: Recipe) -> Iterator[Problem]:
@@ -66,6 +69,14 @@ def check_model(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem(f"model.{key}", str(error).removeprefix(f"model.{key}: "), getattr(recipe.model, key))
 
 
+def check_loss(recipe: Recipe) -> Iterator[Problem]:
+    """Builds the loss, to see that its settings fit the data."""
+    try:
+        recipe.build("loss", **_context(recipe.build("data").info))
+    except (ValueError, UserError) as error:
+        yield recipe.problem("loss", str(error))
+
+
 def check_best(recipe: Recipe) -> Iterator[Problem]:
     """`evaluate.best` is a metric that the task computes."""
     names = recipe.components["task"].factory.metric_names  # type: ignore[attr-defined]
@@ -73,5 +84,5 @@ def check_best(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem("evaluate.best", f"unknown metric; {nearest(recipe.evaluate.best, names)}", recipe.evaluate.best)
 
 
-TASK_CHECKS = ((("data", "model"), check_model), (("task", "evaluate"), check_best))
+TASK_CHECKS = ((("data", "model"), check_model), (("data", "loss"), check_loss), (("task", "evaluate"), check_best))
 """For `load_recipe`."""

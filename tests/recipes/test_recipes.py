@@ -1,0 +1,59 @@
+"""Every recipe of the repository trains for a few steps, on generated data in the place of its data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.processes import run_processes, train
+from trainer.accelerator import Launch
+from trainer.recipe import load_recipe
+from trainer.tasks.build import TASK_CHECKS
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+STAND_IN = Path(__file__).resolve().parents[1] / "stand_in.py"
+# What a test changes: less of everything, no download; whatever else the recipe says is tried.
+SMALLER = (
+    "name=small",
+    f"plugins=[{STAND_IN}]",
+    "data.name=stand_in",
+    "data.batch_size=4",
+    "data.workers=0",
+    "train.duration=2 steps",
+    "train.threads=1",
+    "evaluate.every=2 steps",
+    "evaluate.pictures=2",
+    "track=[]",
+)
+
+
+def test_there_are_recipes() -> None:
+    assert ROOT / "recipes" / "quickstart.yaml" in RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_recipe_is_valid_and_says_what_it_is(recipe: Path) -> None:
+    loaded = load_recipe(recipe, (), [*Launch(processes=1).checks(), *TASK_CHECKS])
+    assert loaded.evaluate.best
+    header = recipe.read_text(encoding="utf-8").split("\n\n")[0]
+    assert header.startswith("#") and "Result:" in header and "Cost:" in header
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_recipe_trains_on_generated_data(recipe: Path, tmp_path: Path) -> None:
+    settings = load_recipe(recipe)
+    augment = YAML(typ="safe").load(json.dumps([chosen.model_dump(mode="json") for _, chosen in settings.augmentations]))
+    kept = [f"data.augment={json.dumps(augment)}", f"data.window={settings.data.window}"]
+    if settings.data.resize:
+        kept.append(f"data.resize={settings.data.resize}")
+    if getattr(settings.model, "weights", "none") != "none":
+        kept.append("model.weights=none")
+    run_processes(1, train, recipe, (*SMALLER, *kept))
+    run = tmp_path / "runs" / "small"
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+    assert (run / "checkpoints" / "last" / "model.safetensors").exists()
+    assert list((run / "pictures").glob("validation_*.png"))

@@ -1,0 +1,129 @@
+"""Batches are the same whoever loads them, from Parquet or from the cache, and images move together with their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from trainer.components import catalogue
+from trainer.data.card import Card
+from trainer.data.order import Order, Shard, Slices
+from trainer.data.prepare import encode_png, prepare
+from trainer.data.source import DataInfo, Row, Source
+from trainer.data.stream import EvaluationBatches, Samples, Stream
+from trainer.errors import TrainingFailed, UserError
+
+COUNT = 30
+
+
+def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
+    """Masks are the red channel, so that any movement of one without the other shows."""
+    for index in range(COUNT + 5):
+        red = np.random.default_rng(index).integers(0, 255, (20, 24), dtype=np.uint8)
+        image = np.stack([red, np.full_like(red, index), red // 2], axis=-1)
+        yield "train" if index < COUNT else "validation", {"image": encode_png(image), "mask": encode_png(red), "label": index}
+
+
+SOURCE = Source("paired", DataInfo(("a", "b"), 255), {"image": "image", "mask": "mask", "label": "label"}, _rows)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> tuple[Path, Card]:
+    card = prepare(SOURCE, tmp_path, None, lambda line: None)
+    return tmp_path / "paired", card
+
+
+def samples(prepared: tuple[Path, Card], *, transforms: Any = (), cache: bool = True, resize: Any = None, split: str = "train") -> Samples:
+    order = Order(prepared[1].row_groups("train"), 5, 2) if split == "train" else None
+    return Samples(*prepared, split, order, resize, transforms, cache, window=2)
+
+
+def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+FLIP = (v2.RandomHorizontalFlip(0.5), v2.RandomCrop((16, 16)))
+
+
+@pytest.mark.parametrize("transforms", [(), FLIP], ids=["plain", "augmented"])
+def test_batches_depend_neither_on_workers_nor_on_the_cache_nor_on_where_they_begin(prepared: tuple[Path, Card], transforms: Any) -> None:
+    def batches(cache: bool, workers: int, first: int = 0) -> list[dict[str, Any]]:
+        slices = Slices(6, 1, 0, 1, first)
+        return list(islice(Stream(samples(prepared, transforms=transforms, cache=cache), slices, workers), 12 - first))
+
+    reference = batches(cache=False, workers=0)
+    assert reference[0]["image"].dtype == torch.uint8 and reference[0]["image"].shape[1] == 3
+    assert {int(e) for batch in reference for e in batch["epoch"]} == {0, 1, 2}
+    for found in (batches(True, 0), batches(True, 0), batches(True, 2), batches(False, 2)):
+        assert all(equal(a, b) for a, b in zip(found, reference, strict=True))
+    assert all(equal(a, b) for a, b in zip(batches(True, 0, first=7), reference[7:], strict=True))
+
+
+def test_masks_move_with_their_images_and_are_never_interpolated(prepared: tuple[Path, Card]) -> None:
+    """The mask is the red channel: after crops and flips it must still be; resizing may only repeat its values."""
+    crops = [catalogue("augmentation")[name].build(settings, ignore_index=255) for name, settings in (("random_crop", {"size": [14, 18]}), ("horizontal_flip", {"p": 0.5}))]
+    flipped = set()
+    for batch in islice(Stream(samples(prepared, transforms=crops), Slices(6, 1, 0, 1, 0), 0), 10):
+        assert torch.equal(batch["image"][:, :1], batch["mask"])
+        assert torch.equal(batch["label"], batch["sample_id"])
+        flipped |= {batch["mask"].float().mean().item()}
+    assert len(flipped) == 10
+    resized = catalogue("augmentation")["random_resized_crop"].build({"size": [33, 33], "scale": [0.5, 1.0], "ratio": [0.75, 1.33]})
+    for batch in islice(Stream(samples(prepared, transforms=[resized]), Slices(6, 1, 0, 1, 0), 0), 5):
+        for sample_id, mask in zip(batch["sample_id"].tolist(), batch["mask"], strict=True):
+            red = np.random.default_rng(sample_id).integers(0, 255, (20, 24), dtype=np.uint8)
+            assert set(mask.unique().tolist()) <= set(red.reshape(-1).tolist())
+
+
+def test_the_global_generator_is_left_alone(prepared: tuple[Path, Card]) -> None:
+    """Dropout is seeded by the step; loading a batch must not move its generator."""
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    next(Stream(samples(prepared, transforms=FLIP), Slices(6, 1, 0, 1, 0), 0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_resize_is_done_once_and_kept(prepared: tuple[Path, Card]) -> None:
+    first = samples(prepared, resize=[10, 12])
+    a = first.__getitems__([0, 1, 2])
+    assert a["image"].shape == (3, 3, 10, 12) and a["mask"].shape == (3, 1, 10, 12)
+    first.rows._read = None  # type: ignore[method-assign,assignment]  # Parquet can't be read any more
+    assert equal(first.__getitems__([0, 1, 2]), a)
+
+
+def test_evaluation_is_in_order_without_augmentation(prepared: tuple[Path, Card]) -> None:
+    batches = EvaluationBatches(samples(prepared, split="validation", transforms=FLIP), Shard(5, 2, 0, 1), 0)
+    for _ in range(2):
+        assert [i for batch in batches for i in batch["sample_id"].tolist()] == [0, 1, 2, 3, 4]
+    assert next(iter(batches))["image"].shape == (2, 3, 20, 24)
+
+
+def test_a_full_disk_turns_the_cache_off_with_a_line(prepared: tuple[Path, Card], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    assert samples(prepared).cache is None
+    assert "data.cache is off" in capsys.readouterr().err
+
+
+def test_a_damaged_image_is_named(prepared: tuple[Path, Card]) -> None:
+    broken = samples(prepared, cache=False)
+    row = dict(broken.rows.row(0, 0), image={"bytes": b"\x89PNG nothing", "path": None})
+    broken.rows.row = lambda group, index: row  # type: ignore[method-assign]
+    with pytest.raises(TrainingFailed, match=r"paired/train: sample \d+: image can't be decoded"):
+        broken.__getitems__([0])
+
+
+def test_images_of_several_sizes_in_a_batch_say_what_to_do(prepared: tuple[Path, Card]) -> None:
+    mixed = samples(prepared)
+    with pytest.raises(UserError, match=r"differ in size .* set data.resize=\[H,W\]"):
+        mixed._stack([{"image": torch.zeros(3, 4, 4)}, {"image": torch.zeros(3, 5, 4)}])
