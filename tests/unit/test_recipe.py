@@ -10,6 +10,7 @@ from trainer.accelerator import Launch
 from trainer.recipe import Recipe, RecipeError, differences, load_recipe
 from trainer.tasks.build import TASK_CHECKS
 
+ALONE = Launch()
 BASE = """task: segmentation
 data: {name: shapes, batch_size: 32, augment: [horizontal_flip]}
 model: {name: unet}
@@ -20,13 +21,13 @@ evaluate: {best: miou}
 """
 
 
-def check(folder: Path, text: str, *overrides: str, launch: Launch = Launch()) -> Recipe:
+def check(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -> Recipe:
     (folder / "base.yaml").write_text(BASE, encoding="utf-8")
     (folder / "r.yaml").write_text(f"inherit: base.yaml\n{text}\n", encoding="utf-8")
     return load_recipe(folder / "r.yaml", overrides, [*launch.checks(), *TASK_CHECKS])
 
 
-def problems(folder: Path, text: str, *overrides: str, launch: Launch = Launch()) -> list[str]:
+def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -> list[str]:
     with pytest.raises(RecipeError) as error:
         check(folder, text, *overrides, launch=launch)
     return [line.removeprefix(f"{folder}/") for line in str(error.value).splitlines()]
@@ -144,9 +145,7 @@ def test_only_what_changes_the_computation_makes_a_run_another_one(tmp_path: Pat
 
 
 def test_an_alias_bomb_is_refused_quickly(tmp_path: Path) -> None:
-    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)
-    )
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True))
     assert any("more than 20000 values" in line for line in problems(tmp_path, bomb))
 
 

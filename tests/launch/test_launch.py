@@ -1,0 +1,91 @@
+"""The commands as users type them, in real processes. A launch takes seconds, so there are few."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import write_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+LAUNCH = [str(BIN / "accelerate"), "launch", "--config_file", "accelerate_config.yaml", "--main_process_port", "0"]
+pytestmark = pytest.mark.launch
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_a_launch_of_two_processes_trains_and_says_so_once(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    done = run(*LAUNCH, "--num_processes", "2", "trainer/run.py", recipe, "train.duration=4 steps")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("finished run: 4 steps") == 1
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["world_size"]) == ("finished", 2)
+    again = run(sys.executable, "trainer/run.py", recipe, "train.duration=4 steps")
+    assert again.returncode == 0 and "finished already, at step 4" in again.stderr
+
+
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    for command in ([sys.executable, "trainer/run.py", recipe], [BIN / "trainer", "check", recipe]):
+        done = run(*command, "optimizer.lr=-1", "loss.name=soft_iuo")
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines() == [
+            "command line: loss.name: unknown loss; did you mean 'soft_iou'? (got 'soft_iuo')",
+            "command line: optimizer.lr: must be greater than 0 (got -1)",
+        ]
+
+
+def test_check_prints_the_resolved_recipe_and_what_reading_costs(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    prepared = run(BIN / "trainer", "prepare", "shapes")
+    assert prepared.returncode == 0 and "751 rows, 600 train, 151 validation" in prepared.stdout
+    done = run(BIN / "trainer", "check", "recipes/quickstart.yaml", "--num_processes", "2", "train.seed=7")
+    assert done.returncode == 0 and "seed: 7" in done.stdout and "rows for each one used (2 processes" in done.stderr
+    assert run(BIN / "trainer", "check", recipe, "--num_processes", "3").returncode == 2
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    command = [sys.executable, "trainer/run.py", str(recipe), "train.duration=100000 steps", "train.log_every=1 steps", "checkpoint.every=100000 steps"]
+    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "stopped on SIGINT at step" in errors.splitlines()[-1]
+    step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["status"] == "stopped"
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "resumed run from step" in line:
+                assert int(line.split()[-1]) == step
+                process.send_signal(signal.SIGTERM)
+                break
+        else:
+            raise AssertionError("it didn't go on")
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    assert run(sys.executable, "trainer/run.py", recipe, "train.duration=2 steps").returncode == 0
+    done = run(sys.executable, "trainer/run.py", recipe, "train.duration=2 steps", "optimizer.lr=0.5", "train.seed=3")
+    assert done.returncode == 2 and "these keys differ: optimizer.lr, train.seed" in done.stderr
+    moved = run(sys.executable, "trainer/run.py", recipe, "train.duration=2 steps", "optimizer.lr=0.5", "--resume", "never")
+    assert moved.returncode == 0 and (tmp_path / "runs" / "run.1" / "summary.json").exists()
