@@ -1,0 +1,1 @@
+"""Speed, measured against a plain loop in the same run, and printed as ratios."""

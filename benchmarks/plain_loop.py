@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 from trainer.models.unet import UNet
 
 MEAN, STD = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) * 255 for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))

@@ -154,8 +154,10 @@ class Trainer:
 
     def _fit(self) -> Status:
         restored = checkpoints.load(self.restore_from) if self.restore_from else None
-        first_step = restored.step if restored else 0
-        slices = Slices(self.recipe.data.batch_size, self.recipe.train.accumulate, self.rank, self.world_size, first_step)
+        if restored and self.clock.finished(restored.step, restored.trainer["seconds"]):
+            self.progress.say(f"{self.recipe.name} is finished already, at step {restored.step}; a longer train.duration goes on from there")
+            return "finished"
+        slices = Slices(self.recipe.data.batch_size, self.recipe.train.accumulate, self.rank, self.world_size, first_step=restored.step if restored else 0)
         batches: Iterator[Batch] = iter(Stream(self.train_samples, slices, self.workers))
         set_train_mode(self.task.model)
         if self.world_size > 1:
@@ -164,11 +166,7 @@ class Trainer:
             batches = chain([first], batches)
         if restored:
             self._restore(restored)
-        if self.clock.finished(self.step, self.seconds):
-            self.progress.say(f"{self.recipe.name} is finished already, at step {self.step}; a longer train.duration goes on from there")
-            return "finished"
-        self._open_mirrors()
-        self.progress.start(self.clock.total_steps, self.step)
+        self._begin()
 
         status: Status | None = None
         while status is None:
@@ -281,12 +279,7 @@ class Trainer:
         model = self.ema.model if self.ema else self.task.model
         forward = self._forward(model)
         metrics = evaluate(self.task, model, forward, self.valid_batches, self.valid_samples, self._to_device)
-        watched = self.recipe.evaluate.best
-        value = metrics[watched]
-        sign = -1.0 if lower_is_better(watched) else 1.0
-        improved = self.best is None or sign * value > sign * self.best
-        if improved:
-            self.best = value
+        improved = self._is_best(metrics.get(self.recipe.evaluate.best))
         if self.is_main:
             line = self._line("validation") | metrics
             self.folder.log(line)
@@ -297,12 +290,21 @@ class Trainer:
         set_train_mode(self.task.model)
         return improved
 
+    def _is_best(self, value: float | None) -> bool:
+        """Whether the watched metric (None: it has no value on this set) is better than ever before; keeps it if so."""
+        sign = -1.0 if lower_is_better(self.recipe.evaluate.best) else 1.0
+        improved = value is not None and (self.best is None or sign * value > sign * self.best)
+        if improved:
+            self.best = value
+        return improved
+
     @torch.no_grad()
     def _draw_pictures(self, forward: Callable[..., Any]) -> None:
-        """Draws the first validation samples, and the curves now and then."""
-        count = min(self.recipe.evaluate.pictures, len(self.valid_samples))
+        """Draws a few samples from all over the validation set, always the same ones, and the curves now and then."""
+        size = len(self.valid_samples)
+        count = min(self.recipe.evaluate.pictures, size)
         if count:
-            batch = self._to_device(self.valid_samples.__getitems__(list(range(count))))
+            batch = self._to_device(self.valid_samples.__getitems__([i * size // count for i in range(count)]))
             rows = self.task.pictures(forward, batch).cpu()
             file = self.folder.pictures / f"validation_step_{self.step:08d}.png"
             Image.fromarray(rows.permute(0, 2, 3, 1).flatten(0, 1).numpy()).save(file)  # one below the other
@@ -319,10 +321,10 @@ class Trainer:
     def _save(self, best: bool) -> None:
         """Saves the state of the run; all processes take part in collecting it, rank 0 writes it."""
         fingerprint = self._global_fingerprint()
-        if not self.is_main:
-            return
         terms = {name: float(value) for name, value in self.window.items()}
         self._check_finite(terms)
+        if not self.is_main:
+            return
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
@@ -376,10 +378,12 @@ class Trainer:
         self.folder.write_environment(environment() | {"precision": precision, "device": str(self.device)})
         return found
 
-    def _open_mirrors(self) -> None:
+    def _begin(self) -> None:
+        """Opens the mirrors and the progress bar, and starts the clock."""
         if self.is_main:
             self._write_summary("running")
             self.mirrors = Mirrors(self.recipe.trackers, self.folder.path, self.recipe.name, self.recipe.resolved())
+        self.progress.start(self.clock.total_steps, self.step)
         self._curves_drawn = self._logged_at = time.monotonic()
         self._logged_step = self.step
         self._started = self._logged_at - self.seconds

@@ -49,7 +49,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
 def test_check_prints_the_resolved_recipe_and_what_reading_costs(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     prepared = run(BIN / "trainer", "prepare", "shapes")
-    assert prepared.returncode == 0 and "751 rows, 600 train, 151 validation" in prepared.stdout
+    assert prepared.returncode == 0 and "1651 rows, 1500 train, 151 validation" in prepared.stdout
     done = run(BIN / "trainer", "check", "recipes/quickstart.yaml", "--num_processes", "2", "train.seed=7")
     assert done.returncode == 0 and "seed: 7" in done.stdout and "rows for each one used (2 processes" in done.stderr
     assert run(BIN / "trainer", "check", recipe, "--num_processes", "3").returncode == 2

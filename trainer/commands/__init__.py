@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from trainer.errors import exit_code
+from trainer.recipe_file import nearest
 
 
 def _help(verb: str) -> str:
@@ -25,14 +26,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs `trainer VERB …`; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verbs = sorted(info.name for info in pkgutil.iter_modules(__path__))
-    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
-    parser = argparse.ArgumentParser(prog="trainer", description="Recipe-driven training. To train: accelerate launch trainer/run.py RECIPE")
-    commands = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in verbs:
-        command = commands.add_parser(verb, help=_help(verb), description=_help(verb))
-        if verb == chosen:
-            module = importlib.import_module(f"{__name__}.{verb}")
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
-    return exit_code(options.run, options)
+    if not arguments or arguments[0] not in verbs:
+        asked = arguments[:1] in (["-h"], ["--help"])
+        if arguments and not asked:
+            print(f"error: unknown command {arguments[0]!r}; {nearest(arguments[0], verbs)}\n", file=sys.stderr)
+        print("usage: trainer VERB …    (trainer VERB --help says more)\n", file=sys.stdout if asked else sys.stderr)
+        for verb in verbs:
+            print(f"  {verb:10} {_help(verb)}", file=sys.stdout if asked else sys.stderr)
+        print("\nTo train: accelerate launch trainer/run.py RECIPE", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    verb, *rest = arguments
+    module = importlib.import_module(f"{__name__}.{verb}")
+    parser = argparse.ArgumentParser(prog=f"trainer {verb}", description=module.HELP)
+    module.add_arguments(parser)
+    return exit_code(module.run, parser.parse_intermixed_args(rest))

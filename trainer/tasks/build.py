@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from trainer.errors import UserError
 from trainer.models.freeze import train_only
 from trainer.models.layers import check_layers
 from trainer.models.weights import load_safetensors
-from trainer.recipe import Problem, Recipe, nearest
+from trainer.recipe import Problem, Recipe
+from trainer.recipe_file import nearest
 from trainer.seeds import Use, mix
 from trainer.tasks.task import Task
 
@@ -62,11 +64,17 @@ def check_model(recipe: Recipe) -> Iterator[Problem]:
     except (ValueError, UserError) as error:
         yield recipe.problem("model", str(error))
         return
-    for key in ("train_only", "reset_layers"):
+    settings = recipe.model
+    for key, apply in (("train_only", train_only), ("reset_layers", partial(check_layers, key="model.reset_layers"))):
         try:
-            check_layers(model, getattr(recipe.model, key), f"model.{key}")
+            apply(model, getattr(settings, key))
         except ValueError as error:
-            yield recipe.problem(f"model.{key}", str(error).removeprefix(f"model.{key}: "), getattr(recipe.model, key))
+            yield recipe.problem(f"model.{key}", str(error).removeprefix(f"model.{key}: "), getattr(settings, key))
+            return
+    if settings.train_only and not any(parameter.requires_grad for parameter in model.parameters()):
+        yield recipe.problem("model.train_only", "these layers have no parameters, so nothing would learn", settings.train_only)
+    if settings.reset_layers and not getattr(settings, "weights", "").endswith(".safetensors"):
+        yield recipe.problem("model.reset_layers", "says what starts new instead of from a safetensors file: set model.weights to one", settings.reset_layers)
 
 
 def check_loss(recipe: Recipe) -> Iterator[Problem]:

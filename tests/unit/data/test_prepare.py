@@ -333,7 +333,7 @@ def test_the_command_prepares_tells_and_verifies(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
     assert call("shapes") == 0
     out = capsys.readouterr().out
-    for expected in ("751 rows", "600 train", "151 validation", "circle", str(tmp_path / "shapes")):
+    for expected in ("1651 rows", "1500 train", "151 validation", "circle", str(tmp_path / "shapes")):
         assert expected in out
     path = tmp_path / "shapes" / "train" / "00000.parquet"
     content = bytearray(path.read_bytes())

@@ -14,7 +14,7 @@ from trainer.data.source import DataInfo, Row, Source
 CLASSES = ("background", "circle", "square", "triangle")
 IGNORE = 255
 SIZE = 64
-SPLITS = {"train": 600, "validation": 151}  # a prime: no number of processes divides the validation set
+SPLITS = {"train": 1500, "validation": 151}  # a prime: no number of processes divides the validation set
 
 
 @dataset(fields=("image", "mask"))
