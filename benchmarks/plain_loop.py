@@ -45,13 +45,15 @@ def shuffled(images: Tensor, masks: Tensor, batch_size: int) -> Iterator[tuple[T
 def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], steps: int, lr: float, bf16: bool = False) -> Iterator[Tensor]:
     """The loop; yields the loss of each step. Cosine schedule, AdamW, cross entropy that ignores 255."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    dtype = next(model.parameters()).dtype
+    device, dtype = (weights := next(model.parameters())).device, weights.dtype
+    mean, std = MEAN.to(device, dtype), STD.to(device, dtype)
     model.train()
     for step, (images, masks) in zip(range(steps), batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 + np.cos(np.pi * (step + 0.5) / steps)) / 2
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model((images.to(dtype) - MEAN.to(dtype)) / STD.to(dtype))
+        images, masks = images.to(device), masks.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model((images.to(dtype) - mean) / std)
         loss = F.cross_entropy(logits.to(dtype), masks.long(), ignore_index=255)
         optimizer.zero_grad()
         loss.backward()
@@ -66,7 +68,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     images, masks = read(Path(os.environ.get("TRAINER_DATA", "data")) / "shapes" / "train")
-    losses = train(UNet(4, width=16, depth=3), shuffled(images, masks, options.batch_size), options.steps, lr=3e-3)
+    model = UNet(4, width=16, depth=4).to("cuda" if torch.cuda.is_available() else "cpu")
+    losses = train(model, shuffled(images, masks, options.batch_size), options.steps, lr=3e-3)
     print(f"step 1  loss {float(next(losses)):.4f}  0 samples/s", flush=True)
     half = (options.steps - 1) // 2
     for _ in range(half):  # the second half is measured

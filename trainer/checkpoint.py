@@ -39,24 +39,24 @@ def folder_name(step: int) -> str:
 
 @dataclass
 class Checkpoint:
-    """The state of a run after `trainer["step"]` steps, on the CPU.
+    """The state of a run after `counters["step"]` steps, on the CPU.
 
     Attributes:
         model: raw weights and buffers.
         ema: averaged ones, where the run has them.
         optimizer: `<parameter name>/<state name>` -> tensor.
-        trainer: everything else, JSON.
+        counters: everything else, JSON.
     """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    trainer: dict[str, Any]
+    counters: dict[str, Any]
     ema: dict[str, Tensor] | None = None
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return int(self.trainer["step"])
+        return int(self.counters["step"])
 
 
 class InvalidCheckpoint(Exception):
@@ -79,7 +79,7 @@ def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
         tensors = {"model": checkpoint.model, "optimizer": checkpoint.optimizer} | ({"ema": checkpoint.ema} if checkpoint.ema is not None else {})
         for name, values in tensors.items():
             save_file({key: value.contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors", metadata={"format": "pt"})
-        (temporary / "trainer.json").write_text(json.dumps(checkpoint.trainer, indent=1), encoding="utf-8")
+        (temporary / "trainer.json").write_text(json.dumps(checkpoint.counters, indent=1), encoding="utf-8")
         files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, "step": checkpoint.step, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -191,7 +191,7 @@ def load(folder: Path) -> Checkpoint:
         return Checkpoint(
             model=load_file(folder / "model.safetensors"),
             optimizer=load_file(folder / "optimizer.safetensors"),
-            trainer=json.loads((folder / "trainer.json").read_text(encoding="utf-8")),
+            counters=json.loads((folder / "trainer.json").read_text(encoding="utf-8")),
             ema=load_file(ema) if ema.exists() else None,
         )
     except (OSError, SafetensorError, ValueError) as error:

@@ -151,9 +151,11 @@ class Control:
             dist.broadcast(tensor, 0, group=self._group)
         return tensor.tolist()
 
-    def barrier(self) -> None:
-        """Waits for all processes."""
-        self.sum([0])
+    def text_from_main(self, text: str) -> str:
+        """Rank 0's text."""
+        encoded = list(text.encode())
+        (length,) = self.from_main([len(encoded)])
+        return bytes(self.from_main((encoded + [0] * length)[:length])).decode() if length else ""
 
     def _reduce(self, tensor: Tensor, operation: Any) -> Any:
         if world_size() > 1:

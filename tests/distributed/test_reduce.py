@@ -92,6 +92,8 @@ def _control(out: Path) -> None:
     control = Control()
     assert control.maximum([float(rank), -float(rank)]) == [2.0, 0.0]
     assert control.from_main([rank + 7]) == [7]
+    assert control.text_from_main("über" if rank == 0 else "something else") == "über"
+    assert control.text_from_main("" if rank == 0 else "x") == ""
     assert control.sum([2**61 - 1])[0] % 2**61 == (3 * (2**61 - 1)) % 2**61
     counts = total({"counts": torch.tensor([rank, 2**60]), "mass": torch.tensor(0.5, dtype=torch.float64)})
     assert counts["counts"].tolist() == [3, 3 * 2**60] and counts["counts"].dtype == torch.int64

@@ -17,13 +17,13 @@ from trainer.checkpoint import Checkpoint, InvalidCheckpoint
 
 def make(step: int, value: float = 0.0) -> Checkpoint:
     tensors = {"layer.weight": torch.full((3, 4), value), "layer.count": torch.tensor(step)}
-    return Checkpoint(model=tensors, ema=tensors, optimizer={"layer.weight/step": torch.tensor(1.5)}, trainer={"step": step, "best": 0.25})
+    return Checkpoint(model=tensors, ema=tensors, optimizer={"layer.weight/step": torch.tensor(1.5)}, counters={"step": step, "best": 0.25})
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     folder = checkpoints.save(tmp_path, make(7, 0.1), keep=3, best=True)
     loaded = checkpoints.load(folder)
-    assert loaded.step == 7 and loaded.trainer["best"] == 0.25
+    assert loaded.step == 7 and loaded.counters["best"] == 0.25
     assert torch.equal(loaded.model["layer.weight"], torch.full((3, 4), 0.1)) and loaded.ema is not None
     assert {p.name for p in folder.iterdir()} == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "trainer.json", "manifest.json"}
     assert (tmp_path / "last").resolve() == folder
