@@ -59,11 +59,15 @@ def lower_is_better(metric: str) -> bool:
 
 
 def metrics_of(line: Line) -> dict[str, float]:
-    """The finite metrics of a line, without counters, times and rates."""
+    """The finite metrics of a line, without counters (`num_…`), times and rates."""
     return {
         name: value
         for name, value in line.items()
-        if isinstance(value, int | float) and math.isfinite(value) and name not in BOOKKEEPING and not name.endswith("_per_second")
+        if isinstance(value, int | float)
+        and math.isfinite(value)
+        and name not in BOOKKEEPING
+        and not name.startswith("num_")
+        and not name.endswith("_per_second")
     }
 
 

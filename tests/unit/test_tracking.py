@@ -88,10 +88,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
 def test_the_summary_has_each_metric_at_its_own_best(folder: RunFolder) -> None:
     folder.log({"step": 5, "epoch": 0.5, "split": "train", "loss": 0.001})
-    folder.log(validation(10, loss=0.5, box_loss=0.1, miou=0.8, samples=7, seconds=1.0, samples_per_second=99.0))
-    folder.log(validation(20, loss=0.3, box_loss=0.1, miou=0.9, samples=7, seconds=1.0, samples_per_second=98.0))
-    folder.log(validation(30, loss=0.4, box_loss=0.3, miou=0.9, samples=7, seconds=1.0, samples_per_second=97.0))
-    folder.log(validation(40, loss=math.nan, box_loss=0.4, miou=0.7, samples=7, seconds=1.0, samples_per_second=96.0))
+    folder.log(validation(10, loss=0.5, box_loss=0.1, miou=0.8, samples=7, num_classes_present=2, seconds=1.0, samples_per_second=99.0))
+    folder.log(validation(20, loss=0.3, box_loss=0.1, miou=0.9, samples=7, num_classes_present=2, seconds=1.0, samples_per_second=98.0))
+    folder.log(validation(30, loss=0.4, box_loss=0.3, miou=0.9, samples=7, num_classes_present=2, seconds=1.0, samples_per_second=97.0))
+    folder.log(validation(40, loss=math.nan, box_loss=0.4, miou=0.7, samples=7, num_classes_present=2, seconds=1.0, samples_per_second=96.0))
     summary = folder.write_summary("finished", seconds=12.5, samples_per_second=80.0, world_size=2)
     assert summary["best"] == {"loss": {"value": 0.3, "step": 20}, "box_loss": {"value": 0.1, "step": 10}, "miou": {"value": 0.9, "step": 20}}
     assert summary["final"] == {"loss": {"value": 0.4, "step": 30}, "box_loss": {"value": 0.4, "step": 40}, "miou": {"value": 0.7, "step": 40}}

@@ -72,7 +72,7 @@ class Segmentation(Task):
         return sums | {f"loss/{name}": value for name, value in self.loss(logits, targets).items()}
 
     def metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """The loss and its terms, `miou`, `pixel_accuracy`, `class_accuracy`, `classes_present` and `iou/<class>`.
+        """The loss and its terms, `miou`, `pixel_accuracy`, `class_accuracy`, `num_classes_present` and `iou/<class>`.
 
         The loss is that of the whole set taken as one batch. Means are over the classes that occur; what has no
         value, such as the IoU of a class that is neither there nor predicted, is left out.
@@ -84,7 +84,7 @@ class Segmentation(Task):
             "miou": mean_over_present(iou),
             "pixel_accuracy": pixel_accuracy(matrix),
             "class_accuracy": mean_over_present(class_accuracy(matrix)),
-            "classes_present": (~iou.isnan()).sum(),
+            "num_classes_present": (~iou.isnan()).sum(),
             **{f"iou/{name}": value for name, value in zip(self.classes, iou, strict=True)},
         }
         return {name: float(value) for name, value in terms.items()} | {name: float(value) for name, value in values.items() if not value.isnan()}

@@ -94,7 +94,7 @@ def test_metrics_of_a_known_answer() -> None:
     assert metrics["iou/flower"] == pytest.approx(2 / 3)
     assert metrics["class_accuracy"] == pytest.approx((1 + 2 / 3) / 2)
     assert metrics["miou"] == pytest.approx(2 / 3)
-    assert metrics["classes_present"] == 2
+    assert metrics["num_classes_present"] == 2
     assert "iou/leaf" not in metrics
     assert set(task.metric_names) <= set(metrics)
 
