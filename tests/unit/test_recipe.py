@@ -53,7 +53,7 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ("schedule: {name: cosine, warmup: 3 minutes}", "give both in minutes, or this one in %"),
         ("model: {train_only: [haed]}", "model.train_only: the model has no layer 'haed'; did you mean head? (got ['haed'])"),
         ("model: {train_only: [pool]}", "model.train_only: these layers have no parameters, so nothing would learn"),
-        ("model: {reset_layers: [head]}", "model.reset_layers: says what starts new instead of from a safetensors file"),
+        ("model: {reset_layers: [haed]}", "model.reset_layers: the model has no layer 'haed'; did you mean head?"),
         ("model: {name: deeplabv3, weights: none.safetensors}", "must be coco, none or an existing .safetensors file, and there is no such file"),
         ("loss: {name: soft_iou, channel: 9}", "r.yaml:2:1: loss: "),
         ("train: {seed: 1, seed: 2}", "r.yaml:2:18: train.seed: duplicate key; it stands on line 2 already"),

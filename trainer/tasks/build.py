@@ -12,19 +12,20 @@ from torch import nn
 from trainer.data.source import DataInfo
 from trainer.errors import UserError
 from trainer.models.freeze import train_only
-from trainer.models.layers import check_layers
-from trainer.models.weights import load_safetensors
+from trainer.models.layers import check_layers, is_below
+from trainer.models.weights import SUFFIX, load_safetensors
 from trainer.recipe import Problem, Recipe
 from trainer.recipe_file import nearest
 from trainer.seeds import Use, mix
 from trainer.tasks.task import Task
 
 
-def _build_model(recipe: Recipe, info: DataInfo, pretrained: bool) -> nn.Module:
+def _build_model(recipe: Recipe, info: DataInfo, weights: str) -> nn.Module:
+    """The model with the named weights."""
     component = recipe.components["model"]
     settings = {key: getattr(recipe.model, key) for key in component.schema.model_fields}
-    if "weights" in settings and (not pretrained or settings["weights"].endswith(".safetensors")):
-        settings["weights"] = "none"
+    if "weights" in settings:
+        settings["weights"] = weights
     model: nn.Module = component.build(settings, num_classes=info.num_classes)
     return model
 
@@ -32,18 +33,24 @@ def _build_model(recipe: Recipe, info: DataInfo, pretrained: bool) -> nn.Module:
 def build_task(recipe: Recipe, info: DataInfo) -> Task:
     """Builds what a recipe trains; the same initial weights on every process.
 
-    The initial weights are, in this order: random from `train.seed`; the model's own pretrained ones; a safetensors
-    file's, without `model.reset_layers`; a checkpoint's, where the run is resumed.
+    The initial weights are, each over the one before: random ones from `train.seed`; those that `model.weights` names,
+    or a safetensors file's, but for `model.reset_layers`; a checkpoint's, where the run is resumed.
 
     Raises:
         UserError: weights can't be downloaded or don't fit.
     """
-    torch.manual_seed(mix(recipe.train.seed, Use.INITIALISE))
-    weights = getattr(recipe.model, "weights", "none")
+    weights, reset_layers = getattr(recipe.model, "weights", "none"), recipe.model.reset_layers
+    is_file = weights.endswith(SUFFIX)
+    seed = mix(recipe.train.seed, Use.INITIALISE)
     try:
-        model = _build_model(recipe, info, pretrained=True)
-        if weights.endswith(".safetensors"):
-            load_safetensors(model, weights, recipe.model.reset_layers)
+        torch.manual_seed(seed)
+        model = _build_model(recipe, info, "none" if is_file else weights)
+        if is_file:
+            load_safetensors(model, weights, reset_layers)
+        elif weights != "none" and reset_layers:
+            torch.manual_seed(seed)
+            fresh = _build_model(recipe, info, "none").state_dict()
+            model.load_state_dict({key: value for key, value in fresh.items() if is_below(key, reset_layers)}, strict=False)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"model.weights: {error}") from error
     train_only(model, recipe.model.train_only)
@@ -60,7 +67,7 @@ def check_model(recipe: Recipe) -> Iterator[Problem]:
     try:
         info = recipe.build("data").info
         with torch.device("meta"):
-            model = _build_model(recipe, info, pretrained=False)
+            model = _build_model(recipe, info, "none")
     except (ValueError, UserError) as error:
         yield recipe.problem("model", str(error))
         return
@@ -73,8 +80,6 @@ def check_model(recipe: Recipe) -> Iterator[Problem]:
             return
     if settings.train_only and not any(parameter.requires_grad for parameter in model.parameters()):
         yield recipe.problem("model.train_only", "these layers have no parameters, so nothing would learn", settings.train_only)
-    if settings.reset_layers and not getattr(settings, "weights", "").endswith(".safetensors"):
-        yield recipe.problem("model.reset_layers", "says what starts new instead of from a safetensors file: set model.weights to one", settings.reset_layers)
 
 
 def check_loss(recipe: Recipe) -> Iterator[Problem]:
