@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LAUNCH_FILE = Path("accelerate_config.yaml")
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=30)  # of a process that waits for the others; rank 0 may be downloading a data set
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Launch:
 
     Attributes:
         processes: number of processes.
+        file_processes: what the launch file would start; `trainer check` counts with it.
         mixed_precision: `no` is unset.
         accumulation: gradient accumulation steps; None is unset.
         dynamo: compile backend; `no` is unset.
@@ -34,6 +35,7 @@ class Launch:
     """
 
     processes: int = 1
+    file_processes: int = 1
     mixed_precision: str = "no"
     accumulation: int | None = None
     dynamo: str = "no"
@@ -45,8 +47,10 @@ class Launch:
         accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
         launched = "ACCELERATE_MIXED_PRECISION" in environment
         values = {} if launched or not file.is_file() else _launch_file(file)
+        in_file = values.get("num_processes")
         return cls(
             processes=int(environment.get("WORLD_SIZE", 1)),
+            file_processes=in_file if isinstance(in_file, int) else 1,
             mixed_precision=str(environment.get("ACCELERATE_MIXED_PRECISION", values.get("mixed_precision") or "no")).lower(),
             accumulation=int(accumulation) if accumulation and accumulation.isdigit() else values.get("gradient_accumulation_steps"),
             dynamo=str(environment.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower(),
@@ -152,6 +156,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             f"{launched} processes were launched, but each sees {accelerator.num_processes}: "
             "start them with `accelerate launch --config_file accelerate_config.yaml --num_processes N`"
         )
+    if precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # the recipe says 32 bits
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(num_threads(recipe.train.threads, local))
     deterministic = recipe.train.deterministic

@@ -95,8 +95,26 @@ def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
     _point(root / "last", final.name)
     if best:
         _keep_best(root, final)
-    for old in steps(root)[:-keep]:
+    older = [step for step in steps(root) if step < checkpoint.step]
+    for old in older[: max(0, len(older) - (keep - 1))]:
         shutil.rmtree(root / folder_name(old))
+    return final
+
+
+def restore_best(root: Path, step: int | None) -> None:
+    """Points `best` to the checkpoint that the state says is the best, if a kill came between saving it and pointing."""
+    link = root / "best"
+    if step is not None and (root / folder_name(step)).is_dir() and (not link.exists() or link.resolve().name != folder_name(step)):
+        _keep_best(root, root / folder_name(step))
+
+
+def adopt(root: Path, checkpoint: Path) -> Path:
+    """Makes a checkpoint of another folder one of `root`'s, by hard links where that is possible; returns where it is now."""
+    final = root / checkpoint.name
+    temporary = root / f".writing-{checkpoint.name}"
+    _link_files(checkpoint, temporary)
+    temporary.rename(final)
+    _point(root / "last", final.name)
     return final
 
 
@@ -105,16 +123,20 @@ def _keep_best(root: Path, checkpoint: Path) -> None:
     store = root / ".best" / checkpoint.name
     if store.exists():
         shutil.rmtree(store)
-    store.mkdir(parents=True)
-    for file in checkpoint.iterdir():
-        try:
-            os.link(file, store / file.name)
-        except OSError:  # a file system without hard links
-            shutil.copy2(file, store / file.name)
+    _link_files(checkpoint, store)
     _point(root / "best", f".best/{checkpoint.name}")
     for old in store.parent.iterdir():
         if old != store:
             shutil.rmtree(old)
+
+
+def _link_files(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except OSError:  # a file system without hard links, or another one
+            shutil.copy2(file, target / file.name)
 
 
 def _point(link: Path, target: str) -> None:

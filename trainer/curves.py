@@ -1,8 +1,14 @@
-"""Learning curves as a picture: losses above, validation metrics below, over epochs."""
+"""Pictures of a run: learning curves, and sheets of samples."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
 
 from trainer.tracking import Line, lower_is_better, metrics_of
 
@@ -42,6 +48,13 @@ def draw_curves(lines: list[Line], file: Path) -> None:
         if each.lines:
             each.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, fontsize="small")
     figure.savefig(file, format="png")
+
+
+def save_sheet(rows: Sequence[Tensor], file: Path) -> None:
+    """Writes pictures uint8 (3, H, W), which may differ in size, one below the other."""
+    width = max(row.shape[2] for row in rows)
+    sheet = torch.cat([functional.pad(row.cpu(), (0, width - row.shape[2])) for row in rows], dim=1)
+    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(file)
 
 
 def _series(lines: list[Line], split: str) -> dict[str, Points]:

@@ -12,12 +12,14 @@ class UserError(Exception):
     """A mistake in what the user gave: one message that says what, where and what to do. Exit code 2."""
 
     label = "error: "
+    on_one_rank = False  # other ranks don't know of it, so whichever has it says so
 
 
 class TrainingFailed(Exception):
     """Training can't go on: a non-finite loss, unreadable data beyond what the recipe tolerates. Exit code 3."""
 
     label = "training failed: "
+    on_one_rank = False
 
 
 def exit_code(run: Callable[..., Any], *arguments: Any) -> int:
@@ -25,7 +27,9 @@ def exit_code(run: Callable[..., Any], *arguments: Any) -> int:
     try:
         run(*arguments)
     except (UserError, TrainingFailed) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{error.label}{error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or error.on_one_rank:
+            where = "" if rank == "0" else f"rank {rank}: "
+            print(f"{where}{error.label}{error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 3
     return 0

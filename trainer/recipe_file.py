@@ -132,13 +132,10 @@ class Reader:
                 self.problems.append(Problem(COMMAND_LINE, (), "an override is key.path=value, e.g. optimizer.lr=1e-3", argument))
                 continue
             inner: dict[KeyPath, Place] = {}
-            parsed = self._parse(value, COMMAND_LINE, inner)
-            node = tree
-            for part in path[:-1]:
-                if not isinstance(node.get(part), dict):
-                    node[part] = {}
-                node = node[part]
-            node[path[-1]] = parsed
+            one = self._parse(value, COMMAND_LINE, inner)
+            for part in reversed(path):
+                one = {part: one}
+            tree = self._over(self._long_form(tree), self._long_form(one), ())
             for end in range(1, len(path) + 1):
                 places[tuple(path[:end])] = COMMAND_LINE
             for rest in inner:
@@ -147,20 +144,18 @@ class Reader:
 
     def merge(self, base: dict[str, Any], top: dict[str, Any], places: dict[KeyPath, Place]) -> dict[str, Any]:
         """Merges `top` over `base`, deeply; a mapping whose `name` changes is replaced whole."""
-        merged = self._merge(self._long_form(base), self._long_form(top), (), places)
+        merged = self._over(self._long_form(base), self._long_form(top), ())
         self.places |= places
         return merged
 
-    def _merge(self, base: dict[str, Any], top: dict[str, Any], path: KeyPath, places: dict[KeyPath, Place]) -> dict[str, Any]:
+    def _over(self, base: dict[str, Any], top: dict[str, Any], path: KeyPath) -> dict[str, Any]:
         if path and "name" in base and "name" in top and base["name"] != top["name"]:
             self.places = {p: place for p, place in self.places.items() if p[: len(path)] != path}
             return top
         out = dict(base)
         for key, value in top.items():
-            if isinstance(value, dict) and isinstance(out.get(key), dict):
-                out[key] = self._merge(out[key], value, (*path, key), places)
-            else:
-                out[key] = value
+            below = isinstance(value, dict) and isinstance(out.get(key), dict)
+            out[key] = self._over(out[key], value, (*path, key)) if below else value
         return out
 
     def _long_form(self, tree: dict[str, Any]) -> dict[str, Any]:
@@ -170,6 +165,10 @@ class Reader:
         yaml = YAML(typ="safe", pure=True)
         try:
             node = yaml.compose(io.StringIO(text))
+            return None if node is None else self._plain(yaml, node, (), file, places, budget=[MAX_NODES])
+        except RecursionError:
+            self.problems.append(Problem(file, (), "nested too deeply, or an alias that holds itself"))
+            return None
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             override = file == COMMAND_LINE
@@ -179,8 +178,6 @@ class Reader:
         except (YAMLError, ValueError) as error:
             self.problems.append(Problem(file, (), f"not valid YAML: {str(error).splitlines()[0]}"))
             return None
-        budget = [MAX_NODES]
-        return None if node is None else self._plain(yaml, node, (), file, places, budget)
 
     def _plain(self, yaml: YAML, node: Node, path: KeyPath, file: str, places: dict[KeyPath, Place], budget: list[int]) -> Any:
         budget[0] -= 1

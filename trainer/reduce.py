@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -132,9 +133,9 @@ def use_global_batch_norm(model: nn.Module) -> None:
 class Control:
     """Small messages between processes about the run itself, over CPU tensors: they never wait for a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta) -> None:
         nccl = world_size() > 1 and dist.get_backend() != "gloo"
-        self._group: Any = dist.new_group(backend="gloo") if nccl else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if nccl else None
 
     def maximum(self, values: list[float]) -> list[float]:
         """The largest of each value over all processes."""

@@ -50,31 +50,29 @@ def open_run(folder: RunFolder, recipe: Recipe, resume: str, say: Say) -> Path |
     """
     if resume == "auto":
         found = _newest_checkpoint(folder, recipe, say)
+    elif resume == "never":
+        found = None
+        _set_aside(folder, say)
     else:
-        found = None if resume == "never" else _given_checkpoint(Path(resume))
-        if folder.path.exists():
-            moved = set_aside(folder.path)
-            say(f"the old {folder.path} is now {moved}")
-            if found and not found.exists():  # it was in there
-                found = moved / found.relative_to(folder.path.resolve())
+        found = _adopt(folder, recipe, Path(resume), say)
     folder.create()
-    if found and found.parent != folder.checkpoints:
-        for line in RunFolder(found.parents[1]).read_metrics():
-            folder.log(line)
     folder.truncate_metrics(checkpoints.load(found).step if found else 0)
     folder.write_recipe(recipe.resolved())
     return found
 
 
+def _set_aside(folder: RunFolder, say: Say) -> Path:
+    if not folder.path.exists():
+        return folder.path
+    moved = set_aside(folder.path)
+    say(f"the old {folder.path} is now {moved}")
+    return moved
+
+
 def _newest_checkpoint(folder: RunFolder, recipe: Recipe, say: Say) -> Path | None:
     if not checkpoints.steps(folder.checkpoints):
         return None  # nothing was computed that another recipe could spoil
-    changed = differences(folder.read_recipe(), recipe.resolved())
-    if changed:
-        raise UserError(
-            f"{folder.path} holds a run of another recipe; these keys differ: {', '.join(changed)}. "
-            "Give this run another name=…, or set the old folder aside with --resume never"
-        )
+    _same_recipe(folder, recipe)
     step, complaints = checkpoints.newest_valid(folder.checkpoints)
     for complaint in complaints:
         say(complaint)
@@ -83,9 +81,32 @@ def _newest_checkpoint(folder: RunFolder, recipe: Recipe, say: Say) -> Path | No
     return folder.checkpoints / checkpoints.folder_name(step)
 
 
-def _given_checkpoint(folder: Path) -> Path:
+def _same_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    changed = differences(folder.read_recipe(), recipe.resolved())
+    if changed:
+        raise UserError(
+            f"{folder.path} holds a run of another recipe; these keys differ: {', '.join(changed)}. "
+            "Give this run another name=…, or set the old folder aside with --resume never"
+        )
+
+
+def _adopt(folder: RunFolder, recipe: Recipe, given: Path, say: Say) -> Path:
+    """Makes a given checkpoint, of this run or of another of the same recipe, the only one of a new run folder."""
     try:
-        checkpoints.verify(folder)
+        checkpoints.verify(given)
     except checkpoints.InvalidCheckpoint as error:
-        raise UserError(f"--resume {folder}: {error}; it takes auto, never, or a folder such as runs/NAME/checkpoints/step_00000100") from None
-    return folder.resolve()
+        raise UserError(f"--resume {given}: {error}; it takes auto, never, or a folder such as runs/NAME/checkpoints/step_00000100") from None
+    given = given.resolve()
+    root = next((parent.parent for parent in given.parents if parent.name == "checkpoints"), None)
+    if root is None:
+        raise UserError(f"--resume {given}: not in the checkpoints/ of a run folder, so its recipe and metrics are unknown")
+    _same_recipe(RunFolder(root), recipe)
+    if root == folder.path.resolve():
+        root = _set_aside(folder, say)
+        given = root / given.relative_to(folder.path.resolve())
+    else:
+        _set_aside(folder, say)
+    folder.create()
+    for line in RunFolder(root).read_metrics():
+        folder.log(line)
+    return checkpoints.adopt(folder.checkpoints, given)

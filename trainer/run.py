@@ -19,6 +19,8 @@ from trainer.signals import STOP
 
 def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
     """Reads the recipe, builds the Trainer, fits."""
+    import torch.distributed as dist
+
     from trainer.accelerator import Launch
     from trainer.recipe import load_recipe
     from trainer.tasks.build import TASK_CHECKS
@@ -27,11 +29,11 @@ def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
 
     from trainer.trainer import Trainer  # only now: it imports accelerate and datasets
 
-    trainer = Trainer(recipe, resume)
     try:
-        trainer.fit()
+        Trainer(recipe, resume).fit()
     finally:
-        trainer.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def main(arguments: list[str] | None = None) -> int:

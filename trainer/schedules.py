@@ -9,17 +9,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from trainer.components import schedule
-from trainer.durations import DurationOrZero, Span
+from trainer.durations import Clock, DurationOrZero, Span
+from trainer.errors import UserError
+
+if TYPE_CHECKING:  # recipes look schedules up, so this module must not need them
+    from trainer.recipe import Recipe
 
 Schedule = Callable[[float], float]
 Share = Callable[[Span], float]
 NONE = Span.parse("0%")
 Factor = Annotated[float, Field(ge=0, le=1)]
+
+
+def build_schedule(recipe: Recipe, clock: Clock) -> Schedule:
+    """The schedule of a recipe.
+
+    Raises:
+        UserError: a warm-up is longer than the training. One in steps of a training in epochs, or the other way round,
+            can be compared with it only now that the size of the data set is known.
+    """
+    for key, value in recipe.schedule:
+        if isinstance(value, Span) and clock.share(value) > 1:
+            raise UserError(f"schedule.{key}: {value} is longer than the training ({clock.total_steps} steps)")
+    built: Schedule = recipe.build("schedule", share=clock.share)
+    return built
 
 
 def _after_warmup(warmup: float, decay: Schedule) -> Schedule:

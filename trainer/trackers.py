@@ -197,7 +197,7 @@ class Wandb:
 
         self._put(close)
         self._queue.put(None)
-        self._thread.join(STOP_TIMEOUT_S if summary["status"] == "stopped" else FINISH_TIMEOUT_S)
+        self._thread.join(FINISH_TIMEOUT_S if summary["status"] == "finished" else STOP_TIMEOUT_S)
         if self._thread.is_alive():
             self._given_up = True
             raise TimeoutError("the server doesn't answer; metrics.jsonl has everything")

@@ -20,6 +20,9 @@ from typing import Any, Literal
 
 import torch
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from trainer.errors import UserError
 
 Status = Literal["running", "finished", "stopped", "failed"]
 Line = dict[str, Any]
@@ -110,7 +113,14 @@ class RunFolder:
 
     def read_recipe(self) -> dict[str, Any]:
         """The resolved recipe that this run was started with."""
-        return YAML(typ="safe").load(self.path / "recipe.yaml")
+        file = self.path / "recipe.yaml"
+        try:
+            recipe = YAML(typ="safe", pure=True).load(file)
+        except (OSError, YAMLError) as error:
+            raise UserError(f"{file} can't be read, so what the run was is unknown: {error}; --resume never sets the folder aside") from error
+        if not isinstance(recipe, dict) or "train" not in recipe:
+            raise UserError(f"{file} is no resolved recipe; --resume never sets the folder aside")
+        return recipe
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Writes what the run computes with, see `environment`."""

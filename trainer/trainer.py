@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from hashlib import blake2b
 from itertools import chain
 from math import isfinite
@@ -29,16 +29,16 @@ from typing import Any
 
 import torch
 from accelerate.utils.operations import convert_to_fp32
-from PIL import Image
 from torch import Tensor, nn
 
 from trainer import checkpoint as checkpoints
-from trainer.accelerator import build_accelerator, num_workers, resolve_precision
+from trainer.accelerator import TIMEOUT, build_accelerator, num_workers, resolve_precision
 from trainer.checkpoint import Checkpoint
-from trainer.curves import draw_curves
+from trainer.curves import draw_curves, save_sheet
+from trainer.data.card import Card
 from trainer.data.order import Order, Shard, Slices
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared
-from trainer.data.stream import EvaluationBatches, Samples, Stream
+from trainer.data.stream import Batches, Samples
 from trainer.durations import Clock, Span
 from trainer.ema import Ema
 from trainer.errors import TrainingFailed, UserError
@@ -48,6 +48,7 @@ from trainer.progress import Progress
 from trainer.recipe import Recipe, build
 from trainer.reduce import Control, add_over_processes, use_global_batch_norm
 from trainer.resume import lock_run, open_run, runs_dir
+from trainer.schedules import build_schedule
 from trainer.seeds import Use, mix
 from trainer.signals import STOP
 from trainer.tasks.build import build_task
@@ -78,12 +79,13 @@ class Trainer:
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.rank == 0
-        self.control = Control()  # small messages between the processes
+        self.control = Control(TIMEOUT)  # small messages between the processes
 
         # The counters of a run, which checkpoints hold beside weights, averages and optimizer state.
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # on rank 0's clock, in the loop
         self.best: float | None = None  # value of evaluate.best
+        self.best_step: int | None = None
         self.loss_sums: dict[str, Tensor] = {}  # of each term, since the last train line
         self.steps_since_log = 0
         # Equal for runs that saw the same samples at the same steps. Each process counts its own; rank 0 adds what was restored.
@@ -116,28 +118,34 @@ class Trainer:
     def _open_run(self, resume: str) -> Path | None:
         """On rank 0: takes the run folder; returns the checkpoint to go on from."""
         self._lock = lock_run(self.folder)
-        found = open_run(self.folder, self.recipe, resume, self.display.say)
-        precision = resolve_precision(self.recipe.train.precision)
-        self.folder.write_environment(environment() | {"precision": precision, "device": str(self.device)})
-        return found
+        return open_run(self.folder, self.recipe, resume, self.display.say)
 
     def _build_data(self) -> None:
-        """Prepares the data set where it is missing (one process does, the others wait); then the Order and both splits."""
+        """Prepares the data set where it is missing, rank 0 alone; then the Order and both splits."""
         recipe, settings = self.recipe, self.recipe.data
         source = recipe.build("data")
-        card = ensure_prepared(source, data_dir(), archives_dir(), self.display.say)
+
+        def prepare() -> Path:
+            ensure_prepared(source, data_dir(), archives_dir(), self.display.say)
+            return data_dir() / source.name
+
+        folder = self._on_main(prepare)
+        assert folder
+        card = Card.load(folder)
         self.info = card.info
         self.order = Order(card.row_groups("train"), recipe.train.seed, settings.window)
         self.clock = Clock(recipe.train.duration, settings.batch_size, self.order.size)
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.workers = num_workers(settings.workers, local_processes)
         augmentations = [build(component, chosen, ignore_index=card.ignore_index) for component, chosen in recipe.augmentations]
-        folder, cache = data_dir() / source.name, settings.cache == "auto"
+        cache = settings.cache == "auto"
         self.train_samples = Samples(folder, card, "train", self.order, settings.resize, augmentations, cache, settings.window)
         self.valid_samples = Samples(folder, card, "validation", None, settings.resize, [], cache, settings.window)
         batch_size = max(1, (recipe.evaluate.batch_size or settings.batch_size) // self.world_size)
+        if batch_size > 1 and not self.valid_samples.uniform:
+            raise UserError(f"images of {card.name} differ in size, so they can't be evaluated in batches: set data.resize=[H,W] or evaluate.batch_size=1")
         shard = Shard(len(self.valid_samples), batch_size, self.rank, self.world_size)
-        self.valid_batches = EvaluationBatches(self.valid_samples, shard, self.workers)
+        self.valid_batches = Batches(self.valid_samples, shard, self.workers)
 
     def _build_model(self) -> None:
         """Task, optimizer, schedule and average; the model wrapped for N processes and mixed precision."""
@@ -155,7 +163,7 @@ class Trainer:
             model.compile()  # in place: the keys of the state dict stay as they are
         self.trainable: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.ema = Ema(model, train.ema) if train.ema else None
-        self.schedule = self.recipe.build("schedule", share=self.clock.share)
+        self.schedule = build_schedule(self.recipe, self.clock)
         optimizer = self.recipe.build("optimizer", parameters=list(self.trainable))
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.model = self.accelerator.prepare_model(model, evaluation_mode=self.world_size == 1)  # DDP only where there are others
@@ -174,13 +182,18 @@ class Trainer:
         """
         restored = checkpoints.load(self.restore_from) if self.restore_from else None
         if restored and self.clock.finished(restored.step, restored.counters["seconds"]):
-            self.display.say(f"{self.recipe.name} is finished already, at step {restored.step}; a longer train.duration goes on from there")
+            self.step, self.seconds = restored.step, restored.counters["seconds"]
+            if self.is_main:
+                self._write_summary("finished")  # a kill may have come between the last save and this
+            self.display.say(f"{self.recipe.name} is finished already, at step {self.step}; a longer train.duration goes on from there")
             return "finished"
         batches = self._begin(restored)
+        del restored
         try:
             status = self._loop(batches)
         except BaseException:
-            self._end("failed")
+            with suppress(Exception):  # what went wrong first is what is reported
+                self._end("failed")
             raise
         self._end(status)
         return status
@@ -189,7 +202,7 @@ class Trainer:
         """Restores the state, opens trackers and progress bar, starts the clock; returns the micro-batches to come."""
         first_step = restored.step if restored else 0
         slices = Slices(self.clock.batch_size, self.recipe.train.accumulate, self.rank, self.world_size, first_step)
-        batches: Iterator[Batch] = iter(Stream(self.train_samples, slices, self.workers))
+        batches: Iterator[Batch] = iter(Batches(self.train_samples, slices, self.workers))
         set_train_mode(self.task.model)
         if self.world_size > 1:
             first = next(batches)
@@ -198,6 +211,8 @@ class Trainer:
         if restored:
             self._restore(restored)
         if self.is_main:
+            precision = resolve_precision(self.recipe.train.precision)
+            self.folder.write_environment(environment() | {"precision": precision, "device": str(self.device)})
             self._write_summary("running")
         self.mirrors = Mirrors(self.recipe.trackers if self.is_main else [], self.folder.path, self.recipe.name, self.recipe.resolved())
         self.display.start(self.clock.total_steps, self.step)
@@ -354,11 +369,15 @@ class Trainer:
         return improved
 
     def _update_best(self, value: float | None) -> bool:
-        """Keeps the watched metric (None: it has no value on this set) if it is better than ever before; returns whether it is."""
+        """Keeps the watched metric (None: it has no value on this set) if it is better than ever before; returns whether it is.
+
+        Rank 0 decides for all: a rounding error between different GPUs must not part them.
+        """
         sign = -1.0 if lower_is_better(self.recipe.evaluate.best) else 1.0
-        improved = value is not None and (self.best is None or sign * value > sign * self.best)
+        improved = value is not None and isfinite(value) and (self.best is None or sign * value > sign * self.best)
+        improved = bool(self.control.from_main([improved])[0])
         if improved:
-            self.best = value
+            self.best, self.best_step = value, self.step
         return improved
 
     @torch.no_grad()
@@ -366,12 +385,13 @@ class Trainer:
         """Draws a few samples from all over the validation set, always the same ones; the model is in eval mode still."""
         size = len(self.valid_samples)
         count = min(self.recipe.evaluate.pictures, size)
-        if count:
-            batch = self._to_device(self.valid_samples.__getitems__([i * size // count for i in range(count)]))
-            rows = self.task.pictures(forward, batch).cpu()
-            file = self.folder.pictures / f"validation_step_{self.step:08d}.png"
-            Image.fromarray(rows.permute(0, 2, 3, 1).flatten(0, 1).numpy()).save(file)  # one below the other
-            self.mirrors.pictures([file], self.step)
+        if not count:
+            return
+        # One by one, since they may differ in size.
+        batches = (self._to_device(self.valid_samples.__getitems__([i * size // count])) for i in range(count))
+        file = self.folder.pictures / f"validation_step_{self.step:08d}.png"
+        save_sheet([self.task.pictures(forward, batch)[0] for batch in batches], file)
+        self.mirrors.pictures([file], self.step)
 
     def _draw_curves(self) -> None:
         draw_curves(self.folder.read_metrics(), self.folder.pictures / "curves.png")
@@ -393,6 +413,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
+            "best_step": self.best_step,
             "loss_sums": loss_sums,
             "steps_since_log": self.steps_since_log,
             "fingerprint": fingerprint,
@@ -421,7 +442,10 @@ class Trainer:
         checkpoints.load_optimizer(self.optimizer.optimizer, state.optimizer, self.trainable)
         if self.accelerator.scaler and counters["scaler"]:
             self.accelerator.scaler.load_state_dict(counters["scaler"])
-        self.step, self.seconds, self.best = counters["step"], counters["seconds"], counters["best"]
+        self.step, self.seconds = counters["step"], counters["seconds"]
+        self.best, self.best_step = counters["best"], counters["best_step"]
+        if self.is_main:
+            checkpoints.restore_best(self.folder.checkpoints, self.best_step)
         self.loss_sums = {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in counters["loss_sums"].items()}
         self.steps_since_log = counters["steps_since_log"]
         self.fingerprint = counters["fingerprint"] if self.is_main else 0

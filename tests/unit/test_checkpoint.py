@@ -43,6 +43,22 @@ def test_the_best_outlives_its_own_folder(tmp_path: Path) -> None:
     assert checkpoints.load(best).step == 5 and len(list((tmp_path / ".best").iterdir())) == 1
 
 
+def test_a_kill_between_saving_and_pointing_to_the_best_is_made_good(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, make(1), keep=2, best=True)
+    checkpoints.save(tmp_path, make(2), keep=2, best=False)  # it was the best, but the link wasn't moved
+    checkpoints.restore_best(tmp_path, 2)
+    assert checkpoints.load(tmp_path / "best").step == 2
+    checkpoints.restore_best(tmp_path, 2)
+    checkpoints.restore_best(tmp_path, None)
+    assert checkpoints.load(tmp_path / "best").step == 2
+
+
+def test_keeping_more_than_there_are_removes_none(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        checkpoints.save(tmp_path, make(step), keep=9, best=False)
+    assert checkpoints.steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
 def test_a_failed_save_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints.save(tmp_path, make(1), keep=2, best=True)
 

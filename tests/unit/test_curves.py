@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
-from trainer.curves import draw_curves
+from trainer.curves import draw_curves, save_sheet
 
 TRAIN = [{"step": step, "epoch": step / 10, "split": "train", "loss": 1 / step, "learning_rate": 1e-3} for step in range(1, 30)]
 VALIDATION = [{"step": step, "epoch": step / 10, "split": "validation", "loss": 2 / step, "miou": step / 30} for step in (10, 20)]
@@ -47,3 +49,9 @@ def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
     before = "matplotlib.pyplot" in sys.modules
     draw_curves(TRAIN, tmp_path / "a.png")
     assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_samples_of_several_sizes_are_drawn_one_below_the_other(tmp_path: Path) -> None:
+    save_sheet([torch.full((3, 4, 6), 10, dtype=torch.uint8), torch.full((3, 2, 9), 20, dtype=torch.uint8)], tmp_path / "s.png")
+    sheet = np.asarray(Image.open(tmp_path / "s.png"))
+    assert sheet.shape == (6, 9, 3) and sheet[0, 5, 0] == 10 and sheet[0, 6, 0] == 0 and sheet[5, 8, 0] == 20

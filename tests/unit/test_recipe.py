@@ -122,7 +122,8 @@ def test_mappings_merge_deeply_but_a_new_name_replaces(tmp_path: Path) -> None:
     recipe = check(tmp_path, "optimizer: {weight_decay: 0.5}", "train.seed=7", "data.augment=[]")
     assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.train.seed, recipe.augmentations) == (3e-3, 0.5, 7, [])
     assert "optimizer.lr: this key is required" in problems(tmp_path, "optimizer: {name: sgd}")[0]
-    assert check(tmp_path, "", "optimizer.name=sgd", "optimizer.lr=1").optimizer.momentum == 0.9
+    for overrides in (("optimizer.name=sgd", "optimizer.lr=1"), ("optimizer=sgd", "optimizer.lr=1"), ("optimizer={name: sgd, lr: 1}",)):
+        assert check(tmp_path, "", *overrides).optimizer.momentum == 0.9
 
 
 def test_the_name_is_the_files_unless_the_recipe_says_one(tmp_path: Path) -> None:
@@ -149,6 +150,10 @@ def test_only_what_changes_the_computation_makes_a_run_another_one(tmp_path: Pat
 def test_an_alias_bomb_is_refused_quickly(tmp_path: Path) -> None:
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True))
     assert any("more than 20000 values" in line for line in problems(tmp_path, bomb))
+
+
+def test_an_alias_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    assert any("nested too deeply" in line for line in problems(tmp_path, "train: &a [*a]"))
 
 
 def test_a_plugin_file_beside_the_recipe_adds_components(tmp_path: Path) -> None:

@@ -68,10 +68,29 @@ def test_never_sets_the_old_run_aside(run: RunFolder, recipe: Recipe) -> None:
 
 def test_a_given_checkpoint_of_the_run_keeps_the_metrics_before_it(run: RunFolder, recipe: Recipe) -> None:
     found = open_run(run, recipe, str(run.checkpoints / "step_00000004"), print)
-    assert found and checkpoints.load(found).step == 4 and "r.1" in str(found)
+    assert found == run.checkpoints / "step_00000004" and checkpoints.steps(run.checkpoints) == [4]
+    assert open_run(run, recipe, "auto", print) == found  # a kill before the next save loses nothing
     assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4]
     with pytest.raises(UserError, match="it takes auto, never, or a folder such as"):
         open_run(run, recipe, "nowhere", print)
+
+
+def test_the_best_and_a_checkpoint_of_another_run_can_be_given(run: RunFolder, recipe: Recipe, tmp_path: Path) -> None:
+    checkpoints.save(run.checkpoints, make(7), keep=3, best=True)
+    other = RunFolder(tmp_path / "runs" / "other")
+    found = open_run(other, recipe, str(run.checkpoints / "best"), print)
+    assert found == other.checkpoints / "step_00000007"
+    assert [line["step"] for line in other.read_metrics()] == [1, 2, 3, 4, 5, 6, 7]
+    changed = load_recipe(tmp_path / "r.yaml", ["optimizer.lr=1"])
+    with pytest.raises(UserError, match=r"these keys differ: optimizer\.lr"):
+        open_run(other, changed, str(run.checkpoints / "best"), print)
+    assert other.path.exists() and not other.path.with_name("other.1").exists()
+
+
+def test_an_unreadable_recipe_of_the_run_is_a_clear_error(run: RunFolder, recipe: Recipe) -> None:
+    (run.path / "recipe.yaml").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"recipe\.yaml can't be read"):
+        open_run(run, recipe, "auto", print)
 
 
 def test_a_run_that_saved_nothing_may_change_its_recipe(tmp_path: Path, recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ HELP = "validate recipes and their data; print the resolved recipe"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
     parser.add_argument("recipes", nargs="+", metavar="RECIPE | key.path=value", help="recipe files, and overrides for all of them")
-    parser.add_argument("--num_processes", "--num-processes", type=int, default=1, help="check the recipe for this many processes")
+    parser.add_argument("--num_processes", "--num-processes", type=int, help="check the recipe for this many processes (default: the launch file's)")
     parser.add_argument("--config_file", type=Path, default=None, help="the launch file to compare with (default: accelerate_config.yaml)")
 
 
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     if options.config_file and not options.config_file.is_file():
         raise UserError(f"--config_file {options.config_file}: no such file")
     launch = Launch.read(file=options.config_file or LAUNCH_FILE)
-    launch = replace(launch, processes=max(launch.processes, options.num_processes))
+    launch = replace(launch, processes=options.num_processes or max(launch.processes, launch.file_processes))
     recipes: list[Recipe] = []
     problems = []
     for path in paths:
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     for recipe in recipes:
         text = io.StringIO()
         YAML().dump(recipe.resolved(), text)
-        print(text.getvalue(), end="")
+        print("---\n" * (len(recipes) > 1) + text.getvalue(), end="")
         print(f"{recipe.path}: ok", _data_line(recipe, launch.processes), sep="; ", file=sys.stderr)
 
 

@@ -8,8 +8,11 @@ system's page cache keeps in memory what fits.
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +22,9 @@ import torch
 from torch import Tensor
 
 Bytes = npt.NDArray[np.uint8]
+
+SPARE_BYTES = 2**30  # left free on the disk
+_allocate = getattr(os, "posix_fallocate", None) or (lambda descriptor, start, size: os.ftruncate(descriptor, size))  # macOS has none
 
 
 class PixelCache:
@@ -78,12 +84,32 @@ def _reserve(file: Path, size: int) -> Bytes:
     """Maps a file of `size` bytes; its room is taken now, since a full disk would later kill the process (SIGBUS)."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        present = os.fstat(descriptor).st_size
+        if present < size:  # never again where it is there: another process may be filling it
+            if shutil.disk_usage(file.parent).free < size - present + SPARE_BYTES:
+                raise OSError(errno.ENOSPC, f"{size / 2**30:.1f} GiB would leave too little room for checkpoints")
+            try:
+                _allocate(descriptor, 0, size)
+            except OSError:
+                os.ftruncate(descriptor, present)
+                raise
     finally:
         os.close(descriptor)
     return np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
 
 
-def node_name() -> str:
-    """This machine's name: a folder on a network file system holds one cache for each machine, for shared maps are not coherent there."""
-    return platform.node() or "localhost"
+def machine_folder(root: Path) -> Path:
+    """The folder below `root` for this machine and its current boot; removes those of its earlier boots.
+
+    On a network file system, memory maps of several machines are not coherent, so each has its own cache. And after a
+    crash of the machine the bytes that say a sample is there may be on disk without the sample.
+    """
+    node = platform.node() or "localhost"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+    except OSError:
+        boot = "unknown"
+    for old in root.glob(f"{glob.escape(node)}.*"):
+        if old.name != f"{node}.{boot}":
+            shutil.rmtree(old, ignore_errors=True)
+    return root / f"{node}.{boot}"

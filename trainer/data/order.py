@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +43,18 @@ class Order:
         self.size = int(self.first_ids[-1])
         self.seed = seed
         self.window = window
+        self._remember()
+
+    def _remember(self) -> None:
         self._epoch = lru_cache(maxsize=2)(self._arrange_epoch)
         self._window = lru_cache(maxsize=4)(self._arrange_window)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_epoch", "_window")}  # where workers don't fork
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()
 
     def _arrange_epoch(self, epoch: int) -> _Epoch:
         groups = permutation(len(self.row_groups), self.seed, Use.ROW_GROUPS, epoch)

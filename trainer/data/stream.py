@@ -6,6 +6,9 @@ batches: the loader hands each a list of positions and keeps their order.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import signal
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +23,11 @@ from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from trainer.data.cache import PixelCache, node_name
+from trainer.data.cache import PixelCache, machine_folder
 from trainer.data.card import Card
 from trainer.data.order import Order, Shard, Slices
 from trainer.errors import TrainingFailed, UserError
+from trainer.signals import STOP_SIGNALS
 
 Sample = dict[str, Any]
 Transform = Callable[[Sample], Sample]
@@ -102,21 +106,26 @@ class Samples(Dataset[Any]):
         self.rows = RowGroups(card.files(folder, split), self.counts, keep=2 * window)
         self.resize = v2.Resize(list(resize), antialias=True) if resize else None
         self.transform = v2.Compose(list(transforms)) if order and transforms else None
+        if resize:
+            self.sizes = np.tile(np.asarray(resize, dtype=np.int64), (len(self), 1))
+        else:
+            self.sizes = np.stack([self.rows.column("height"), self.rows.column("width")], axis=1)
         self.labels = {name: self.rows.column(name) for name, role in self.columns.items() if role == "label"}
-        self.cache = self._open_cache(folder / "cache" / node_name() / card.fingerprint[:16], resize) if cache else None
+        self.cache = self._open_cache(machine_folder(folder / "cache") / card.fingerprint[:16], resize) if cache else None
 
     def __len__(self) -> int:
         return self.lookup.size
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all samples have one size before augmentation."""
+        return bool((self.sizes == self.sizes[0]).all())
+
     def _open_cache(self, folder: Path, resize: Sequence[int] | None) -> PixelCache | None:
         channels = {name: _READ[role][2] for name, role in self.columns.items() if role in _READ}
-        if resize:
-            sizes = np.tile(np.asarray(resize, dtype=np.int64), (len(self), 1))
-        else:
-            sizes = np.stack([self.rows.column("height"), self.rows.column("width")], axis=1)
         shape = "x".join(map(str, resize)) if resize else "native"
         try:
-            return PixelCache(folder / f"{self.split}-{shape}", channels, sizes)
+            return PixelCache(folder / f"{self.split}-{shape}", channels, self.sizes)
         except OSError as error:
             print(f"data.cache is off: {folder} can't be used ({error.strerror or error})", file=sys.stderr)
             return None
@@ -177,39 +186,64 @@ class Samples(Dataset[Any]):
         return {name: torch.stack([sample[name].as_subclass(Tensor) for sample in samples]) for name in samples[0]}
 
 
+class Batches:
+    """Batches of one process: endless micro-batches for `Slices`, its share of a set for a `Shard`; workers stay.
+
+    Args:
+        samples: what is loaded.
+        positions: gives the positions of each batch, anew for every iteration.
+        workers: loader processes; 0 loads in this one.
+    """
+
+    def __init__(self, samples: Samples, positions: Slices | Shard, workers: int) -> None:
+        self._loader = _loader(samples, positions, workers)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._loader:
+            if isinstance(batch, UserError | TrainingFailed):
+                batch.on_one_rank = True
+                raise batch
+            yield batch
+
+
+class _Loaded(Dataset[Any]):
+    """Samples whose errors travel from a loader worker as they are; the loader would turn them into a traceback's text."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitems__(self, positions: list[int]) -> Any:
+        try:
+            return self.samples.__getitems__(positions)
+        except (UserError, TrainingFailed) as error:
+            return error
+
+
 def _keep(batch: Any) -> Any:
     return batch
 
 
-class Stream:
-    """The endless training batches of one process, from step `first_step` on; iterating gives micro-batches."""
-
-    def __init__(self, samples: Samples, slices: Slices, workers: int) -> None:
-        self._iterator = iter(_loader(samples, slices, workers))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        return next(self._iterator)
+def _ignore_stop_signals(worker: int) -> None:
+    """A signal to the whole process group must not kill the workers: the process that started them decides when to stop."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
-class EvaluationBatches:
-    """One process's share of a set, in order; can be iterated again and again (workers stay)."""
-
-    def __init__(self, samples: Samples, shard: Shard, workers: int) -> None:
-        self.samples, self.shard = samples, shard
-        self._loader = _loader(samples, shard, workers)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._loader)
+def _end_workers() -> None:
+    """Ends the workers of loaders that an error kept alive: at exit, multiprocessing sends SIGTERM, which they ignore, and waits."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
-def _loader(samples: Samples, positions: Any, workers: int) -> DataLoader[Any]:
+def _loader(samples: Samples, positions: Slices | Shard, workers: int) -> DataLoader[Any]:
+    if workers:
+        atexit.register(_end_workers)  # runs before what multiprocessing registered
     return DataLoader(
-        samples,
+        _Loaded(samples),
         batch_sampler=positions,
         num_workers=workers,
+        worker_init_fn=_ignore_stop_signals,
         collate_fn=_keep,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,

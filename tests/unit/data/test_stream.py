@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +23,7 @@ from trainer.data.card import Card
 from trainer.data.order import Order, Shard, Slices
 from trainer.data.prepare import encode_png, prepare
 from trainer.data.source import DataInfo, Row, Source
-from trainer.data.stream import EvaluationBatches, Samples, Stream
+from trainer.data.stream import Batches, Samples
 from trainer.errors import TrainingFailed, UserError
 
 COUNT = 30
@@ -56,7 +62,7 @@ FLIP = (v2.RandomHorizontalFlip(0.5), v2.RandomCrop((16, 16)))
 def test_batches_depend_neither_on_workers_nor_on_the_cache_nor_on_where_they_begin(prepared: tuple[Path, Card], transforms: Any) -> None:
     def batches(cache: bool, workers: int, first: int = 0) -> list[dict[str, Any]]:
         slices = Slices(6, 1, 0, 1, first)
-        return list(islice(Stream(samples(prepared, transforms=transforms, cache=cache), slices, workers), 12 - first))
+        return list(islice(Batches(samples(prepared, transforms=transforms, cache=cache), slices, workers), 12 - first))
 
     reference = batches(cache=False, workers=0)
     assert reference[0]["image"].dtype == torch.uint8 and reference[0]["image"].shape[1] == 3
@@ -73,13 +79,13 @@ def test_masks_move_with_their_images_and_are_never_interpolated(prepared: tuple
         for name, settings in (("random_crop", {"size": [14, 18]}), ("horizontal_flip", {"p": 0.5}))
     ]
     flipped = set()
-    for batch in islice(Stream(samples(prepared, transforms=crops), Slices(6, 1, 0, 1, 0), 0), 10):
+    for batch in islice(Batches(samples(prepared, transforms=crops), Slices(6, 1, 0, 1, 0), 0), 10):
         assert torch.equal(batch["image"][:, :1], batch["mask"])
         assert torch.equal(batch["label"], batch["sample_id"])
         flipped |= {batch["mask"].float().mean().item()}
     assert len(flipped) == 10
     resized = catalogue("augmentation")["random_resized_crop"].build({"size": [33, 33], "scale": [0.5, 1.0], "ratio": [0.75, 1.33]})
-    for batch in islice(Stream(samples(prepared, transforms=[resized]), Slices(6, 1, 0, 1, 0), 0), 5):
+    for batch in islice(Batches(samples(prepared, transforms=[resized]), Slices(6, 1, 0, 1, 0), 0), 5):
         for sample_id, mask in zip(batch["sample_id"].tolist(), batch["mask"], strict=True):
             red = np.random.default_rng(sample_id).integers(0, 255, (20, 24), dtype=np.uint8)
             assert set(mask.unique().tolist()) <= set(red.reshape(-1).tolist())
@@ -90,7 +96,7 @@ def test_the_global_generator_is_left_alone(prepared: tuple[Path, Card]) -> None
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    next(Stream(samples(prepared, transforms=FLIP), Slices(6, 1, 0, 1, 0), 0))
+    next(iter(Batches(samples(prepared, transforms=FLIP), Slices(6, 1, 0, 1, 0), 0)))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -103,7 +109,7 @@ def test_resize_is_done_once_and_kept(prepared: tuple[Path, Card]) -> None:
 
 
 def test_evaluation_is_in_order_without_augmentation(prepared: tuple[Path, Card]) -> None:
-    batches = EvaluationBatches(samples(prepared, split="validation", transforms=FLIP), Shard(5, 2, 0, 1), 0)
+    batches = Batches(samples(prepared, split="validation", transforms=FLIP), Shard(5, 2, 0, 1), 0)
     for _ in range(2):
         assert [i for batch in batches for i in batch["sample_id"].tolist()] == [0, 1, 2, 3, 4]
     assert next(iter(batches))["image"].shape == (2, 3, 20, 24)
@@ -113,7 +119,7 @@ def test_a_full_disk_turns_the_cache_off_with_a_line(prepared: tuple[Path, Card]
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr("trainer.data.cache._allocate", full)
     assert samples(prepared).cache is None
     assert "data.cache is off" in capsys.readouterr().err
 
@@ -130,3 +136,50 @@ def test_images_of_several_sizes_in_a_batch_say_what_to_do(prepared: tuple[Path,
     mixed = samples(prepared)
     with pytest.raises(UserError, match=r"differ in size .* set data.resize=\[H,W\]"):
         mixed._stack([{"image": torch.zeros(3, 4, 4)}, {"image": torch.zeros(3, 5, 4)}])
+
+
+def test_an_error_in_a_loader_worker_is_the_same_one_line_error(prepared: tuple[Path, Card]) -> None:
+    broken = samples(prepared, cache=False)
+    row = dict(broken.rows.row(0, 0), image={"bytes": b"\x89PNG nothing", "path": None})
+    broken.rows.row = lambda group, index: row  # type: ignore[method-assign]
+    with pytest.raises(TrainingFailed) as error:
+        next(iter(Batches(broken, Slices(6, 1, 0, 1, 0), 1)))
+    assert str(error.value).startswith("paired/train: sample ") and "\n" not in str(error.value).strip() and error.value.on_one_rank
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_alive(prepared: tuple[Path, Card]) -> None:
+    batches = iter(Batches(samples(prepared), Slices(6, 1, 0, 1, 0), 2))
+    next(batches)
+    children = multiprocessing.active_children()
+    assert len(children) >= 2
+    for child in children:
+        os.kill(child.pid or 0, signal.SIGTERM)
+    assert len(list(islice(batches, 10))) == 10
+    assert all(child.is_alive() for child in children)
+
+
+def test_the_cache_leaves_room_on_the_disk(prepared: tuple[Path, Card], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("trainer.data.cache.SPARE_BYTES", 2**60)
+    assert samples(prepared).cache is None
+    assert "too little room" in capsys.readouterr().err
+
+
+def test_samples_can_be_sent_to_workers_that_dont_fork(prepared: tuple[Path, Card]) -> None:
+    original = samples(prepared, transforms=FLIP)
+    assert equal(ForkingPickler.loads(ForkingPickler.dumps(original)).__getitems__([3, 40]), original.__getitems__([3, 40]))
+
+
+def test_a_program_that_ends_with_an_error_doesnt_wait_for_its_workers(prepared: tuple[Path, Card], tmp_path: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from trainer.data.card import Card
+from trainer.data.order import Order, Slices
+from trainer.data.stream import Batches, Samples
+folder = Path({str(prepared[0])!r})
+card = Card.load(folder)
+batches = iter(Batches(Samples(folder, card, "train", Order(card.row_groups("train"), 0, 2), None, [], True, 2), Slices(6, 1, 0, 1, 0), 2))
+next(batches)
+raise SystemExit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 3
