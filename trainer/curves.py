@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from trainer.tracking import Line, lower_is_better, metrics_of
 
+MIN_HEIGHT = 128  # pixels of a sample on a sheet
 Points = tuple[list[float], list[float]]
 
 
@@ -51,7 +52,9 @@ def draw_curves(lines: list[Line], file: Path) -> None:
 
 
 def save_sheet(rows: Sequence[Tensor], file: Path) -> None:
-    """Writes pictures uint8 (3, H, W), which may differ in size, one below the other."""
+    """Writes pictures uint8 (3, H, W), which may differ in size, one below the other; small ones enlarged."""
+    scale = max(1, MIN_HEIGHT // max(row.shape[1] for row in rows))
+    rows = [row.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for row in rows]
     width = max(row.shape[2] for row in rows)
     sheet = torch.cat([functional.pad(row.cpu(), (0, width - row.shape[2])) for row in rows], dim=1)
     Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(file)

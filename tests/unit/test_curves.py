@@ -54,4 +54,5 @@ def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
 def test_samples_of_several_sizes_are_drawn_one_below_the_other(tmp_path: Path) -> None:
     save_sheet([torch.full((3, 4, 6), 10, dtype=torch.uint8), torch.full((3, 2, 9), 20, dtype=torch.uint8)], tmp_path / "s.png")
     sheet = np.asarray(Image.open(tmp_path / "s.png"))
-    assert sheet.shape == (6, 9, 3) and sheet[0, 5, 0] == 10 and sheet[0, 6, 0] == 0 and sheet[5, 8, 0] == 20
+    assert sheet.shape == (6 * 32, 9 * 32, 3)  # small ones are enlarged
+    assert sheet[0, 6 * 32 - 1, 0] == 10 and sheet[0, 6 * 32, 0] == 0 and sheet[-1, -1, 0] == 20
