@@ -64,7 +64,7 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], steps: int
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     images, masks = read(Path(os.environ.get("TRAINER_DATA", "data")) / "shapes" / "train")

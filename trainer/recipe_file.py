@@ -98,8 +98,8 @@ class Reader:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            near = difflib.get_close_matches(path.name, _siblings(path), 1)
-            hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+            near = difflib.get_close_matches(path.stem, _siblings(path), 1)
+            hint = f"; did you mean {path.with_name(near[0])}.yaml?" if near else ""
             what = "the parent recipe doesn't exist" if children else "no such recipe"
             self.problems.append(Problem(where, ("inherit",) if children else (), what + hint, str(path)))
             return {}
@@ -215,7 +215,7 @@ class Reader:
 
 
 def _siblings(path: Path) -> list[str]:
-    return [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    return [p.stem for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
 
 
 def short(value: Any, limit: int = 80) -> str:

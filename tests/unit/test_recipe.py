@@ -87,7 +87,7 @@ def test_missing_and_circular_parents(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("inherit: d.yaml\n")
     with pytest.raises(RecipeError, match=r"c.yaml:1:1: inherit: the parent recipe doesn't exist"):
         load_recipe(tmp_path / "c.yaml")
-    with pytest.raises(RecipeError, match=r"no such recipe; did you mean .*a.yaml\?"):
+    with pytest.raises(RecipeError, match=r"no such recipe; did you mean .*a\.yaml\?"):
         load_recipe(tmp_path / "aa.yaml")
 
 
