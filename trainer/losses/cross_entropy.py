@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.components import loss
@@ -23,13 +24,19 @@ class CrossEntropy(Loss):
 
     def forward(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Local sums, float64 scalars: `nll` in nats over valid pixels, and their number, `pixels`."""
+        valid = torch.ones_like(targets, dtype=torch.bool) if self.ignore_index is None else targets != self.ignore_index
+        if outputs.is_cuda and torch.are_deterministic_algorithms_enabled():
+            nll = self._nll_without_scatter(outputs, targets, valid)
+        else:
+            ignored = -100 if self.ignore_index is None else self.ignore_index
+            nll = F.cross_entropy(outputs, targets.long(), ignore_index=ignored, reduction="sum").double()
+        return {"nll": nll, "pixels": valid.sum(dtype=torch.float64)}
+
+    def _nll_without_scatter(self, outputs: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        """The same sum by a mask; torch's own kernel for images is faster, but adds with atomics on GPUs."""
         classes = torch.arange(self.num_classes, dtype=targets.dtype, device=targets.device).view(1, -1, 1, 1)
-        is_true = targets[:, None] == classes
-        if self.ignore_index is not None:
-            is_true &= (targets != self.ignore_index)[:, None]
-        # A mask rather than nll_loss or gather: those scatter with atomics on GPUs, which isn't deterministic.
-        nll = -torch.where(is_true, outputs.log_softmax(1), 0)
-        return {"nll": nll.sum(dtype=torch.float64), "pixels": is_true.sum(dtype=torch.float64)}
+        is_true = (targets[:, None] == classes) & valid[:, None]
+        return -torch.where(is_true, outputs.log_softmax(1), 0).sum(dtype=torch.float64)
 
     def combine(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The mean: `loss`."""

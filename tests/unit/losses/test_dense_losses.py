@@ -131,3 +131,15 @@ def test_soft_iou_of_a_class_that_is_neither_there_nor_predicted_is_zero() -> No
 def test_soft_iou_of_a_class_the_data_has_not_says_which_there_are() -> None:
     with pytest.raises(ValueError, match=r"loss.channel must be 0 to 2, as the data set has 3 classes \(got 3\)"):
         SoftIoU(3, IGNORED, channel=3)
+
+
+def test_the_form_for_deterministic_gpus_is_the_same_loss() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 3, (2, 5, 4), dtype=torch.uint8)
+    targets[0, 0] = 255
+    loss = CrossEntropy(3, 255)
+    usual = loss(logits, targets)["nll"]
+    masked = loss._nll_without_scatter(logits, targets, targets != 255)
+    torch.testing.assert_close(masked, usual, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (masked, usual)), rtol=1e-12, atol=1e-15)
