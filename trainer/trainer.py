@@ -486,6 +486,6 @@ class Trainer:
 
         def call(*inputs: Any) -> Any:
             with self.accelerator.autocast():
-                return convert_to_fp32(model(*inputs))
+                return convert_to_fp32(model.forward(*inputs))  # not compiled: each size of a last batch would be compiled anew
 
         return call
