@@ -94,3 +94,16 @@ def test_every_validation_sample_is_evaluated_once_even_with_empty_shares(tmp_pa
     run_processes(world_size, _count_evaluated, write_recipe(tmp_path), tmp_path)
     seen = [int(i) for rank in range(world_size) for i in (tmp_path / f"rank{rank}").read_text().split()]
     assert seen == list(range(VALIDATION))
+
+
+def test_a_process_without_validation_samples_gets_the_metrics_of_all(tmp_path: Path) -> None:
+    """Four processes share three validation samples."""
+    recipe = write_recipe(tmp_path)
+    stand_in = Path(__file__).resolve().parents[1] / "stand_in.py"
+    data = (f"plugins=[{stand_in}]", "data.name=stand_in", "data.batch_size=4", "train.duration=2 steps")
+    for world_size in (1, 4):
+        run_processes(world_size, train, recipe, (*data, f"name=p{world_size}"))
+    one, four = (lines(tmp_path / "runs" / f"p{n}", "validation") for n in (1, 4))
+    assert one[-1].keys() == four[-1].keys()
+    for key in ("loss", "miou", "pixel_accuracy"):
+        assert math.isclose(four[-1][key], one[-1][key], rel_tol=1e-9), key
