@@ -1,4 +1,7 @@
-"""Sums and batch norm over processes equal those of one process on the whole batch."""
+"""Sums and batch norm over processes equal those of one process on the whole batch.
+
+The assertions stand in the functions that the processes run; `run_processes` raises where one of them fails.
+"""
 
 from __future__ import annotations
 

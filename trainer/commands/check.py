@@ -6,6 +6,10 @@ import argparse
 import io
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
+    from trainer.recipe import Recipe
 
 HELP = "validate recipes and their data; print the resolved recipe"
 
@@ -25,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
 
     from trainer.accelerator import LAUNCH_FILE, Launch
     from trainer.errors import UserError
-    from trainer.recipe import Recipe, RecipeError, load_recipe
+    from trainer.recipe import RecipeError, load_recipe
     from trainer.tasks.build import TASK_CHECKS
 
     paths = [argument for argument in options.recipes if "=" not in argument]
@@ -52,16 +56,14 @@ def run(options: argparse.Namespace) -> None:
         print(f"{recipe.path}: ok", _data_line(recipe, launch.processes), sep="; ", file=sys.stderr)
 
 
-def _data_line(recipe: object, processes: int) -> str:
+def _data_line(recipe: Recipe, processes: int) -> str:
     """What the recipe's data set holds and what reading it costs, or how to get it."""
     from trainer.accelerator import num_workers
     from trainer.data.card import CARD, Card
     from trainer.data.order import Order, read_amplification
     from trainer.data.prepare import data_dir
     from trainer.durations import Clock
-    from trainer.recipe import Recipe
 
-    assert isinstance(recipe, Recipe)
     folder = data_dir() / recipe.build("data").name
     if not (folder / CARD).exists():
         return f"{recipe.data.name} is not prepared yet: training does it, or `trainer prepare {recipe.data.name}`"
