@@ -5,7 +5,8 @@
     checkpoints/best             link to hard links of the best, which outlive its own folder
 
 A folder is written under another name, with a manifest of SHA-256 sums, flushed to disk, and renamed:
-a kill at any moment leaves the previous checkpoints and at most a leftover that nothing reads.
+a kill at any moment leaves the previous checkpoints and at most a leftover that nothing reads. A thread does this,
+from a copy of the state: training waits for the copy only.
 Everything is safetensors or JSON; loading can't run code.
 """
 
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainer.errors import UserError
+from trainer.errors import TrainingFailed, UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+WRITING, REPLACED = ".writing-", ".replaced-"
 
 
 def folder_name(step: int) -> str:
@@ -70,10 +73,9 @@ def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
         OSError: it couldn't be written; older checkpoints are untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".writing-*"):
-        shutil.rmtree(leftover)
+    recover(root)
     final = root / folder_name(checkpoint.step)
-    temporary = root / f".writing-{final.name}"
+    temporary, replaced = root / f"{WRITING}{final.name}", root / f"{REPLACED}{final.name}"
     temporary.mkdir()
     try:
         tensors = {"model": checkpoint.model, "optimizer": checkpoint.optimizer} | ({"ema": checkpoint.ema} if checkpoint.ema is not None else {})
@@ -85,8 +87,8 @@ def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for file in (*temporary.iterdir(), temporary):
             _flush(file)
-        if final.exists():
-            shutil.rmtree(final)  # an invalid one of the same step, or it would have been resumed from
+        if final.exists():  # of the same step: an invalid one, or one that was saved before this step's evaluation
+            final.rename(replaced)
         temporary.rename(final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -95,10 +97,75 @@ def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
     _point(root / "last", final.name)
     if best:
         _keep_best(root, final)
+    shutil.rmtree(replaced, ignore_errors=True)
     older = [step for step in steps(root) if step < checkpoint.step]
     for old in older[: max(0, len(older) - (keep - 1))]:
         shutil.rmtree(root / folder_name(old))
     return final
+
+
+def recover(root: Path) -> None:
+    """Removes what a killed save left behind; puts a checkpoint back that was about to be replaced by one of the same step."""
+    for leftover in root.glob(f"{WRITING}*"):
+        shutil.rmtree(leftover)
+    for replaced in root.glob(f"{REPLACED}*"):
+        final = root / replaced.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(final)
+
+
+class Writer:
+    """Writes checkpoints in a thread, one after the other.
+
+    Args:
+        root: the folder of the checkpoints.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.root, self.keep = root, keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(self, checkpoint: Checkpoint, best: bool) -> None:
+        """Begins to write; waits for the one before. Raises what went wrong with it."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(checkpoint, best), name="checkpoint")  # no daemon: a normal exit waits for it
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises what went wrong with the last one, if that is known already."""
+        if self._thread and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last one is written; raises what went wrong.
+
+        Raises:
+            TrainingFailed: it can't be written, e.g. the disk is full; older checkpoints are whole.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, checkpoint: Checkpoint, best: bool) -> None:
+        try:
+            save(self.root, checkpoint, self.keep, best)
+        except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
+            reason = getattr(error, "strerror", None) or error
+            free = shutil.disk_usage(self.root).free / 2**20
+            self._error = TrainingFailed(
+                f"the checkpoint of step {checkpoint.step} can't be written to {self.root}: {reason} ({free:.0f} MiB free); "
+                "older checkpoints are whole: make room, then the same command goes on from the newest"
+            )
+            self._error.on_one_rank = True
+        except BaseException as error:
+            self._error = error
 
 
 def restore_best(root: Path, step: int | None) -> None:
@@ -111,7 +178,7 @@ def restore_best(root: Path, step: int | None) -> None:
 def adopt(root: Path, checkpoint: Path) -> Path:
     """Makes a checkpoint of another folder one of `root`'s, by hard links where that is possible; returns where it is now."""
     final = root / checkpoint.name
-    temporary = root / f".writing-{checkpoint.name}"
+    temporary = root / f"{WRITING}{checkpoint.name}"
     _link_files(checkpoint, temporary)
     temporary.rename(final)
     _point(root / "last", final.name)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.data.stream import Samples
+from trainer.data.build import Data
 from trainer.reduce import total
 from trainer.tasks.task import Batch, Task
 
@@ -16,25 +16,33 @@ ToDevice = Callable[[Batch], Batch]
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: nn.Module, forward: Callable[..., Any], batches: Iterable[Batch], samples: Samples, to_device: ToDevice) -> dict[str, float]:
-    """Metrics of a whole set from sums over unpadded shards.
+def evaluate(
+    task: Task, model: nn.Module, forward: Callable[..., Any], data: Data, to_device: ToDevice, may_go_on: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Metrics of the whole validation set from sums over unpadded shards; None where `may_go_on` ended it.
 
     Args:
         task: says what is summed, and what follows from the totals.
         model: put into eval mode, and left in it.
         forward: calls the model (with autocast).
-        batches: this process's share; may be empty.
-        samples: the whole set.
+        data: the set, and this process's share, which may be empty.
         to_device: moves a batch.
+        may_go_on: asked before each round, by all processes alike and with the same answer.
     """
     model.eval()
     sums: dict[str, Tensor] = {}
-    for batch in batches:
-        found = task.evaluation_sums(forward, to_device(batch))
-        sums = {key: sums[key] + value for key, value in found.items()} if sums else found
+    batches = iter(data.validation_batches)
+    for _ in range(data.validation_rounds):
+        if not may_go_on():
+            return None
+        batch = next(batches, None)
+        if batch is not None:
+            found = task.evaluation_sums(forward, to_device(batch))
+            sums = {key: sums[key] + value for key, value in found.items()} if sums else found
     if not sums:  # an empty share has nothing to add, but must know what is added
-        found = task.evaluation_sums(forward, to_device(samples.__getitems__([0])))
+        found = task.evaluation_sums(forward, to_device(data.validation.__getitems__([0])))
         sums = {key: torch.zeros_like(value) for key, value in found.items()}
     sums = total(sums)
-    assert int(sums["samples"]) == len(samples), f"evaluated {int(sums['samples'])} samples of {len(samples)}"
+    size = len(data.validation)
+    assert int(sums["samples"]) == size, f"evaluated {int(sums['samples'])} samples of {size}"
     return task.metrics(sums)

@@ -27,14 +27,19 @@ from trainer.recipe_file import KeyPath, Place, Problem, Reader, RecipeError, ne
 
 
 class DataSettings(Settings):
-    """Keys of `data:` that every data set has."""
+    """Keys of `data:` that every data set has.
+
+    `max_unreadable` training samples may be unreadable, as each process counts: the next sample of the set takes the place of each.
+    A validation sample that can't be read is always an error: metrics over another set can't be compared.
+    """
 
     name: str
-    batch_size: PositiveInt
-    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    batch_size: Annotated[int, Field(gt=0, le=2**20)]
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
     cache: Literal["auto", "off"] = "auto"
     window: PositiveInt = 8
     resize: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    max_unreadable: Annotated[int, Field(ge=0)] = 0
 
 
 class ModelSettings(Settings):
@@ -65,6 +70,8 @@ class TrainSettings(Settings):
     deterministic: Literal["auto"] | bool = "auto"
     threads: Literal["auto"] | PositiveInt = "auto"
     log_every: Duration = Span.parse("10 steps")
+    non_finite: Literal["error", "skip"] = "error"
+    timeout: Duration = Span.parse("10 minutes")
 
 
 class EvaluateSettings(Settings):
@@ -97,7 +104,7 @@ SECTIONS: dict[str, tuple[str | None, type[Settings], bool]] = {
 }
 DEFAULTS: dict[str, Any] = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}
 # Changes under which a run still goes on: they leave what is computed as it is, or only add to it.
-RESUMABLE = ("train.duration", "track", "data.workers", "data.cache", "checkpoint")
+RESUMABLE = ("train.duration", "train.non_finite", "train.timeout", "track", "data.workers", "data.cache", "data.max_unreadable", "checkpoint")
 
 
 Choice = tuple[Component, Settings]
@@ -372,6 +379,8 @@ def _check_durations(recipe: Recipe) -> Iterator[Problem]:
     if recipe.train.duration.unit == "%":
         yield recipe.problem("train.duration", "can't be a share of itself; give it in steps, epochs or minutes", recipe.train.duration)
         return
+    if recipe.train.timeout.unit != "minutes":
+        yield recipe.problem("train.timeout", "is a time; give it in minutes", recipe.train.timeout)
     for key, value in recipe.schedule:
         if not isinstance(value, Span):
             continue

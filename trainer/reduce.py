@@ -158,6 +158,16 @@ class Control:
         (length,) = self.from_main([len(encoded)])
         return bytes(self.from_main((encoded + [0] * length)[:length])).decode() if length else ""
 
+    def union(self, values: list[int]) -> list[int]:
+        """Every value that some process has, in order; values are at least 0."""
+        if world_size() == 1:
+            return sorted(set(values))
+        (longest,) = self.maximum([float(len(values))])
+        mine = torch.tensor([*values, *[-1] * (int(longest) - len(values))], dtype=torch.int64)
+        gathered = [torch.empty_like(mine) for _ in range(world_size())]
+        dist.all_gather(gathered, mine, group=self._group)
+        return sorted({value for each in gathered for value in each.tolist()} - {-1})
+
     def _reduce(self, tensor: Tensor, operation: Any) -> Any:
         if world_size() > 1:
             dist.all_reduce(tensor, operation, group=self._group)

@@ -56,7 +56,8 @@ def open_run(folder: RunFolder, recipe: Recipe, resume: str, say: Say) -> Path |
     else:
         found = _adopt(folder, recipe, Path(resume), say)
     folder.create()
-    folder.truncate_metrics(checkpoints.load(found).step if found else 0)
+    state = checkpoints.load(found) if found else None
+    folder.truncate_metrics(state.step if state else 0, bool(state and state.counters["evaluation_pending"]))
     folder.write_recipe(recipe.resolved())
     return found
 
@@ -70,6 +71,7 @@ def _set_aside(folder: RunFolder, say: Say) -> Path:
 
 
 def _newest_checkpoint(folder: RunFolder, recipe: Recipe, say: Say) -> Path | None:
+    checkpoints.recover(folder.checkpoints)
     if not checkpoints.steps(folder.checkpoints):
         return None  # nothing was computed that another recipe could spoil
     _same_recipe(folder, recipe)

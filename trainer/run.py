@@ -1,11 +1,12 @@
 """Trains a recipe: `accelerate launch trainer/run.py recipes/quickstart.yaml [--resume auto|never|PATH] [key.path=value …]`.
 
-Exit codes: 0 finished, or stopped on a signal with a checkpoint saved; 2 a mistake in what was given; 3 training failed.
+Exit codes: 0 finished, or stopped on a signal with nothing lost; 2 a mistake in what was given; 3 training failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from trainer.errors import exit_code
-from trainer.signals import STOP
+from trainer.signals import STOP, Stopped
 
 
 def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
@@ -31,6 +32,9 @@ def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
 
     try:
         Trainer(recipe, resume).fit()
+    except Stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped on {STOP.signal_name or 'a signal'} before training began; the same command starts again", file=sys.stderr, flush=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -8,9 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """A stop was asked for before there was anything to save. No Exception, as KeyboardInterrupt: it isn't caught on its way."""
 
 
 class StopRequest:
@@ -23,11 +29,27 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._pid = os.getpid()
+        self._at_once = False
 
     def install(self) -> None:
         """Handles SIGTERM, SIGINT and SIGUSR1 from now on."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a stop signal raises `Stopped` wherever the process stands: for long work that may be given up, such as a download."""
+        self._at_once = True
+        try:
+            self.raise_if_asked()
+            yield
+        finally:
+            self._at_once = False
+
+    def raise_if_asked(self) -> None:
+        """Raises `Stopped` if a stop was asked for."""
+        if self.signal_name:
+            raise Stopped
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
@@ -36,6 +58,18 @@ class StopRequest:
             print("\nsecond Ctrl-C: ending at once; the last checkpoint stays", file=sys.stderr, flush=True)
             os._exit(130)
         self.signal_name = self.signal_name or signal.Signals(number).name
+        if self._at_once:
+            self._at_once = False  # once: what cleans up must not be interrupted again
+            raise Stopped
 
 
 STOP = StopRequest()
+
+
+def time_limit() -> float | None:
+    """When the job ends, in seconds since 1970, where that is known: `TRAINER_END_TIME`, or what SLURM says."""
+    for variable in ("TRAINER_END_TIME", "SLURM_JOB_END_TIME"):
+        value = os.environ.get(variable, "")
+        if value.isdigit():
+            return float(value)
+    return None

@@ -94,6 +94,10 @@ class RunFolder:
         """Folder of the PNG files."""
         return self.path / "pictures"
 
+    def pictures_of(self, step: int) -> list[Path]:
+        """The PNG files that were drawn after a step, e.g. `validation_step_00000123.png`."""
+        return sorted(self.pictures.glob(f"*_step_{step:08d}.png"))
+
     @property
     def metrics(self) -> Path:
         """The file with a JSON object a line."""
@@ -138,9 +142,16 @@ class RunFolder:
         """All whole lines of `metrics.jsonl`, in order."""
         return [json.loads(line) for line in self._whole_lines()]
 
-    def truncate_metrics(self, step: int) -> None:
-        """Takes `metrics.jsonl` back to a checkpoint: lines after `step`, which will be computed again, go."""
-        kept = [line for line in self._whole_lines() if json.loads(line)["step"] <= step]
+    def truncate_metrics(self, step: int, evaluation_pending: bool = False) -> None:
+        """Takes `metrics.jsonl` back to a checkpoint: lines after `step`, which will be computed again, go.
+
+        So does the validation line of `step` itself, where the checkpoint is from before that evaluation.
+        """
+
+        def stays(line: Line) -> bool:
+            return line["step"] < step or (line["step"] == step and not (evaluation_pending and line["split"] == "validation"))
+
+        kept = [line for line in self._whole_lines() if stays(json.loads(line))]
         atomic_write(self.metrics, "".join(kept))
 
     def _whole_lines(self) -> list[str]:
@@ -149,16 +160,14 @@ class RunFolder:
         with self.metrics.open(encoding="utf-8", newline="\n") as file:
             return [line for line in file if line.endswith("\n")]
 
-    def write_summary(self, status: Status, *, seconds: float, samples_per_second: float, world_size: int) -> dict[str, Any]:
+    def write_summary(self, status: Status, **facts: Any) -> dict[str, Any]:
         """Writes and returns `summary.json`: where the run stands, each metric's best and last validation value with its step.
 
         The values come from `metrics.jsonl`, so that they cover the whole run however often it was interrupted.
 
         Args:
             status: what the run is from now on.
-            seconds: of training, over all interruptions.
-            samples_per_second: over all processes.
-            world_size: number of processes.
+            facts: what else it says, e.g. `seconds` of training over all interruptions.
         """
         best: dict[str, dict[str, float]] = {}
         final: dict[str, dict[str, float]] = {}
@@ -169,7 +178,7 @@ class RunFolder:
                 final[name] = {"value": value, "step": line["step"]}
                 if name not in best or (value < best[name]["value"] if lower_is_better(name) else value > best[name]["value"]):
                     best[name] = final[name]
-        summary = {"status": status, "best": best, "final": final, "seconds": seconds, "samples_per_second": samples_per_second, "world_size": world_size}
+        summary = {"status": status, "best": best, "final": final, **facts}
         atomic_write(self.path / "summary.json", _pretty(summary))
         return summary
 

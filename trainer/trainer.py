@@ -5,7 +5,7 @@
     until the training duration has passed:
         one optimizer step:
             for each micro-batch: forward, sums over all processes, loss, backward
-            clip, step, move the average
+            clip; step, unless something isn't finite; move the average
         log, evaluate and save, where due
         stop, everywhere, as soon as one process was asked to
 
@@ -17,11 +17,9 @@ the next log line.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from hashlib import blake2b
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -30,35 +28,37 @@ from typing import Any
 import torch
 from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainer import checkpoint as checkpoints
-from trainer.accelerator import TIMEOUT, build_accelerator, num_workers, resolve_precision
-from trainer.checkpoint import Checkpoint
-from trainer.curves import draw_curves, save_sheet
-from trainer.data.card import Card
-from trainer.data.order import Order, Shard, Slices
+from trainer.accelerator import TIMEOUT, build_accelerator, resolve_precision
+from trainer.checkpoint import Checkpoint, Writer
+from trainer.data.build import Data
+from trainer.data.order import FINGERPRINT_MODULUS, fingerprint
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared
-from trainer.data.stream import Batches, Samples
 from trainer.durations import Clock, Span
 from trainer.ema import Ema
 from trainer.errors import TrainingFailed, UserError
 from trainer.evaluation import evaluate
+from trainer.failures import as_training_failure, lost_connection
+from trainer.guard import GRADIENTS, Guard
+from trainer.metrics.means import Means
 from trainer.models.freeze import set_train_mode
-from trainer.progress import Progress
-from trainer.recipe import Recipe, build
+from trainer.recipe import Recipe
 from trainer.reduce import Control, add_over_processes, use_global_batch_norm
+from trainer.reporting import Reporter
 from trainer.resume import lock_run, open_run, runs_dir
 from trainer.schedules import build_schedule
 from trainer.seeds import Use, mix
-from trainer.signals import STOP
+from trainer.signals import STOP, Stopped, time_limit
 from trainer.tasks.build import build_task
 from trainer.tasks.task import Batch
-from trainer.trackers import Mirrors
-from trainer.tracking import RunFolder, Status, environment, lower_is_better
+from trainer.tracking import RunFolder, Status, lower_is_better
+from trainer.watchdog import Watchdog
 
-# Divides 2**64, so sums of int64 that wrap around still leave the right remainder.
-FINGERPRINT_MODULUS = 2**61
-CURVES_EVERY_S = 60.0
+# Counters that a checkpoint holds as they are.
+COUNTERS = ("step", "seconds", "best", "best_step", "num_skipped", "unreadable", "evaluation_pending")
+BEFORE_LIMIT_S = 120.0  # how long before a known time limit an extra checkpoint is saved
 
 
 class Trainer:
@@ -70,11 +70,11 @@ class Trainer:
             aside, a path goes on from that checkpoint folder.
 
     Raises:
-        UserError: the run can't be what the recipe asks for.
+        UserError: processes were launched that don't see each other.
     """
 
     def __init__(self, recipe: Recipe, resume: str = "auto") -> None:
-        self.recipe = recipe
+        self.recipe, self.resume = recipe, resume
         self.accelerator = build_accelerator(recipe)
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -86,71 +86,105 @@ class Trainer:
         self.seconds = 0.0  # on rank 0's clock, in the loop
         self.best: float | None = None  # value of evaluate.best
         self.best_step: int | None = None
-        self.loss_sums: dict[str, Tensor] = {}  # of each term, since the last train line
-        self.steps_since_log = 0
+        self.means = Means()  # of the loss terms, since the last train line
+        self.num_skipped = 0  # steps that changed nothing, since something wasn't finite
+        self.unreadable: list[int] = []  # ids of training samples that another one stood in for
+        self.evaluation_pending = False  # a stop came during the evaluation of this step
         # Equal for runs that saw the same samples at the same steps. Each process counts its own; rank 0 adds what was restored.
         self.fingerprint = 0
         self.learning_rate = 0.0
 
-        self.display = Progress(self.is_main)
         self.folder = RunFolder(runs_dir() / recipe.name)
-        self.restore_from = self._on_main(lambda: self._open_run(resume))
-        self._build_data()
-        self._build_model()
+        self.report = Reporter(self.folder, recipe, self.is_main)
+        self.writer = Writer(self.folder.checkpoints, recipe.checkpoint.keep)
+        minutes = float(recipe.train.timeout.value)
+        self.watchdog = Watchdog(self.rank, self.world_size, 60 * minutes, on_failure=lambda: self._summary("failed"))
+
+    def fit(self) -> Status:
+        """Trains until the duration has passed or a stop is asked for; returns `finished` or `stopped`.
+
+        Raises:
+            UserError: the run can't be what the recipe asks for.
+            TrainingFailed: something isn't finite, a sample can't be read, a checkpoint can't be written, memory is out.
+            Stopped: a stop was asked for before there was anything to save.
+        """
+        try:
+            restored = self._build()
+            if restored and self._is_finished(restored):
+                status: Status = "finished"
+            else:
+                batches = self._begin(restored)
+                del restored
+                status = self._loop(batches)
+                self._end(status)
+        except Stopped:
+            self.watchdog.close()
+            raise
+        except BaseException as error:
+            if self.world_size > 1 and lost_connection(error):
+                self.watchdog.cut_off()  # another rank is to blame; this ends the process when it is known which
+            self.watchdog.failed(error)
+            with suppress(Exception):  # what went wrong first is what is reported
+                self._end("failed")
+            failure = as_training_failure(error, self.recipe, self.world_size, self.folder.path)
+            if failure:
+                raise failure from error
+            raise
+        self.watchdog.close()
+        return status
 
     # ------------------------------------------------------------ building
 
-    def _on_main(self, decide: Callable[[], Path | None]) -> Path | None:
-        """Rank 0 decides and tells the others; where it can't, all of them end with its error."""
-        answer, failure = "", ""
+    def _build(self) -> Checkpoint | None:
+        """Opens the run folder, prepares the data, builds everything; returns the checkpoint to go on from."""
+        self.watchdog.at("preparing", patient=True)
+        restore_from = self._on_main(self._open_run)
+        self._build_data()
+        self._on_main(self._build_task)  # rank 0 first: what it downloads, the others find
+        if not self.is_main:
+            self._build_task()
+        self._wrap_model()
+        return checkpoints.load(Path(restore_from)) if restore_from else None
+
+    def _on_main(self, decide: Callable[[], Any]) -> str:
+        """Rank 0 decides and tells the others; where it can't, all of them end with its error. A stop signal interrupts it."""
+        answer, failure, stopped = "", "", False
         if self.is_main:
             try:
-                answer = str(decide() or "")
+                with STOP.at_once():
+                    answer = str(decide() or "")
+            except Stopped:
+                stopped = True
             except UserError as error:
                 failure = str(error)
             except OSError as error:
                 failure = f"{self.folder.path} can't be used: {error}"
+        if self.control.from_main([stopped])[0]:
+            raise Stopped
         answer, failure = self.control.text_from_main(answer), self.control.text_from_main(failure)
         if failure:
             raise UserError(failure)
-        return Path(answer) if answer else None
+        return answer
 
-    def _open_run(self, resume: str) -> Path | None:
+    def _open_run(self) -> Path | None:
         """On rank 0: takes the run folder; returns the checkpoint to go on from."""
-        self._lock = lock_run(self.folder)
-        return open_run(self.folder, self.recipe, resume, self.display.say)
+        self._lock = lock_run(self.folder)  # until this process ends, however it does
+        return open_run(self.folder, self.recipe, self.resume, self.report.say)
 
     def _build_data(self) -> None:
-        """Prepares the data set where it is missing, rank 0 alone; then the Order and both splits."""
-        recipe, settings = self.recipe, self.recipe.data
+        """Prepares the data set where it is missing, rank 0 alone; then opens it."""
+        recipe = self.recipe
         source = recipe.build("data")
+        self._on_main(lambda: ensure_prepared(source, data_dir(), archives_dir(), self.report.say).name)
+        self.data = Data(recipe, self.rank, self.world_size)
+        self.clock = Clock(recipe.train.duration, recipe.data.batch_size, self.data.order.size)
 
-        def prepare() -> Path:
-            ensure_prepared(source, data_dir(), archives_dir(), self.display.say)
-            return data_dir() / source.name
+    def _build_task(self) -> None:
+        self.task = build_task(self.recipe, self.data.info)
 
-        folder = self._on_main(prepare)
-        assert folder
-        card = Card.load(folder)
-        self.info = card.info
-        self.order = Order(card.row_groups("train"), recipe.train.seed, settings.window)
-        self.clock = Clock(recipe.train.duration, settings.batch_size, self.order.size)
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.workers = num_workers(settings.workers, local_processes)
-        augmentations = [build(component, chosen, ignore_index=card.ignore_index) for component, chosen in recipe.augmentations]
-        cache = settings.cache == "auto"
-        self.train_samples = Samples(folder, card, "train", self.order, settings.resize, augmentations, cache, settings.window)
-        self.valid_samples = Samples(folder, card, "validation", None, settings.resize, [], cache, settings.window)
-        batch_size = max(1, (recipe.evaluate.batch_size or settings.batch_size) // self.world_size)
-        if batch_size > 1 and not self.valid_samples.uniform:
-            raise UserError(f"images of {card.name} differ in size, so they can't be evaluated in batches: set data.resize=[H,W] or evaluate.batch_size=1")
-        shard = Shard(len(self.valid_samples), batch_size, self.rank, self.world_size)
-        self.valid_batches = Batches(self.valid_samples, shard, self.workers)
-
-    def _build_model(self) -> None:
-        """Task, optimizer, schedule and average; the model wrapped for N processes and mixed precision."""
+    def _wrap_model(self) -> None:
+        """Optimizer, schedule and average; the model wrapped for N processes and mixed precision."""
         train = self.recipe.train
-        self.task = build_task(self.recipe, self.info)
         self.task.loss.to(self.device)
         model = self.task.model.to(self.device)
         if train.precision == "fp64":
@@ -165,6 +199,7 @@ class Trainer:
         self.ema = Ema(model, train.ema) if train.ema else None
         self.schedule = build_schedule(self.recipe, self.clock)
         optimizer = self.recipe.build("optimizer", parameters=list(self.trainable))
+        self.guard = Guard(optimizer, model.buffers(), skip=train.non_finite == "skip", scaled=self.accelerator.scaler is not None)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.model = self.accelerator.prepare_model(model, evaluation_mode=self.world_size == 1)  # DDP only where there are others
         if self.world_size > 1:
@@ -174,35 +209,19 @@ class Trainer:
 
     # ------------------------------------------------------------ the loop
 
-    def fit(self) -> Status:
-        """Trains until the duration has passed or a stop is asked for; returns `finished` or `stopped`.
-
-        Raises:
-            TrainingFailed: the loss is not finite, or a sample can't be read.
-        """
-        restored = checkpoints.load(self.restore_from) if self.restore_from else None
-        if restored and self.clock.finished(restored.step, restored.counters["seconds"]):
-            self.step, self.seconds = restored.step, restored.counters["seconds"]
-            if self.is_main:
-                self._write_summary("finished")  # a kill may have come between the last save and this
-            self.display.say(f"{self.recipe.name} is finished already, at step {self.step}; a longer train.duration goes on from there")
-            return "finished"
-        batches = self._begin(restored)
-        del restored
-        try:
-            status = self._loop(batches)
-        except BaseException:
-            with suppress(Exception):  # what went wrong first is what is reported
-                self._end("failed")
-            raise
-        self._end(status)
-        return status
+    def _is_finished(self, restored: Checkpoint) -> bool:
+        """Whether nothing is left to do after this checkpoint; says so."""
+        counters = restored.counters
+        if counters["evaluation_pending"] or not self.clock.finished(restored.step, counters["seconds"]):
+            return False
+        self.step, self.seconds = restored.step, counters["seconds"]
+        self._summary("finished")  # a kill may have come between the last save and this
+        self.report.say(f"{self.recipe.name} is finished already, at step {self.step}; a longer train.duration goes on from there")
+        return True
 
     def _begin(self, restored: Checkpoint | None) -> Iterator[Batch]:
         """Restores the state, opens trackers and progress bar, starts the clock; returns the micro-batches to come."""
-        first_step = restored.step if restored else 0
-        slices = Slices(self.clock.batch_size, self.recipe.train.accumulate, self.rank, self.world_size, first_step)
-        batches: Iterator[Batch] = iter(Batches(self.train_samples, slices, self.workers))
+        batches = self.data.train_batches(restored.step if restored else 0)
         set_train_mode(self.task.model)
         if self.world_size > 1:
             first = next(batches)
@@ -210,54 +229,70 @@ class Trainer:
             batches = chain([first], batches)
         if restored:
             self._restore(restored)
-        if self.is_main:
-            precision = resolve_precision(self.recipe.train.precision)
-            self.folder.write_environment(environment() | {"precision": precision, "device": str(self.device)})
-            self._write_summary("running")
-        self.mirrors = Mirrors(self.recipe.trackers if self.is_main else [], self.folder.path, self.recipe.name, self.recipe.resolved())
-        self.display.start(self.clock.total_steps, self.step)
+        if self._stop_asked():
+            raise Stopped
+        facts = {"precision": resolve_precision(self.recipe.train.precision), "device": str(self.device)}
+        self._summary("running")
+        self.report.begin(self.step, self.clock.total_steps, facts)
+        self.time_limit = time_limit()
         self.logged_step, self.logged_at = self.step, time.monotonic()
-        self.started = self.curves_drawn_at = self.logged_at
-        self.started -= self.seconds
+        self.started = self.logged_at - self.seconds
         return batches
 
     def _loop(self, batches: Iterator[Batch]) -> Status:
-        status: Status | None = None
+        status = self._after_step(evaluate=True, save=True) if self.evaluation_pending else None
         while status is None:
+            began, seconds_before = time.monotonic(), self.seconds
             self._train_step(batches)
-            seconds_before = self.seconds
-            asked, self.seconds = self.control.maximum([float(STOP.signal_name is not None), self._elapsed()])
+            self.writer.check()
+            stop, limit_near, self.seconds = self._agree(began)
             finished = self.clock.finished(self.step, self.seconds)
-            status = "finished" if finished else "stopped" if asked else None
-
             if finished or self._due(self.recipe.train.log_every, seconds_before):
                 self._log_training()
-            pause = time.monotonic()
-            improved = False
-            if finished or self._due(self.recipe.evaluate.every, seconds_before):
-                improved = self._evaluate()
-            if status or improved or self._due(self.recipe.checkpoint.every, seconds_before):
-                self._save(improved)
-            self.logged_at += time.monotonic() - pause  # the logged speed is that of training alone
-            self.display.step(self.step)
+            status = self._after_step(
+                evaluate=finished or self._due(self.recipe.evaluate.every, seconds_before),
+                save=limit_near or self._due(self.recipe.checkpoint.every, seconds_before),
+                stop=stop,
+            )
+            self.report.display.step(self.step)
+        return status
+
+    def _agree(self, began: float) -> tuple[bool, bool, float]:
+        """Whether any process was asked to stop, whether a time limit is near (said once), and rank 0's clock, which is the run's."""
+        self.watchdog.at("waiting for the other ranks", self.step)
+        now = time.monotonic()
+        near = self.time_limit is not None and time.time() + (now - began) + BEFORE_LIMIT_S > self.time_limit
+        asked = STOP.signal_name is not None
+        stop, limit_near, seconds = self.control.maximum([float(asked), float(near), now - self.started if self.is_main else 0.0])
+        if limit_near:
+            self.time_limit = None
+            self.report.say(f"the time limit of this job is near: saving a checkpoint at step {self.step}")
+        return bool(stop), bool(limit_near), seconds
+
+    def _after_step(self, evaluate: bool, save: bool, stop: bool = False) -> Status | None:
+        """Evaluates and saves, where due; returns how the run ends, if it ends here."""
+        pause = time.monotonic()
+        improved = False
+        if evaluate:
+            outcome = None if stop else self._evaluate()
+            self.evaluation_pending = stop = outcome is None  # a stop came before or during it: the next start does it
+            improved = bool(outcome)
+        status: Status | None = "stopped" if stop else "finished" if self.clock.finished(self.step, self.seconds) else None
+        if status or improved or save:
+            self._save(improved)
+        self.logged_at += time.monotonic() - pause  # the logged speed is that of training alone
         return status
 
     def _end(self, status: Status) -> None:
-        """Says how the run ended: in the run folder, to the trackers and to people."""
-        self.display.close()
-        if not self.is_main:
-            return
-        summary = self._write_summary(status)
-        if self.step:
-            self._draw_curves()
-        self.mirrors.finish(summary)
-        if status == "stopped":
-            self.display.say(f"stopped on {STOP.signal_name or 'a signal'} at step {self.step}, checkpoint saved; the same command goes on from there")
-        elif status == "finished":
-            best = summary["best"].get(self.recipe.evaluate.best)
-            figure = f", best {self.recipe.evaluate.best} {best['value']:.4f} at step {best['step']}" if best else ""
-            self.display.say(f"finished {self.recipe.name}: {self.step} steps in {self.seconds:.0f} s{figure}; see {self.folder.path}")
-        self._lock.release()
+        """Finishes what is being written, then says how the run ended: in the run folder, to the trackers and to people."""
+        self.watchdog.at("ending", self.step, patient=True)
+        with suppress(Exception) if status == "failed" else nullcontext():
+            self.writer.wait()
+        texts = {
+            "stopped": f"stopped on {STOP.signal_name or 'a signal'} at step {self.step}, checkpoint saved; the same command goes on from there",
+            "finished": f"finished {self.recipe.name}: {self.step} steps in {self.seconds:.0f} s; see {self.folder.path}",
+        }
+        self.report.end(status, texts.get(status, ""), **self._facts())
 
     # ------------------------------------------------------------ one optimizer step
 
@@ -269,42 +304,54 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
 
+        self.guard.begin_step()
+        step_terms: dict[str, Tensor] = {}
+        finite_shares: list[Tensor] = []
         for micro in range(train.accumulate):
+            self.watchdog.at("reading data", self.step)
             batch = self._to_device(next(batches))
+            self.watchdog.at("in forward and backward", self.step)
             last = micro == train.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):  # gradients travel once a step
-                terms = self._forward_backward(batch, weight=1 / train.accumulate)
-            self._record(batch, terms)
+                terms, share_is_finite = self._forward_backward(batch, weight=1 / train.accumulate)
+            step_terms = {name: step_terms.get(name, 0.0) + term / train.accumulate for name, term in terms.items()}
+            finite_shares.append(share_is_finite)
+            self._count(batch)
 
+        self.accelerator.unscale_gradients()  # of fp16; does nothing otherwise
+        step_terms[GRADIENTS] = get_total_norm([parameter.grad for parameter in self.trainable if parameter.grad is not None])
         if train.clip_norm:
-            self.accelerator.clip_grad_norm_(list(self.trainable), train.clip_norm)
-        self.optimizer.step()
+            clip_grads_with_norm_(list(self.trainable), train.clip_norm, step_terms[GRADIENTS])
+        passes, counts = self.guard.passes(self.step, step_terms, finite_shares)
+        if passes:
+            self.optimizer.step()
         self.optimizer.zero_grad()
+        self.means.add(step_terms, counts)
         self.step += 1
-        self.steps_since_log += 1
         if self.ema:
             self.ema.update(self.step)
+        if not passes:
+            self._look_at_guard()
 
-    def _forward_backward(self, batch: Batch, weight: float) -> dict[str, Tensor]:
+    def _forward_backward(self, batch: Batch, weight: float) -> tuple[dict[str, Tensor], Tensor]:
         """Adds `weight` times the gradients of a micro-batch; returns the terms of its loss over all processes.
 
         The loss is a function of sums over all processes, of which each process differentiates its own summands. The whole
         gradient is the sum of these parts; DDP takes their mean, which the number of processes makes up for.
+        Also returns whether this process's own sums are finite.
         """
         local_sums = self.task.loss_sums(self.model, batch)
         terms = self.task.loss.combine(add_over_processes(local_sums))
         self.accelerator.backward(terms["loss"] * (weight * self.world_size))
-        return {name: term.detach() for name, term in terms.items()}
+        share_is_finite = torch.stack([value.detach().isfinite().all() for value in local_sums.values()]).all()
+        return {name: term.detach() for name, term in terms.items()}, share_is_finite
 
-    def _record(self, batch: Batch, terms: dict[str, Tensor]) -> None:
-        """Adds a micro-batch to what the next train line says, without waiting for the device."""
-        for name, term in terms.items():
-            value = term.double() / self.recipe.train.accumulate
-            self.loss_sums[name] = self.loss_sums[name] + value if name in self.loss_sums else value
-        for epoch, sample_id in zip(batch["epoch"].tolist(), batch["sample_id"].tolist(), strict=True):
-            triple = b"".join(number.to_bytes(8, "little", signed=True) for number in (self.step, epoch, sample_id))
-            self.fingerprint += int.from_bytes(blake2b(triple, digest_size=8).digest(), "little")
+    def _count(self, batch: Batch) -> None:
+        """Adds the samples of a micro-batch to the fingerprint; remembers those that another one stands in for."""
+        self.fingerprint += fingerprint(self.step, batch["epoch"].tolist(), batch["sample_id"].tolist())
         self.fingerprint %= FINGERPRINT_MODULUS
+        if self.recipe.data.max_unreadable:
+            self.unreadable = sorted({*self.unreadable, *batch["unreadable"].tolist()})
 
     def _rehearse(self, batch: Batch) -> None:
         """One forward and backward whose results are thrown away.
@@ -313,60 +360,82 @@ class Trainer:
         new arrangement adds gradients in another order, so a restarted run would differ in its first step if that were
         not over before.
         """
+        self.watchdog.at("in the first forward and backward", self.step)
         buffers = {name: buffer.clone() for name, buffer in self.task.model.named_buffers()}
         self._forward_backward(self._to_device(batch), weight=1.0)
         self.optimizer.zero_grad()
         for name, buffer in self.task.model.named_buffers():
             buffer.copy_(buffers[name])
 
+    # ------------------------------------------------------------ what went wrong on the way
+
+    def _look_at_guard(self) -> None:
+        """Waits for the device; ends the training, or says what was skipped, where a step was not finite."""
+        finding = self.guard.look()
+        if not finding:
+            return
+        self.num_skipped += finding.count
+        message = finding.describe(self.data, self.control)
+        if self.recipe.train.non_finite == "error":
+            raise TrainingFailed(
+                f"{message}; the weights are still those before it, and the last checkpoint is older: lower optimizer.lr, "
+                "set train.clip_norm=1.0 or train.precision=fp32, or leave such steps out with train.non_finite=skip"
+            )
+        self.report.say(f"{message}; skipped, {self.num_skipped} so far")
+
+    def _gather_unreadable(self) -> None:
+        """Makes every process know the unreadable samples of all; too many end the training."""
+        tolerated = self.recipe.data.max_unreadable
+        if tolerated:
+            self.unreadable = self.control.union(self.unreadable)
+            if len(self.unreadable) > tolerated:
+                raise TrainingFailed(f"samples {self.unreadable} can't be read, more than data.max_unreadable ({tolerated})")
+
     # ------------------------------------------------------------ logging and evaluation
 
     def _log_training(self) -> None:
         """Writes a train line: means since the last one, equal on all processes."""
+        self.watchdog.at("logging", self.step)
+        self._look_at_guard()
+        self._gather_unreadable()
         now = time.monotonic()
         rate = (self.step - self.logged_step) * self.clock.batch_size / max(now - self.logged_at, 1e-9)
         self.logged_step, self.logged_at = self.step, now
-        means = {name: float(value) / self.steps_since_log for name, value in self.loss_sums.items()}
-        self.loss_sums, self.steps_since_log = {}, 0
-        self._check_finite(means)
         line = self._line("train") | {
             "samples": self.step * self.clock.batch_size,
             "data_fingerprint": f"{self._global_fingerprint():016x}",
-            **means,
+            **self.means.take(),
             "learning_rate": self.learning_rate,
             "samples_per_second": rate,
             "seconds": self.seconds,
         }
-        if self.is_main:
-            self.folder.log(line)
-            self.mirrors.log(line, self.step, "train")
-            self.display.train(line)
+        if self.num_skipped:
+            line["num_skipped_steps"] = self.num_skipped
+        if self.unreadable:
+            line["num_unreadable"] = len(self.unreadable)
+        self.report.train(line)
 
-    def _check_finite(self, losses: dict[str, float]) -> None:
-        wrong = [f"{name} is {value}" for name, value in losses.items() if not isfinite(value)]
-        if wrong:
-            raise TrainingFailed(
-                f"{', '.join(wrong)} in the steps up to {self.step}: lower optimizer.lr, set train.clip_norm=1.0, or use train.precision=fp32; "
-                "the last checkpoint is from before"
-            )
+    def _evaluate(self) -> bool | None:
+        """Evaluates on the whole validation set; returns whether `evaluate.best` improved, the same on all processes.
 
-    def _evaluate(self) -> bool:
-        """Evaluates on the whole validation set; returns whether `evaluate.best` improved, the same on all processes."""
+        None: a stop was asked for, and the evaluation given up.
+        """
         model = self.ema.model if self.ema else self.task.model
         forward = self._as_in_training(model)
-        metrics = evaluate(self.task, model, forward, self.valid_batches, self.valid_samples, self._to_device)
+        metrics = evaluate(self.task, model, forward, self.data, self._to_device, self._may_evaluate)
+        if metrics is None:
+            return None
+        self.watchdog.at("drawing pictures", self.step)
         improved = self._update_best(metrics.get(self.recipe.evaluate.best))
+        self.report.validation(self._line("validation") | metrics, self.task.metric_names, improved)
         if self.is_main:
-            line = self._line("validation") | metrics
-            self.folder.log(line)
-            self.mirrors.log(line, self.step, "validation")
-            figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in self.task.metric_names if name in metrics)
-            self.display.say(f"step {self.step:6d}  validation: {figures}{'  (best so far)' if improved else ''}")
             self._draw_pictures(forward)
-            if time.monotonic() - self.curves_drawn_at > CURVES_EVERY_S:
-                self._draw_curves()
         set_train_mode(self.task.model)
         return improved
+
+    def _may_evaluate(self) -> bool:
+        self.watchdog.at("evaluating", self.step)
+        return not self._stop_asked()
 
     def _update_best(self, value: float | None) -> bool:
         """Keeps the watched metric (None: it has no value on this set) if it is better than ever before; returns whether it is.
@@ -383,40 +452,29 @@ class Trainer:
     @torch.no_grad()
     def _draw_pictures(self, forward: Callable[..., Any]) -> None:
         """Draws a few samples from all over the validation set, always the same ones; the model is in eval mode still."""
-        size = len(self.valid_samples)
+        size = len(self.data.validation)
         count = min(self.recipe.evaluate.pictures, size)
-        if not count:
-            return
-        # One by one, since they may differ in size.
-        batches = (self._to_device(self.valid_samples.__getitems__([i * size // count])) for i in range(count))
-        file = self.folder.pictures / f"validation_step_{self.step:08d}.png"
-        save_sheet([self.task.pictures(forward, batch)[0] for batch in batches], file)
-        self.mirrors.pictures([file], self.step)
-
-    def _draw_curves(self) -> None:
-        draw_curves(self.folder.read_metrics(), self.folder.pictures / "curves.png")
-        self.curves_drawn_at = time.monotonic()
+        if count:
+            # One by one, since they may differ in size.
+            batches = (self._to_device(self.data.validation.__getitems__([i * size // count])) for i in range(count))
+            self.report.pictures([self.task.pictures(forward, batch)[0] for batch in batches], self.step)
 
     # ------------------------------------------------------------ saving and restoring
 
     def _save(self, best: bool) -> None:
-        """Saves the state of the run. Rank 0 writes it; the others add their part of the fingerprint."""
+        """Saves the state of the run. Rank 0 copies it, and writes the copy in the background; the others add their part of the counters."""
+        self.watchdog.at("saving", self.step)
+        self._look_at_guard()
+        self._gather_unreadable()
         fingerprint = self._global_fingerprint()
-        loss_sums = {name: float(value) for name, value in self.loss_sums.items()}
-        self._check_finite(loss_sums)
         if not all(bool(parameter.isfinite().all()) for parameter in self.trainable):
             raise TrainingFailed(f"weights are not finite after step {self.step} and aren't saved; lower optimizer.lr or set train.clip_norm=1.0")
         if not self.is_main:
             return
         scaler = self.accelerator.scaler
-        counters = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "best": self.best,
-            "best_step": self.best_step,
-            "loss_sums": loss_sums,
-            "steps_since_log": self.steps_since_log,
+        counters = {name: getattr(self, name) for name in COUNTERS} | {
             "fingerprint": fingerprint,
+            "means": self.means.state(),
             "scaler": scaler.state_dict() if scaler else None,
             "world_size": self.world_size,
             "threads": torch.get_num_threads(),
@@ -427,11 +485,8 @@ class Trainer:
             optimizer=checkpoints.optimizer_tensors(self.optimizer.optimizer, self.trainable),
             counters=counters,
         )
-        try:
-            checkpoints.save(self.folder.checkpoints, state, self.recipe.checkpoint.keep, best)
-        except OSError as error:
-            raise UserError(f"the checkpoint of step {self.step} can't be written to {self.folder.checkpoints}: {error.strerror or error}") from error
-        self._write_summary("running")
+        self.writer.write(state, best)
+        self._summary("running")
 
     def _restore(self, state: Checkpoint) -> None:
         """Puts a checkpoint's state in place."""
@@ -442,29 +497,32 @@ class Trainer:
         checkpoints.load_optimizer(self.optimizer.optimizer, state.optimizer, self.trainable)
         if self.accelerator.scaler and counters["scaler"]:
             self.accelerator.scaler.load_state_dict(counters["scaler"])
-        self.step, self.seconds = counters["step"], counters["seconds"]
-        self.best, self.best_step = counters["best"], counters["best_step"]
+        for name in COUNTERS:
+            setattr(self, name, counters[name])
+        self.fingerprint = counters["fingerprint"] if self.is_main else 0
+        self.means.restore(counters["means"], self.device)
         if self.is_main:
             checkpoints.restore_best(self.folder.checkpoints, self.best_step)
-        self.loss_sums = {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in counters["loss_sums"].items()}
-        self.steps_since_log = counters["steps_since_log"]
-        self.fingerprint = counters["fingerprint"] if self.is_main else 0
-        self.display.say(f"resumed {self.recipe.name} from step {self.step}")
+        self.report.say(f"resumed {self.recipe.name} from step {self.step}")
         before, now = (counters["world_size"], counters["threads"]), (self.world_size, torch.get_num_threads())
         if before != now:
-            self.display.say(
+            self.report.say(
                 f"saved by {before[0]} processes of {before[1]} threads, going on with {now[0]} of {now[1]}: the same batches, but roundings may differ"
             )
 
-    def _write_summary(self, status: Status) -> dict[str, Any]:
+    def _summary(self, status: Status) -> None:
+        self.report.summary(status, **self._facts())
+
+    def _facts(self) -> dict[str, Any]:
         rate = self.step * self.clock.batch_size / self.seconds if self.seconds else 0.0
-        return self.folder.write_summary(status, seconds=self.seconds, samples_per_second=rate, world_size=self.world_size)
+        facts = {"step": self.step, "total_steps": self.clock.total_steps, "seconds": self.seconds, "samples_per_second": rate, "world_size": self.world_size}
+        return facts | ({"skipped_steps": self.num_skipped} if self.num_skipped else {}) | ({"unreadable": self.unreadable} if self.unreadable else {})
 
     # ------------------------------------------------------------ small things
 
-    def _elapsed(self) -> float:
-        """Seconds in the loop on rank 0, whose clock is the run's; 0 on the others, so the largest is rank 0's."""
-        return time.monotonic() - self.started if self.is_main else 0.0
+    def _stop_asked(self) -> bool:
+        """Whether any process was asked to stop."""
+        return bool(self.control.maximum([float(STOP.signal_name is not None)])[0])
 
     def _due(self, every: Span, seconds_before: float) -> bool:
         """Whether the step just done completed another `every`; `seconds_before` is the time when it began."""
@@ -478,7 +536,7 @@ class Trainer:
 
     def _to_device(self, batch: Batch) -> Batch:
         """Moves what the model sees; ids stay where they are."""
-        stay = ("sample_id", "epoch")
+        stay = ("sample_id", "epoch", "unreadable")
         return {key: value.to(self.device, non_blocking=True) if key not in stay else value for key, value in batch.items()}
 
     def _as_in_training(self, model: nn.Module) -> Callable[..., Any]:

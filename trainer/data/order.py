@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ import numpy.typing as npt
 
 from trainer.seeds import Use, mix, permutation
 
+# Divides 2**64, so sums of int64 that wrap around still leave the right remainder.
+FINGERPRINT_MODULUS = 2**61
 Integers = npt.NDArray[np.int64]
 
 
@@ -124,6 +127,15 @@ class Shard:
 
     def __len__(self) -> int:
         return -(-len(self.ids) // self.batch_size)
+
+
+def fingerprint(step: int, epochs: list[int], sample_ids: list[int]) -> int:
+    """The sum of blake2b-8 over (step, epoch, sample id) of some samples, modulo 2**61: equal for the same samples in any order."""
+    found = 0
+    for epoch, sample_id in zip(epochs, sample_ids, strict=True):
+        triple = b"".join(number.to_bytes(8, "little", signed=True) for number in (step, epoch, sample_id))
+        found += int.from_bytes(blake2b(triple, digest_size=8).digest(), "little")
+    return found % FINGERPRINT_MODULUS
 
 
 def read_amplification(order: Order, batch_size: int, accumulate: int, world_size: int, workers: int) -> float:

@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,21 @@ Transform = Callable[[Sample], Sample]
 _READ = {"image": (ImageReadMode.RGB, tv_tensors.Image, 3), "mask": (ImageReadMode.UNCHANGED, tv_tensors.Mask, 1)}
 
 
+class Unreadable(Exception):
+    """A sample or row group that can't be read; the message says in which file, and why."""
+
+
 class RowGroups:
     """Undecoded rows of a split, one Parquet row group at a time, through `datasets` streaming.
 
     Args:
-        files: the split's Parquet files, in order.
-        counts: rows in each row group, over all files.
+        files: rows in each row group of the split's Parquet files, in order.
         keep: row groups held in memory (the least recently used goes first).
     """
 
-    def __init__(self, files: Sequence[Path], counts: Sequence[int], keep: int) -> None:
-        self.files, self.counts, self.keep = [str(f) for f in files], list(counts), keep
+    def __init__(self, files: Mapping[Path, Sequence[int]], keep: int) -> None:
+        self.files, self.keep = files, keep
+        self.groups = [(file, count) for file, counts in files.items() for count in counts]
         self._stream: Any = None
         self._held: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
 
@@ -52,7 +56,11 @@ class RowGroups:
         return {**self.__dict__, "_stream": None, "_held": OrderedDict()}
 
     def row(self, group: int, index: int) -> dict[str, Any]:
-        """One row; image columns are `{"bytes": …, "path": …}`."""
+        """One row; image columns are `{"bytes": …, "path": …}`.
+
+        Raises:
+            Unreadable: its row group can't be read.
+        """
         if group not in self._held:
             self._held[group] = self._read(group)
             if len(self._held) > self.keep:
@@ -61,25 +69,42 @@ class RowGroups:
         return self._held[group][index]
 
     def _read(self, group: int) -> list[dict[str, Any]]:
-        if self._stream is None:
-            import datasets
+        file, count = self.groups[group]
+        try:
+            if self._stream is None:
+                import datasets
 
-            stream = datasets.load_dataset("parquet", data_files={"split": self.files}, split="split", streaming=True)
-            self._stream = stream.decode(False).reshard()  # a shard for each row group
-            assert self._stream.num_shards == len(self.counts)
-        shard = self._stream.shard(num_shards=len(self.counts), index=group)
-        # Not list(shard): inside a loader worker that would split the row group among the workers.
-        (columns,) = shard.iter(batch_size=self.counts[group])
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        assert len(rows) == self.counts[group]
+                stream = datasets.load_dataset("parquet", data_files={"split": [str(file) for file in self.files]}, split="split", streaming=True)
+                self._stream = stream.decode(False).reshard()  # a shard for each row group
+            shard = self._stream.shard(num_shards=len(self.groups), index=group)
+            # Not list(shard): inside a loader worker that would split the row group among the workers.
+            (columns,) = shard.iter(batch_size=count)
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            if len(rows) != count:
+                raise ValueError(f"it has {len(rows)} rows instead of {count}")
+        except Exception as error:  # what is deleted or damaged while it is read raises all kinds of errors
+            raise Unreadable(f"row group {group} of the split, in {file}, can't be read: {_first_line(error)}") from error
         return rows
 
     def column(self, name: str) -> np.ndarray:
-        """A column of integers, read whole."""
+        """A column of integers, read whole.
+
+        Raises:
+            UserError: a file can't be read.
+        """
         from pyarrow.parquet import ParquetFile
 
-        # Not read_table(), which imports pandas: seconds before the first step.
-        return np.array([value for file in self.files for value in ParquetFile(file).read([name], use_pandas_metadata=False)[name].to_pylist()])
+        columns = []
+        for file, counts in self.files.items():
+            try:
+                # Not read_table(), which imports pandas: seconds before the first step.
+                values = np.array(ParquetFile(file).read([name], use_pandas_metadata=False)[name].to_pylist(), dtype=np.int64)
+                if len(values) != sum(counts):
+                    raise ValueError(f"it has {len(values)} rows instead of {sum(counts)}")
+            except Exception as error:  # Arrow's errors on damaged files have no narrower base in common
+                raise UserError(f"{file} can't be read: {_first_line(error)}; {_make_again(file.parents[1])}") from error
+            columns.append(values)
+        return np.concatenate(columns)
 
 
 class Samples(Dataset[Any]):
@@ -94,16 +119,30 @@ class Samples(Dataset[Any]):
         transforms: the augmentations.
         cache: whether pixels are kept in a memory map.
         window: row groups in a window of the order.
+        max_unreadable: how many samples may be unreadable, in one process; the next readable one takes the place of each.
+
+    Attributes:
+        unreadable: what is wrong with each sample, by its id, that couldn't be read so far.
     """
 
     def __init__(
-        self, folder: Path, card: Card, split: str, order: Order | None, resize: Sequence[int] | None, transforms: Sequence[Transform], cache: bool, window: int
+        self,
+        folder: Path,
+        card: Card,
+        split: str,
+        order: Order | None,
+        resize: Sequence[int] | None,
+        transforms: Sequence[Transform],
+        cache: bool,
+        window: int,
+        max_unreadable: int = 0,
     ) -> None:
-        self.name, self.split, self.columns = card.name, split, card.columns
-        self.counts = card.row_groups(split)
+        self.folder, self.split, self.columns = folder, split, card.columns
         self.order = order
-        self.lookup = order or Order(self.counts, 0, window)
-        self.rows = RowGroups(card.files(folder, split), self.counts, keep=2 * window)
+        self.lookup = order or Order(card.row_groups(split), 0, window)
+        self.max_unreadable = max_unreadable
+        self.unreadable: dict[int, str] = {}
+        self.rows = RowGroups({folder / shard.name: shard.row_groups for shard in card.splits[split].files}, keep=2 * window)
         self.resize = v2.Resize(list(resize), antialias=True) if resize else None
         self.transform = v2.Compose(list(transforms)) if order and transforms else None
         if resize:
@@ -135,14 +174,48 @@ class Samples(Dataset[Any]):
         row = self.rows.row(*self.lookup.group(sample_id))
         sample: dict[str, Any] = {}
         for name, role in self.columns.items():
-            if role in _READ:
-                mode, kind, _ = _READ[role]
-                try:
-                    pixels = decode_image(torch.frombuffer(bytearray(row[name]["bytes"]), dtype=torch.uint8), mode)
-                except RuntimeError as error:
-                    raise TrainingFailed(f"{self.name}/{self.split}: sample {sample_id}: {name} can't be decoded: {error}") from error
-                sample[name] = kind(pixels)
-        return self.resize(sample) if self.resize else sample
+            if role not in _READ:
+                continue
+            mode, kind, channels = _READ[role]
+            try:
+                pixels = kind(decode_image(torch.frombuffer(bytearray(row[name]["bytes"]), dtype=torch.uint8), mode))
+                sample[name] = self.resize(pixels) if self.resize else pixels
+                # Of another size than it was prepared with, it would be written over its neighbours in the cache.
+                if sample[name].shape != (channels, *self.sizes[sample_id]):
+                    raise ValueError(f"it has the shape {tuple(pixels.shape)}")
+            except Exception as error:  # bytes that were damaged after they were prepared raise all kinds of errors
+                raise Unreadable(f"{row[name]['path'] or 'no file name'}: {name} can't be decoded: {_first_line(error)}") from error
+        return sample
+
+    def _read(self, sample_id: int) -> tuple[int, dict[str, Tensor]]:
+        """The pixels of a sample, or of the one that takes its place, and which one that is."""
+        while True:
+            found = self._readable(sample_id)
+            try:
+                return found, self._pixels(found)
+            except Unreadable as error:
+                self.note_unreadable({found: str(error)})
+
+    def _readable(self, sample_id: int) -> int:
+        """The sample itself or, as far as is known by now, the next one that can be read."""
+        while sample_id in self.unreadable:
+            sample_id = (sample_id + 1) % len(self)
+        return sample_id
+
+    def note_unreadable(self, found: Mapping[int, str]) -> None:
+        """Adds samples that can't be read, by their ids, with what is wrong with each.
+
+        Raises:
+            TrainingFailed: there are more than `max_unreadable`.
+        """
+        self.unreadable |= found
+        if len(self.unreadable) > min(self.max_unreadable, len(self) - 1):
+            advice = "data.max_unreadable=N tolerates N such samples" if self.order else f"metrics need every sample; {_make_again(self.folder)}"
+            if self.max_unreadable:
+                advice = f"more than data.max_unreadable={self.max_unreadable} tolerates"
+            samples = [f"sample {sample_id}: {what}" for sample_id, what in sorted(self.unreadable.items())]
+            first = samples.pop() if len(samples) == 1 else f"{len(samples)} samples can't be read"
+            raise TrainingFailed("\n  ".join([f"{self.folder.name}/{self.split}: {first}; {advice}", *samples]))
 
     def _pixels(self, sample_id: int) -> dict[str, Tensor]:
         if self.cache is None:
@@ -152,19 +225,27 @@ class Samples(Dataset[Any]):
         return self.cache.read(sample_id)
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        """A batch: image and mask columns uint8 (B, C, H, W), labels int64 (B,), `sample_id` and `epoch` int64 (B,)."""
+        """A batch: image and mask columns uint8 (B, C, H, W), labels int64 (B,), `sample_id` and `epoch` int64 (B,).
+
+        `sample_id` says what the Order has there. Where unreadable samples are tolerated, `unreadable`, int64 (0 … B,), are those
+        of them that another one stands in for.
+        """
         located = [self.order.sample(p) for p in positions] if self.order else [(0, p) for p in positions]
-        ids = [sample_id for _, sample_id in located]
-        batch: dict[str, Any] = {name: torch.from_numpy(values[ids]) for name, values in self.labels.items()}
+        ids = [self._readable(sample_id) for _, sample_id in located]
+        pixels: dict[str, Tensor]
         if self.transform is None and self.cache is not None and self.cache.uniform and all(i in self.cache for i in ids):
-            batch |= self.cache.read_batch(ids)
+            pixels = self.cache.read_batch(ids)
         else:
-            samples = [self._pixels(i) for i in ids]
+            ids, samples = map(list, zip(*(self._read(sample_id) for _, sample_id in located), strict=True))
             if self.transform is not None and self.order is not None:
                 samples = self._augment(samples, [self.order.augment_seed(p) for p in positions])
-            batch |= self._stack(samples)
-        batch["sample_id"] = torch.tensor(ids)
+            pixels = self._stack(samples)
+        batch = {name: torch.from_numpy(values[ids]) for name, values in self.labels.items()} | pixels
+        batch["sample_id"] = torch.tensor([sample_id for _, sample_id in located])
         batch["epoch"] = torch.tensor([epoch for epoch, _ in located])
+        if self.max_unreadable:
+            replaced = [sample_id for (_, sample_id), found in zip(located, ids, strict=True) if found != sample_id]
+            batch["unreadable"] = torch.tensor(replaced, dtype=torch.int64)
         return batch
 
     def _augment(self, samples: list[Any], seeds: list[int]) -> list[Any]:
@@ -181,7 +262,7 @@ class Samples(Dataset[Any]):
             shapes = {tuple(sample[name].shape) for sample in samples}
             if len(shapes) > 1:
                 raise UserError(
-                    f"{self.name}/{self.split}: images of a batch differ in size ({', '.join(map(str, sorted(shapes)[:2]))}, …): set data.resize=[H,W]"
+                    f"{self.folder.name}/{self.split}: images of a batch differ in size ({', '.join(map(str, sorted(shapes)[:2]))}, …): set data.resize=[H,W]"
                 )
         return {name: torch.stack([sample[name].as_subclass(Tensor) for sample in samples]) for name in samples[0]}
 
@@ -196,13 +277,18 @@ class Batches:
     """
 
     def __init__(self, samples: Samples, positions: Slices | Shard, workers: int) -> None:
+        self._samples = samples
         self._loader = _loader(samples, positions, workers)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._loader:
-            if isinstance(batch, UserError | TrainingFailed):
-                batch.on_one_rank = True
-                raise batch
+        for batch, unreadable in self._loader:
+            try:
+                if isinstance(batch, UserError | TrainingFailed):
+                    raise batch
+                self._samples.note_unreadable(unreadable)  # each worker knows of those it met
+            except (UserError, TrainingFailed) as error:
+                error.on_one_rank = True
+                raise
             yield batch
 
 
@@ -214,9 +300,17 @@ class _Loaded(Dataset[Any]):
 
     def __getitems__(self, positions: list[int]) -> Any:
         try:
-            return self.samples.__getitems__(positions)
+            return self.samples.__getitems__(positions), self.samples.unreadable
         except (UserError, TrainingFailed) as error:
-            return error
+            return error, {}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _make_again(folder: Path) -> str:
+    return f"delete {folder}, then `trainer prepare {folder.name}` makes it again"
 
 
 def _keep(batch: Any) -> Any:

@@ -1,0 +1,66 @@
+"""From a recipe to batches: the prepared set, its Order, and both splits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.accelerator import num_workers
+from trainer.data.card import Card
+from trainer.data.order import Order, Shard, Slices
+from trainer.data.prepare import data_dir
+from trainer.data.stream import Batches, Samples
+from trainer.errors import UserError
+from trainer.recipe import Recipe, build
+
+
+class Data:
+    """A prepared data set as one process reads it.
+
+    Args:
+        recipe: names the set, which lies prepared in `$TRAINER_DATA`.
+        rank, world_size: of this process.
+
+    Attributes:
+        info: classes and ignored label.
+        order: of the training samples.
+        validation: the validation samples, by id.
+        validation_batches: this process's share of them.
+        validation_rounds: batches of the process that has most.
+
+    Raises:
+        UserError: the set isn't there, or can't be evaluated in batches.
+    """
+
+    def __init__(self, recipe: Recipe, rank: int, world_size: int) -> None:
+        settings = recipe.data
+        self.rank, self.world_size = rank, world_size
+        self.batch_size, self.accumulate = settings.batch_size, recipe.train.accumulate
+        folder = data_dir() / recipe.build("data").name
+        card = Card.load(folder)
+        self.info = card.info
+        self.order = Order(card.row_groups("train"), recipe.train.seed, settings.window)
+        self.workers = num_workers(settings.workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        augmentations = [build(component, chosen, ignore_index=card.ignore_index) for component, chosen in recipe.augmentations]
+        cache = settings.cache == "auto"
+        self.train = Samples(folder, card, "train", self.order, settings.resize, augmentations, cache, settings.window, settings.max_unreadable)
+        self.validation = Samples(folder, card, "validation", None, settings.resize, [], cache, settings.window)
+        batch_size = max(1, (recipe.evaluate.batch_size or settings.batch_size) // world_size)
+        if batch_size > 1 and not self.validation.uniform:
+            raise UserError(f"images of {card.name} differ in size, so they can't be evaluated in batches: set data.resize=[H,W] or evaluate.batch_size=1")
+        shards = [Shard(len(self.validation), batch_size, each, world_size) for each in range(world_size)]
+        self.validation_batches = Batches(self.validation, shards[rank], self.workers)
+        self.validation_rounds = max(len(shard) for shard in shards)
+
+    def train_batches(self, first_step: int) -> Iterator[dict[str, Any]]:
+        """This process's micro-batches from a step on, without end."""
+        slices = Slices(self.batch_size, self.accumulate, self.rank, self.world_size, first_step)
+        return iter(Batches(self.train, slices, self.workers))
+
+    def sample_ids(self, step: int, micro_batch: int, rank: int) -> list[int]:
+        """Ids of the samples that a process trains on in one micro-batch of a step."""
+        slices = iter(Slices(self.batch_size, self.accumulate, rank, self.world_size, step))
+        for _ in range(micro_batch):
+            next(slices)
+        return [self.order.sample(position)[1] for position in next(slices)]

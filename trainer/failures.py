@@ -1,0 +1,37 @@
+"""Errors of libraries and of the system that mean a failed training, in this project's words."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import TrainingFailed
+from trainer.recipe import Recipe
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another process is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def as_training_failure(error: BaseException, recipe: Recipe, world_size: int, folder: Path) -> TrainingFailed | None:
+    """The failure that an error stands for, to be told in one message; None where it is itself what people must see."""
+    message = ""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        samples = recipe.data.batch_size // (world_size * recipe.train.accumulate)
+        message = (
+            f"out of memory with {samples} samples at a time in each process: train.accumulate={2 * recipe.train.accumulate} halves them and "
+            "computes the same; a smaller data.batch_size, train.precision=bf16, smaller images (data.resize) or more processes help too"
+        )
+    elif isinstance(error, OSError) and error.errno in DISK:
+        message = f"{error.filename or folder} can't be written: {error.strerror}; the checkpoints are whole: mend it, then the same command goes on"
+    if not message:
+        return None
+    failure = TrainingFailed(message)
+    failure.on_one_rank = True
+    return failure

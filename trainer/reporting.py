@@ -1,0 +1,90 @@
+"""What a run tells: its folder, W&B and TensorBoard, and the terminal. Rank 0 alone tells anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+
+from trainer.curves import draw_curves, save_sheet
+from trainer.progress import Progress
+from trainer.recipe import Recipe
+from trainer.trackers import Mirrors
+from trainer.tracking import Line, RunFolder, Status, environment
+
+CURVES_EVERY_S = 60.0
+
+
+class Reporter:
+    """Tells people and files how a run goes; silent on all ranks but 0.
+
+    Args:
+        folder: the run folder.
+        recipe: what is trained.
+        enabled: whether this is rank 0.
+    """
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, enabled: bool) -> None:
+        self.folder, self.recipe, self.enabled = folder, recipe, enabled
+        self.display = Progress(enabled)
+        self.say = self.display.say
+        self.mirrors: Mirrors | None = None  # once the run has begun
+        self._curves_drawn = 0.0
+
+    def begin(self, step: int, total_steps: int | None, facts: dict[str, Any]) -> None:
+        """Writes environment.json, and opens trackers and progress bar."""
+        if self.enabled:
+            self.folder.write_environment(environment() | facts)
+            self.mirrors = Mirrors(self.recipe.trackers, self.folder.path, self.recipe.name, self.recipe.resolved())
+        self.display.start(total_steps, step)
+        self._curves_drawn = time.monotonic()
+
+    def train(self, line: Line) -> None:
+        """A train line of the metrics."""
+        self._log(line)
+        if self.enabled:
+            self.display.train(line)
+
+    def validation(self, line: Line, names: Sequence[str], improved: bool) -> None:
+        """A validation line; `names` are the metrics for the terminal."""
+        self._log(line)
+        figures = "  ".join(f"{name} {line[name]:.4f}" for name in names if name in line)
+        self.say(f"step {line['step']:6d}  validation: {figures}{'  (best so far)' if improved else ''}")
+        if self.enabled and time.monotonic() - self._curves_drawn > CURVES_EVERY_S:
+            self._draw_curves()
+
+    def _log(self, line: Line) -> None:
+        if self.enabled and self.mirrors:
+            self.folder.log(line)
+            self.mirrors.log(line, line["step"], line["split"])
+
+    def pictures(self, rows: list[Tensor], step: int) -> None:
+        """Samples of the validation set: uint8 (3, H, W) each."""
+        if self.enabled and self.mirrors:
+            file = self.folder.pictures / f"validation_step_{step:08d}.png"
+            save_sheet(rows, file)
+            self.mirrors.pictures([file], step)
+
+    def summary(self, status: Status, **facts: Any) -> dict[str, Any]:
+        """Writes and returns summary.json."""
+        return self.folder.write_summary(status, **facts) if self.enabled else {}
+
+    def end(self, status: Status, text: str, **facts: Any) -> None:
+        """Closes everything; `text` is the last line for people."""
+        self.display.close()
+        if self.enabled and self.mirrors:
+            summary = self.summary(status, **facts)
+            with suppress(OSError):  # a full disk has been reported
+                self._draw_curves()
+            self.mirrors.finish(summary)
+            best = summary["best"].get(self.recipe.evaluate.best)
+            figure = f", best {self.recipe.evaluate.best} {best['value']:.4f} at step {best['step']}" if best and status == "finished" else ""
+            if text:
+                self.say(text + figure)
+
+    def _draw_curves(self) -> None:
+        draw_curves(self.folder.read_metrics(), self.folder.pictures / "curves.png")
+        self._curves_drawn = time.monotonic()

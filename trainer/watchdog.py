@@ -1,0 +1,238 @@
+"""No rank waits for ever: a thread in each process says where it stands, and ends the job when one is lost.
+
+Every few seconds the threads write to the store of torch.distributed. Rank 0 reads what all have written; the others
+read what rank 0 wrote, and its verdict. A rank is lost when
+
+- it writes no more: killed, stopped, or its machine is gone;
+- its training stands still for longer than `timeout`: of those that stand still, the ones furthest behind are meant,
+  since the others only wait for them;
+- it failed, and said so.
+
+Then one rank prints who it was and where it stood, and all end with exit code 3: they may be inside a call that
+nothing else can interrupt. The last checkpoint stays.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+LONGEST_SILENCE_S = 120.0  # between two messages of a rank; a thread waits while another holds Python's lock
+LONGEST_INTERVAL_S = 5.0
+GRACE_S = 2.0  # for a rank to end by itself, with its own message, when the same error meets all of them
+VERDICT = "watchdog/verdict"
+State = Literal["training", "cut off", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank says of itself.
+
+    Attributes:
+        beat: number of this message.
+        marks: places that its training has come past.
+        place: what it is doing, e.g. `reading data`.
+        step: optimizer steps done.
+        idle: seconds since it came to that place; 0 where it may take any time.
+        state: `cut off`: it lost the connection to another rank, so another one is to blame.
+        error: what failed.
+        host: name of the machine.
+    """
+
+    beat: int = 0
+    marks: int = 0
+    place: str = "starting"
+    step: int = 0
+    idle: float = 0.0
+    state: State = "training"
+    error: str = ""
+    host: str = ""
+
+    def __str__(self) -> str:
+        return f"on {self.host}, {self.place}, after step {self.step}"
+
+
+class Watchdog:
+    """Watches one process, and on rank 0 all of them.
+
+    Args:
+        rank, world_size: of this process.
+        timeout: seconds that training may stand still, or a rank be silent.
+        on_failure: called on rank 0 when another rank failed, before this one ends.
+    """
+
+    def __init__(self, rank: int, world_size: int, timeout: float, on_failure: Callable[[], Any]) -> None:
+        self.rank, self.world_size, self.timeout, self.on_failure = rank, world_size, timeout, on_failure
+        self.silence = min(timeout, LONGEST_SILENCE_S)
+        self.interval = min(timeout / 10, LONGEST_INTERVAL_S)
+        # Written by the training, read by the thread: marks, place, step, when it was reached (None: it may take any time).
+        self._here: tuple[int, str, int, float | None] = (0, "starting", 0, None)
+        self._state: tuple[State, str] = ("training", "")
+        self._beat, self._resumed = 0, 0.0
+        self._published, self._wake = threading.Event(), threading.Event()
+        self._heard: dict[int, tuple[Report, float]] = {}
+        self._warned = 0  # marks of the place that was warned of
+        self._store = _store(world_size, self.silence / 2)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------ called by the training
+
+    def at(self, place: str, step: int = 0, patient: bool = False) -> None:
+        """Says what comes next, on every rank alike; `patient` for what may take any time."""
+        self._here = (self._here[0] + 1, place, step, None if patient else time.monotonic())
+
+    def failed(self, error: BaseException) -> None:
+        """Tells the other ranks that this one ends with an error of its own."""
+        self._tell("failed", " ".join(f"{type(error).__name__}: {error}".split())[:500])
+
+    def cut_off(self) -> None:
+        """Waits until it is known which rank broke the connection, which ends this process; returns if that stays unknown."""
+        self._tell("cut off")
+        self._thread.join(self.silence + GRACE_S + 2 * self.interval)
+
+    def close(self) -> None:
+        """Ends the watch; the others don't wait for this rank any more."""
+        self._tell("done")
+        self._thread.join(self.silence)
+
+    def _tell(self, state: State, error: str = "") -> None:
+        self._published.clear()
+        self._state = (state, error)
+        self._wake.set()
+        self._published.wait(GRACE_S)
+
+    # ------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        last_contact = time.monotonic()
+        while True:
+            try:
+                if self._publish() in ("done", "failed"):
+                    return
+                verdict = self._judge() if self.rank == 0 else self._hear()
+                last_contact = time.monotonic()
+                if verdict:
+                    self._pronounce(verdict)
+            except RuntimeError:  # the store is gone, with the process or machine that holds it
+                if self._state[0] == "done":
+                    return
+                if time.monotonic() - last_contact > self.silence / 2:
+                    if self.rank == 1:  # the first who can still tell
+                        _print(f"rank 0, or what launched the job, does not answer any more; last heard of {self._last_of(0)}")
+                    self._exit()
+            before = time.monotonic()
+            self._wake.wait(self.interval)
+            self._wake.clear()
+            if time.monotonic() - before > self.interval + self.silence / 2:  # the whole job was suspended, and goes on now
+                self._resumed = time.monotonic()
+                self._heard = {rank: (report, self._resumed) for rank, (report, _) in self._heard.items()}
+
+    def _publish(self) -> State:
+        self._beat += 1
+        (marks, place, step, since), (state, error) = self._here, self._state
+        idle = 0.0 if since is None else time.monotonic() - max(since, self._resumed)
+        report = Report(self._beat, marks, place, step, idle, state, error, platform.node())
+        self._store.set(_key(self.rank), json.dumps(asdict(report)))
+        self._published.set()
+        return state
+
+    def _listen(self, rank: int) -> None:
+        key, now = _key(rank), time.monotonic()
+        before = self._heard.get(rank, (Report(), now))
+        report = Report(**json.loads(self._store.get(key))) if self._store.check([key]) else Report()
+        self._heard[rank] = before if report.beat == before[0].beat and rank in self._heard else (report, now)
+
+    def _last_of(self, rank: int) -> str:
+        return str(self._heard[rank][0]) if rank in self._heard else "when it started"
+
+    def _judge(self) -> str:
+        """On rank 0: which rank is lost, and how; nothing if none is."""
+        now = time.monotonic()
+        for rank in range(self.world_size):
+            self._listen(rank)
+        active = {rank: (report, now - since) for rank, (report, since) in self._heard.items() if report.state != "done"}
+        for rank, (report, silent) in active.items():
+            if report.state == "failed" and silent > GRACE_S:
+                with suppress(Exception):
+                    self.on_failure()
+                return f"rank {rank} failed ({report}): {report.error}"
+        patience = self._patience(any(report.state == "cut off" for report, _ in active.values()))
+        for rank, (report, silent) in active.items():
+            if report.state != "failed" and silent > patience:
+                return f"rank {rank} does not answer any more, killed or stopped; last heard of {silent:.0f} s ago {report}"
+        return self._standstill({rank: report for rank, (report, _) in active.items() if report.state == "training"})
+
+    def _standstill(self, reports: dict[int, Report]) -> str:
+        """Says who holds the others up; warns when half of the time is over."""
+        idle = max((report.idle for report in reports.values()), default=0.0)
+        if idle <= self.timeout / 2:
+            return ""
+        behind = min(report.marks for report in reports.values())
+        blamed = [rank for rank, report in reports.items() if report.marks == behind]
+        who = f"rank {blamed[0]}" if len(blamed) == 1 else "all ranks" if len(blamed) == self.world_size else f"ranks {', '.join(map(str, blamed))}"
+        told = f"{who} at a standstill for {idle:.0f} s ({reports[blamed[0]]})"
+        if idle > self.timeout:
+            return told + ("" if len(blamed) == self.world_size else "; the others wait")
+        if behind != self._warned:
+            self._warned = behind
+            print(f"warning: {told}; the job ends after {self.timeout:.0f} s, train.timeout", file=sys.stderr, flush=True)
+        return ""
+
+    def _hear(self) -> str:
+        """On the others: rank 0's verdict, or that rank 0 itself is lost."""
+        if self._store.check([VERDICT]):
+            return self._store.get(VERDICT).decode()
+        self._listen(0)
+        report, since = self._heard[0]
+        silent = time.monotonic() - since
+        if report.state == "failed" and silent > GRACE_S:
+            return f"rank 0 failed ({report}): {report.error}"
+        if report.state in ("training", "cut off") and silent > self._patience(self._state[0] == "cut off"):
+            return f"rank 0 does not answer any more, killed or stopped; last heard of {silent:.0f} s ago {report}"
+        return ""
+
+    def _patience(self, cut_off: bool) -> float:
+        """Seconds of silence that are put up with; few where a connection is broken already."""
+        return min(self.silence, 3 * self.interval + 1) if cut_off else self.silence
+
+    def _pronounce(self, verdict: str) -> None:
+        """Ends this process; the first one to know says why."""
+        if not self._store.check([VERDICT]):
+            self._store.set(VERDICT, verdict)
+            _print(verdict)
+        if self.rank == 0:
+            time.sleep(2 * self.interval)  # the store may live in this process, and the others read the verdict there
+        self._exit()
+
+    def _exit(self) -> None:
+        for child in multiprocessing.active_children():  # loader workers
+            child.kill()
+        os._exit(3)
+
+
+def _print(verdict: str) -> None:
+    print(f"training failed: {verdict}; the last checkpoint stays", file=sys.stderr, flush=True)
+
+
+def _key(rank: int) -> str:
+    return f"watchdog/{rank}"
+
+
+def _store(world_size: int, timeout: float) -> Any:
+    """A connection of its own to the store through which the processes found each other; a private one for a single process."""
+    if world_size == 1:
+        return dist.HashStore()
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=timeout))
