@@ -51,5 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in one line, not in pages of C++
     STOP.install()  # before torch is imported: that takes seconds, in which a signal would kill
     sys.exit(main())

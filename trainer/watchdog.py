@@ -104,7 +104,7 @@ class Watchdog:
         self._thread.join(self.silence + GRACE_S + 2 * self.interval)
 
     def close(self) -> None:
-        """Ends the watch; the others don't wait for this rank any more."""
+        """Ends the watch; rank 0 stays until the others have ended too."""
         self._tell("done")
         self._thread.join(self.silence)
 
@@ -119,20 +119,24 @@ class Watchdog:
     def _run(self) -> None:
         last_contact = time.monotonic()
         while True:
+            hanging = threading.Timer(self.silence, self._lose_store)  # a store whose process is stopped never answers
+            hanging.daemon = True
+            hanging.start()
             try:
-                if self._publish() in ("done", "failed"):
-                    return
+                state = self._publish()
                 verdict = self._judge() if self.rank == 0 else self._hear()
                 last_contact = time.monotonic()
+                if state == "failed" or (state == "done" and not (self.rank == 0 and self._others_go_on())):
+                    return
                 if verdict:
                     self._pronounce(verdict)
             except RuntimeError:  # the store is gone, with the process or machine that holds it
-                if self._state[0] == "done":
+                if self._state[0] in ("done", "failed"):
                     return
-                if time.monotonic() - last_contact > self.silence / 2:
-                    if self.rank == 1:  # the first who can still tell
-                        _print(f"rank 0, or what launched the job, does not answer any more; last heard of {self._last_of(0)}")
-                    self._exit()
+                if time.monotonic() - last_contact > GRACE_S:
+                    self._lose_store()
+            finally:
+                hanging.cancel()
             before = time.monotonic()
             self._wake.wait(self.interval)
             self._wake.clear()
@@ -155,8 +159,9 @@ class Watchdog:
         report = Report(**json.loads(self._store.get(key))) if self._store.check([key]) else Report()
         self._heard[rank] = before if report.beat == before[0].beat and rank in self._heard else (report, now)
 
-    def _last_of(self, rank: int) -> str:
-        return str(self._heard[rank][0]) if rank in self._heard else "when it started"
+    def _others_go_on(self) -> bool:
+        """Whether others have not ended yet, while rank 0 has: their store may live in its process."""
+        return any(report.state == "training" for rank, (report, _) in self._heard.items() if rank)
 
     def _judge(self) -> str:
         """On rank 0: which rank is lost, and how; nothing if none is."""
@@ -172,7 +177,7 @@ class Watchdog:
         patience = self._patience(any(report.state == "cut off" for report, _ in active.values()))
         for rank, (report, silent) in active.items():
             if report.state != "failed" and silent > patience:
-                return f"rank {rank} does not answer any more, killed or stopped; last heard of {silent:.0f} s ago {report}"
+                return f"rank {rank} does not answer any more, killed or stopped; last heard of {silent:.0f} s ago, {report}"
         return self._standstill({rank: report for rank, (report, _) in active.items() if report.state == "training"})
 
     def _standstill(self, reports: dict[int, Report]) -> str:
@@ -201,7 +206,7 @@ class Watchdog:
         if report.state == "failed" and silent > GRACE_S:
             return f"rank 0 failed ({report}): {report.error}"
         if report.state in ("training", "cut off") and silent > self._patience(self._state[0] == "cut off"):
-            return f"rank 0 does not answer any more, killed or stopped; last heard of {silent:.0f} s ago {report}"
+            return f"rank 0 does not answer any more, killed or stopped; last heard of {silent:.0f} s ago, {report}"
         return ""
 
     def _patience(self, cut_off: bool) -> float:
@@ -215,6 +220,12 @@ class Watchdog:
             _print(verdict)
         if self.rank == 0:
             time.sleep(2 * self.interval)  # the store may live in this process, and the others read the verdict there
+        self._exit()
+
+    def _lose_store(self) -> None:
+        if self.rank == 1:  # the first who can still tell
+            last = self._heard[0][0] if 0 in self._heard else "when it started"
+            _print(f"rank 0, or what launched the job, does not answer any more; it was last heard of {last}")
         self._exit()
 
     def _exit(self) -> None:
