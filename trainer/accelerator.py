@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from trainer.errors import UserError
 from trainer.recipe import Problem, Recipe
@@ -169,3 +170,14 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     elif torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
     return accelerator
+
+
+def as_in_training(accelerator: Accelerator, model: nn.Module) -> Callable[..., Any]:
+    """Calls a bare model as the wrapped one is called in training: under autocast, with fp32 outputs."""
+    from accelerate.utils.operations import convert_to_fp32
+
+    def call(*inputs: Any) -> Any:
+        with accelerator.autocast():
+            return convert_to_fp32(model.forward(*inputs))  # not compiled: each size of a last batch would be compiled anew
+
+    return call

@@ -32,7 +32,7 @@ from trainer.errors import TrainingFailed, UserError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-WRITING, REPLACED = ".writing-", ".replaced-"
+WRITING, REPLACED, REMOVED = ".writing-", ".replaced-", ".removed-"
 
 
 def folder_name(step: int) -> str:
@@ -100,13 +100,13 @@ def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
     shutil.rmtree(replaced, ignore_errors=True)
     older = [step for step in steps(root) if step < checkpoint.step]
     for old in older[: max(0, len(older) - (keep - 1))]:
-        shutil.rmtree(root / folder_name(old))
+        _remove(root, root / folder_name(old))
     return final
 
 
 def recover(root: Path) -> None:
     """Removes what a killed save left behind; puts a checkpoint back that was about to be replaced by one of the same step."""
-    for leftover in root.glob(f"{WRITING}*"):
+    for leftover in (*root.glob(f"{WRITING}*"), *root.glob(f"{REMOVED}*")):
         shutil.rmtree(leftover)
     for replaced in root.glob(f"{REPLACED}*"):
         final = root / replaced.name.removeprefix(REPLACED)
@@ -187,14 +187,21 @@ def adopt(root: Path, checkpoint: Path) -> Path:
 
 def _keep_best(root: Path, checkpoint: Path) -> None:
     """Hard-links a checkpoint's files to where pruning doesn't reach, then moves the `best` link over at once."""
-    store = root / ".best" / checkpoint.name
+    store, temporary = root / ".best" / checkpoint.name, root / f"{WRITING}best"
+    _link_files(checkpoint, temporary)
+    store.parent.mkdir(exist_ok=True)
     if store.exists():
-        shutil.rmtree(store)
-    _link_files(checkpoint, store)
+        _remove(root, store)
+    temporary.rename(store)
     _point(root / "best", f".best/{checkpoint.name}")
     for old in store.parent.iterdir():
         if old != store:
-            shutil.rmtree(old)
+            _remove(root, old)
+
+
+def _remove(root: Path, checkpoint: Path) -> None:
+    """Removes a checkpoint under another name, so that a kill on the way leaves none with half of its files."""
+    shutil.rmtree(checkpoint.rename(root / f"{REMOVED}{checkpoint.name}"))
 
 
 def _link_files(source: Path, target: Path) -> None:
@@ -269,6 +276,12 @@ def newest_valid(root: Path) -> tuple[int | None, list[str]]:
     return None, complaints
 
 
+def read_counters(folder: Path) -> dict[str, Any]:
+    """The counters alone of a verified checkpoint."""
+    counters: dict[str, Any] = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    return counters
+
+
 def load(folder: Path) -> Checkpoint:
     """Reads a verified checkpoint.
 
@@ -280,7 +293,7 @@ def load(folder: Path) -> Checkpoint:
         return Checkpoint(
             model=load_file(folder / "model.safetensors"),
             optimizer=load_file(folder / "optimizer.safetensors"),
-            counters=json.loads((folder / "trainer.json").read_text(encoding="utf-8")),
+            counters=read_counters(folder),
             ema=load_file(ema) if ema.exists() else None,
         )
     except (OSError, SafetensorError, ValueError) as error:

@@ -39,9 +39,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Settings(BaseModel):
-    """Base of every schema: no unknown keys, no silent conversions ("8" is not 8, true is not 1)."""
+    """Base of every schema: no unknown keys, no silent conversions ("8" is not 8, true is not 1), finite numbers."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), frozen=True)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,16 @@ class TrainingFailed(Exception):
 
 
 def exit_code(run: Callable[..., Any], *arguments: Any) -> int:
-    """Calls `run`; prints the one message of a user's mistake (2) or a failed training (3), on rank 0 only."""
+    """Calls `run`; prints the one message of a user's mistake (2) or a failed training (3), on rank 0 only.
+
+    Returns what `run` returns, where that is a number: `trainer status` has codes of its own.
+    """
     try:
-        run(*arguments)
+        code = run(*arguments)
     except (UserError, TrainingFailed) as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or error.on_one_rank:
             where = "" if rank == "0" else f"rank {rank}: "
             print(f"{where}{error.label}{error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 3
-    return 0
+    return code if isinstance(code, int) else 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -10,16 +12,38 @@ import torch.distributed as dist
 
 from trainer.errors import TrainingFailed
 from trainer.recipe import Recipe
+from trainer.signals import Stopped
+from trainer.watchdog import Watchdog
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
 
 
-def lost_connection(error: BaseException) -> bool:
-    """Whether an error says that another process is gone."""
+@contextmanager
+def failures_told(watchdog: Watchdog, fail: Callable[[], None], recipe: Recipe, world_size: int, folder: Path) -> Iterator[None]:
+    """Inside, whatever goes wrong is told to the other processes and by `fail`, then raised in this project's words."""
+    try:
+        yield
+    except Stopped:
+        watchdog.close()
+        raise
+    except BaseException as error:
+        if world_size > 1 and _lost_connection(error):
+            watchdog.cut_off()  # another rank is to blame; this ends the process when it is known which
+        watchdog.failed(error)
+        with suppress(Exception):  # what went wrong first is what is reported
+            fail()
+        failure = _as_training_failure(error, recipe, world_size, folder)
+        if failure:
+            raise failure from error
+        raise
+    watchdog.close()
+
+
+def _lost_connection(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def as_training_failure(error: BaseException, recipe: Recipe, world_size: int, folder: Path) -> TrainingFailed | None:
+def _as_training_failure(error: BaseException, recipe: Recipe, world_size: int, folder: Path) -> TrainingFailed | None:
     """The failure that an error stands for, to be told in one message; None where it is itself what people must see."""
     message = ""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):

@@ -21,6 +21,7 @@ Place = str
 
 COMMAND_LINE: Place = "command line"
 MAX_NODES = 20_000  # a recipe is a page; more is a mistake or an alias bomb
+MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -91,20 +92,21 @@ class Reader:
     def read(self, path: Path, children: tuple[Path, ...] = (), at: Place | None = None) -> dict[str, Any]:
         """Reads `path` over its parents; `children` inherit from it, at the place `at`. Mistakes go to `problems`."""
         where = at or str(path)
-        if path.resolve() in children:
-            chain = " -> ".join(str(p.name) for p in (*children, path))
-            self.problems.append(Problem(where, ("inherit",), f"recipes inherit in a circle: {chain}"))
-            return {}
         try:
-            text = path.read_text(encoding="utf-8")
+            resolved = path.resolve()
+            if resolved in children:
+                chain = " -> ".join(str(p.name) for p in (*children, path))
+                self.problems.append(Problem(where, ("inherit",), f"recipes inherit in a circle: {chain}"))
+                return {}
+            text = _read_text(resolved)
         except FileNotFoundError:
             near = difflib.get_close_matches(path.stem, _siblings(path), 1)
             hint = f"; did you mean {path.with_name(near[0])}.yaml?" if near else ""
             what = "the parent recipe doesn't exist" if children else "no such recipe"
             self.problems.append(Problem(where, ("inherit",) if children else (), what + hint, str(path)))
             return {}
-        except (OSError, UnicodeDecodeError) as error:
-            self.problems.append(Problem(where, (), f"can't be read: {error}"))
+        except (OSError, ValueError) as error:
+            self.problems.append(Problem(where, (), f"can't be read: {error}", short(str(path))))
             return {}
         places: dict[KeyPath, Place] = {}
         tree = self._parse(text, str(path), places)
@@ -116,7 +118,7 @@ class Reader:
         if parent is not None:
             place = places.get(("inherit",), str(path))
             if isinstance(parent, str):
-                merged = self.read(path.parent / parent, (*children, path.resolve()), place)
+                merged = self.read(path.parent / parent, (*children, resolved), place)
             else:
                 self.problems.append(Problem(place, ("inherit",), "must be the file name of another recipe", short(parent)))
         return self.merge(merged, tree or {}, places)
@@ -208,10 +210,22 @@ class Reader:
         if isinstance(node, SequenceNode):
             return [self._plain(yaml, child, (*path, i), file, places, budget) for i, child in enumerate(node.value)]
         try:
-            return yaml.constructor.construct_object(node, deep=True)
-        except (YAMLError, ValueError):
-            self.problems.append(Problem(place, path, "not a plain value", node.value))
+            value = yaml.constructor.construct_object(node, deep=True)
+        except Exception:  # constructors raise all kinds of errors where a tag doesn't fit its value
+            self.problems.append(Problem(place, path, "not a plain value", short(node.value)))
             return None
+        if isinstance(value, int) and abs(value) >= 2**63:
+            self.problems.append(Problem(place, path, "too large for a whole number", short(node.value)))
+            return None
+        return value
+
+
+def _read_text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a file")  # a pipe or a device may never end
+    if path.exists() and path.stat().st_size > MAX_BYTES:
+        raise OSError(f"it has more than {MAX_BYTES // 2**20} MiB")
+    return path.read_text(encoding="utf-8")
 
 
 def _siblings(path: Path) -> list[str]:

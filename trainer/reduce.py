@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from trainer.errors import UserError
+from trainer.signals import STOP, Stopped
 
 
 def world_size() -> int:
@@ -151,6 +155,31 @@ class Control:
         if world_size() > 1:
             dist.broadcast(tensor, 0, group=self._group)
         return tensor.tolist()
+
+    def on_main(self, decide: Callable[[], Any]) -> str:
+        """Rank 0 decides and tells the others; where it can't, all end with its error. A stop signal to it interrupts it.
+
+        Raises:
+            UserError: rank 0's, or that it can't use a file.
+            Stopped: rank 0 was asked to stop.
+        """
+        answer, failure, stopped = "", "", False
+        if world_size() == 1 or dist.get_rank() == 0:
+            try:
+                with STOP.at_once():
+                    answer = str(decide() or "")
+            except Stopped:
+                stopped = True
+            except UserError as error:
+                failure = str(error)
+            except OSError as error:
+                failure = f"{error.filename or 'a file'} can't be used: {error.strerror or error}"
+        if self.from_main([stopped])[0]:
+            raise Stopped
+        answer, failure = self.text_from_main(answer), self.text_from_main(failure)
+        if failure:
+            raise UserError(failure)
+        return answer
 
     def text_from_main(self, text: str) -> str:
         """Rank 0's text."""

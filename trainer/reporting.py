@@ -34,6 +34,11 @@ class Reporter:
         self.mirrors: Mirrors | None = None  # once the run has begun
         self._curves_drawn = 0.0
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the run has begun, on this rank."""
+        return self.mirrors is not None
+
     def begin(self, step: int, total_steps: int | None, facts: dict[str, Any]) -> None:
         """Writes environment.json, and opens trackers and progress bar."""
         if self.enabled:

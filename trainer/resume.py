@@ -56,8 +56,8 @@ def open_run(folder: RunFolder, recipe: Recipe, resume: str, say: Say) -> Path |
     else:
         found = _adopt(folder, recipe, Path(resume), say)
     folder.create()
-    state = checkpoints.load(found) if found else None
-    folder.truncate_metrics(state.step if state else 0, bool(state and state.counters["evaluation_pending"]))
+    counters = checkpoints.read_counters(found) if found else {"step": 0, "evaluation_pending": False}
+    folder.truncate_metrics(counters["step"], counters["evaluation_pending"])
     folder.write_recipe(recipe.resolved())
     return found
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+BEFORE_LIMIT_S = 120.0  # a checkpoint is saved so long before a known time limit
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -66,10 +68,18 @@ class StopRequest:
 STOP = StopRequest()
 
 
-def time_limit() -> float | None:
-    """When the job ends, in seconds since 1970, where that is known: `TRAINER_END_TIME`, or what SLURM says."""
-    for variable in ("TRAINER_END_TIME", "SLURM_JOB_END_TIME"):
-        value = os.environ.get(variable, "")
-        if value.isdigit():
-            return float(value)
-    return None
+class TimeLimit:
+    """When the job will be ended, where that is known: `TRAINER_END_TIME` (seconds since 1970), or what SLURM says."""
+
+    def __init__(self) -> None:
+        ends = (os.environ.get(variable, "") for variable in ("TRAINER_END_TIME", "SLURM_JOB_END_TIME"))
+        self._end = next((float(end) for end in ends if end.isdigit()), None)
+        self._asked = time.time()
+
+    def is_near(self) -> bool:
+        """Whether there is time for little more than a checkpoint; true once. To be asked regularly: a step may take long."""
+        before, self._asked = self._asked, time.time()
+        near = self._end is not None and self._asked + (self._asked - before) + BEFORE_LIMIT_S > self._end
+        if near:
+            self._end = None
+        return near

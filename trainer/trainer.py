@@ -20,27 +20,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.operations import convert_to_fp32
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainer import checkpoint as checkpoints
-from trainer.accelerator import TIMEOUT, build_accelerator, resolve_precision
+from trainer.accelerator import TIMEOUT, as_in_training, build_accelerator, resolve_precision
 from trainer.checkpoint import Checkpoint, Writer
 from trainer.data.build import Data
 from trainer.data.order import FINGERPRINT_MODULUS, fingerprint
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared
 from trainer.durations import Clock, Span
 from trainer.ema import Ema
-from trainer.errors import TrainingFailed, UserError
+from trainer.errors import TrainingFailed
 from trainer.evaluation import evaluate
-from trainer.failures import as_training_failure, lost_connection
+from trainer.failures import failures_told
 from trainer.guard import GRADIENTS, Guard
 from trainer.metrics.means import Means
 from trainer.models.freeze import set_train_mode
@@ -50,7 +50,7 @@ from trainer.reporting import Reporter
 from trainer.resume import lock_run, open_run, runs_dir
 from trainer.schedules import build_schedule
 from trainer.seeds import Use, mix
-from trainer.signals import STOP, Stopped, time_limit
+from trainer.signals import STOP, Stopped, TimeLimit
 from trainer.tasks.build import build_task
 from trainer.tasks.task import Batch
 from trainer.tracking import RunFolder, Status, lower_is_better
@@ -58,7 +58,6 @@ from trainer.watchdog import Watchdog
 
 # Counters that a checkpoint holds as they are.
 COUNTERS = ("step", "seconds", "best", "best_step", "num_skipped", "unreadable", "evaluation_pending")
-BEFORE_LIMIT_S = 120.0  # how long before a known time limit an extra checkpoint is saved
 
 
 class Trainer:
@@ -98,7 +97,7 @@ class Trainer:
         self.report = Reporter(self.folder, recipe, self.is_main)
         self.writer = Writer(self.folder.checkpoints, recipe.checkpoint.keep)
         minutes = float(recipe.train.timeout.value)
-        self.watchdog = Watchdog(self.rank, self.world_size, 60 * minutes, on_failure=lambda: self._summary("failed"))
+        self.watchdog = Watchdog(self.rank, self.world_size, 60 * minutes, on_failure=self._fail)
 
     def fit(self) -> Status:
         """Trains until the duration has passed or a stop is asked for; returns `finished` or `stopped`.
@@ -108,63 +107,28 @@ class Trainer:
             TrainingFailed: something isn't finite, a sample can't be read, a checkpoint can't be written, memory is out.
             Stopped: a stop was asked for before there was anything to save.
         """
-        try:
-            restored = self._build()
+        with failures_told(self.watchdog, self._fail, self.recipe, self.world_size, self.folder.path):
+            restored = self.build()
             if restored and self._is_finished(restored):
-                status: Status = "finished"
-            else:
-                batches = self._begin(restored)
-                del restored
-                status = self._loop(batches)
-                self._end(status)
-        except Stopped:
-            self.watchdog.close()
-            raise
-        except BaseException as error:
-            if self.world_size > 1 and lost_connection(error):
-                self.watchdog.cut_off()  # another rank is to blame; this ends the process when it is known which
-            self.watchdog.failed(error)
-            with suppress(Exception):  # what went wrong first is what is reported
-                self._end("failed")
-            failure = as_training_failure(error, self.recipe, self.world_size, self.folder.path)
-            if failure:
-                raise failure from error
-            raise
-        self.watchdog.close()
-        return status
+                return "finished"
+            batches = self._begin(restored)
+            del restored
+            status = self._loop(batches)
+            self._end(status)
+            return status
 
     # ------------------------------------------------------------ building
 
-    def _build(self) -> Checkpoint | None:
+    def build(self) -> Checkpoint | None:
         """Opens the run folder, prepares the data, builds everything; returns the checkpoint to go on from."""
         self.watchdog.at("preparing", patient=True)
-        restore_from = self._on_main(self._open_run)
+        restore_from = self.control.on_main(self._open_run)
         self._build_data()
-        self._on_main(self._build_task)  # rank 0 first: what it downloads, the others find
+        self.control.on_main(self._build_task)  # rank 0 first: what it downloads, the others find
         if not self.is_main:
             self._build_task()
         self._wrap_model()
         return checkpoints.load(Path(restore_from)) if restore_from else None
-
-    def _on_main(self, decide: Callable[[], Any]) -> str:
-        """Rank 0 decides and tells the others; where it can't, all of them end with its error. A stop signal interrupts it."""
-        answer, failure, stopped = "", "", False
-        if self.is_main:
-            try:
-                with STOP.at_once():
-                    answer = str(decide() or "")
-            except Stopped:
-                stopped = True
-            except UserError as error:
-                failure = str(error)
-            except OSError as error:
-                failure = f"{self.folder.path} can't be used: {error}"
-        if self.control.from_main([stopped])[0]:
-            raise Stopped
-        answer, failure = self.control.text_from_main(answer), self.control.text_from_main(failure)
-        if failure:
-            raise UserError(failure)
-        return answer
 
     def _open_run(self) -> Path | None:
         """On rank 0: takes the run folder; returns the checkpoint to go on from."""
@@ -173,11 +137,10 @@ class Trainer:
 
     def _build_data(self) -> None:
         """Prepares the data set where it is missing, rank 0 alone; then opens it."""
-        recipe = self.recipe
-        source = recipe.build("data")
-        self._on_main(lambda: ensure_prepared(source, data_dir(), archives_dir(), self.report.say).name)
-        self.data = Data(recipe, self.rank, self.world_size)
-        self.clock = Clock(recipe.train.duration, recipe.data.batch_size, self.data.order.size)
+        source = self.recipe.build("data")
+        self.control.on_main(lambda: ensure_prepared(source, data_dir(), archives_dir(), self.report.say).name)
+        self.data = Data(self.recipe, self.rank, self.world_size)
+        self.clock = Clock(self.recipe.train.duration, self.recipe.data.batch_size, self.data.order.size)
 
     def _build_task(self) -> None:
         self.task = build_task(self.recipe, self.data.info)
@@ -229,12 +192,12 @@ class Trainer:
             batches = chain([first], batches)
         if restored:
             self._restore(restored)
-        if self._stop_asked():
+        if not self._may_go_on("restoring"):
             raise Stopped
         facts = {"precision": resolve_precision(self.recipe.train.precision), "device": str(self.device)}
         self._summary("running")
         self.report.begin(self.step, self.clock.total_steps, facts)
-        self.time_limit = time_limit()
+        self.time_limit = TimeLimit()
         self.logged_step, self.logged_at = self.step, time.monotonic()
         self.started = self.logged_at - self.seconds
         return batches
@@ -242,10 +205,10 @@ class Trainer:
     def _loop(self, batches: Iterator[Batch]) -> Status:
         status = self._after_step(evaluate=True, save=True) if self.evaluation_pending else None
         while status is None:
-            began, seconds_before = time.monotonic(), self.seconds
+            seconds_before = self.seconds
             self._train_step(batches)
             self.writer.check()
-            stop, limit_near, self.seconds = self._agree(began)
+            stop, limit_near, self.seconds = self._agree()
             finished = self.clock.finished(self.step, self.seconds)
             if finished or self._due(self.recipe.train.log_every, seconds_before):
                 self._log_training()
@@ -257,15 +220,12 @@ class Trainer:
             self.report.display.step(self.step)
         return status
 
-    def _agree(self, began: float) -> tuple[bool, bool, float]:
-        """Whether any process was asked to stop, whether a time limit is near (said once), and rank 0's clock, which is the run's."""
+    def _agree(self) -> tuple[bool, bool, float]:
+        """Whether any process was asked to stop, whether a time limit is near, and rank 0's clock, which is the run's."""
         self.watchdog.at("waiting for the other ranks", self.step)
-        now = time.monotonic()
-        near = self.time_limit is not None and time.time() + (now - began) + BEFORE_LIMIT_S > self.time_limit
-        asked = STOP.signal_name is not None
-        stop, limit_near, seconds = self.control.maximum([float(asked), float(near), now - self.started if self.is_main else 0.0])
+        seconds = time.monotonic() - self.started if self.is_main else 0.0
+        stop, limit_near, seconds = self.control.maximum([float(STOP.signal_name is not None), float(self.is_main and self.time_limit.is_near()), seconds])
         if limit_near:
-            self.time_limit = None
             self.report.say(f"the time limit of this job is near: saving a checkpoint at step {self.step}")
         return bool(stop), bool(limit_near), seconds
 
@@ -284,15 +244,21 @@ class Trainer:
         return status
 
     def _end(self, status: Status) -> None:
-        """Finishes what is being written, then says how the run ended: in the run folder, to the trackers and to people."""
+        """Waits for the last checkpoint, then says how the run ended: in the run folder, to the trackers and to people."""
         self.watchdog.at("ending", self.step, patient=True)
-        with suppress(Exception) if status == "failed" else nullcontext():
-            self.writer.wait()
-        texts = {
-            "stopped": f"stopped on {STOP.signal_name or 'a signal'} at step {self.step}, checkpoint saved; the same command goes on from there",
-            "finished": f"finished {self.recipe.name}: {self.step} steps in {self.seconds:.0f} s; see {self.folder.path}",
-        }
-        self.report.end(status, texts.get(status, ""), **self._facts())
+        self.writer.wait()
+        if status == "stopped":
+            text = f"stopped on {STOP.signal_name or 'a signal'} at step {self.step}, checkpoint saved; the same command goes on from there"
+        else:
+            text = f"finished {self.recipe.name}: {self.step} steps in {self.seconds:.0f} s; see {self.folder.path}"
+        self.report.end(status, text, **self._facts())
+
+    def _fail(self) -> None:
+        """Says in the run folder and to the trackers that training failed, unless it hadn't begun."""
+        if self.report.is_open:
+            with suppress(TrainingFailed):  # what went wrong first is what is reported
+                self.writer.wait()
+            self.report.end("failed", "", **self._facts())
 
     # ------------------------------------------------------------ one optimizer step
 
@@ -385,11 +351,10 @@ class Trainer:
 
     def _gather_unreadable(self) -> None:
         """Makes every process know the unreadable samples of all; too many end the training."""
-        tolerated = self.recipe.data.max_unreadable
-        if tolerated:
+        if self.recipe.data.max_unreadable:
             self.unreadable = self.control.union(self.unreadable)
-            if len(self.unreadable) > tolerated:
-                raise TrainingFailed(f"samples {self.unreadable} can't be read, more than data.max_unreadable ({tolerated})")
+        if len(self.unreadable) > self.recipe.data.max_unreadable:
+            raise TrainingFailed(f"samples {self.unreadable} can't be read, more than data.max_unreadable ({self.recipe.data.max_unreadable})")
 
     # ------------------------------------------------------------ logging and evaluation
 
@@ -416,13 +381,10 @@ class Trainer:
         self.report.train(line)
 
     def _evaluate(self) -> bool | None:
-        """Evaluates on the whole validation set; returns whether `evaluate.best` improved, the same on all processes.
-
-        None: a stop was asked for, and the evaluation given up.
-        """
+        """Evaluates on the whole validation set; returns whether `evaluate.best` improved, None where a stop was asked for meanwhile."""
         model = self.ema.model if self.ema else self.task.model
-        forward = self._as_in_training(model)
-        metrics = evaluate(self.task, model, forward, self.data, self._to_device, self._may_evaluate)
+        forward = as_in_training(self.accelerator, model)
+        metrics = evaluate(self.task, model, forward, self.data, self._to_device, partial(self._may_go_on, "evaluating"))
         if metrics is None:
             return None
         self.watchdog.at("drawing pictures", self.step)
@@ -432,10 +394,6 @@ class Trainer:
             self._draw_pictures(forward)
         set_train_mode(self.task.model)
         return improved
-
-    def _may_evaluate(self) -> bool:
-        self.watchdog.at("evaluating", self.step)
-        return not self._stop_asked()
 
     def _update_best(self, value: float | None) -> bool:
         """Keeps the watched metric (None: it has no value on this set) if it is better than ever before; returns whether it is.
@@ -471,11 +429,10 @@ class Trainer:
             raise TrainingFailed(f"weights are not finite after step {self.step} and aren't saved; lower optimizer.lr or set train.clip_norm=1.0")
         if not self.is_main:
             return
-        scaler = self.accelerator.scaler
         counters = {name: getattr(self, name) for name in COUNTERS} | {
             "fingerprint": fingerprint,
             "means": self.means.state(),
-            "scaler": scaler.state_dict() if scaler else None,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "world_size": self.world_size,
             "threads": torch.get_num_threads(),
         }
@@ -520,9 +477,10 @@ class Trainer:
 
     # ------------------------------------------------------------ small things
 
-    def _stop_asked(self) -> bool:
-        """Whether any process was asked to stop."""
-        return bool(self.control.maximum([float(STOP.signal_name is not None)])[0])
+    def _may_go_on(self, place: str) -> bool:
+        """Whether no process was asked to stop."""
+        self.watchdog.at(place, self.step)
+        return not self.control.maximum([float(STOP.signal_name is not None)])[0]
 
     def _due(self, every: Span, seconds_before: float) -> bool:
         """Whether the step just done completed another `every`; `seconds_before` is the time when it began."""
@@ -538,12 +496,3 @@ class Trainer:
         """Moves what the model sees; ids stay where they are."""
         stay = ("sample_id", "epoch", "unreadable")
         return {key: value.to(self.device, non_blocking=True) if key not in stay else value for key, value in batch.items()}
-
-    def _as_in_training(self, model: nn.Module) -> Callable[..., Any]:
-        """Calls a bare model as the wrapped one is called in training: under autocast, with fp32 outputs."""
-
-        def call(*inputs: Any) -> Any:
-            with self.accelerator.autocast():
-                return convert_to_fp32(model.forward(*inputs))  # not compiled: each size of a last batch would be compiled anew
-
-        return call

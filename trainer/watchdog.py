@@ -83,6 +83,7 @@ class Watchdog:
         self._beat, self._resumed = 0, 0.0
         self._published, self._wake = threading.Event(), threading.Event()
         self._heard: dict[int, tuple[Report, float]] = {}
+        self._peer_failed = False
         self._warned = 0  # marks of the place that was warned of
         self._store = _store(world_size, self.silence / 2)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -171,8 +172,7 @@ class Watchdog:
         active = {rank: (report, now - since) for rank, (report, since) in self._heard.items() if report.state != "done"}
         for rank, (report, silent) in active.items():
             if report.state == "failed" and silent > GRACE_S:
-                with suppress(Exception):
-                    self.on_failure()
+                self._peer_failed = True
                 return f"rank {rank} failed ({report}): {report.error}"
         patience = self._patience(any(report.state == "cut off" for report, _ in active.values()))
         for rank, (report, silent) in active.items():
@@ -218,6 +218,9 @@ class Watchdog:
         if not self._store.check([VERDICT]):
             self._store.set(VERDICT, verdict)
             _print(verdict)
+        if self._peer_failed:
+            with suppress(Exception):
+                self.on_failure()
         if self.rank == 0:
             time.sleep(2 * self.interval)  # the store may live in this process, and the others read the verdict there
         self._exit()

@@ -76,8 +76,10 @@ def _count_evaluated(recipe: Path, out: Path) -> None:
     from trainer.trainer import Trainer
 
     trainer = Trainer(load_recipe(recipe, ("evaluate.batch_size=64",)))
-    seen = [int(i) for batch in trainer.valid_batches for i in batch["sample_id"]]
+    trainer.build()
+    seen = [int(i) for batch in trainer.data.validation_batches for i in batch["sample_id"]]
     (out / f"rank{trainer.rank}").write_text(" ".join(map(str, seen)))
+    trainer.watchdog.close()
     trainer.accelerator.end_training()
 
 

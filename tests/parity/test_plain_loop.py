@@ -23,10 +23,11 @@ OPTIONS = ("loss=cross_entropy", f"train.duration={STEPS} steps", "schedule.warm
 def _plain(recipe: Path, out: Path) -> None:
     """Gives the plain loop the model and the batches of the framework, and nothing else of it."""
     trainer = Trainer(load_recipe(recipe, ("name=plain", *OPTIONS)))
+    trainer.build()
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for positions in Slices(8, 1, 0, 1, 0):
-            batch = trainer.train_samples.__getitems__(positions)
+            batch = trainer.data.train.__getitems__(positions)
             yield batch["image"], batch["mask"][:, 0]
 
     losses = plain_loop.train(trainer.task.model, batches(), STEPS, lr=1e-2)
