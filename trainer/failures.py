@@ -54,6 +54,8 @@ def _as_training_failure(error: BaseException, recipe: Recipe, world_size: int, 
         )
     elif isinstance(error, OSError) and error.errno in DISK:
         message = f"{error.filename or folder} can't be written: {error.strerror}; the checkpoints are whole: mend it, then the same command goes on"
+    elif "Expected more than 1 value per channel when training" in str(error):
+        message = "batch norm can't learn from a micro-batch of one sample: raise data.batch_size or lower train.accumulate"
     if not message:
         return None
     failure = TrainingFailed(message)
