@@ -32,7 +32,7 @@ import torch.distributed as dist
 LONGEST_SILENCE_S = 120.0  # between two messages of a rank; a thread waits while another holds Python's lock
 LONGEST_INTERVAL_S = 5.0
 GRACE_S = 2.0  # for a rank to end by itself, with its own message, when the same error meets all of them
-VERDICT = "watchdog/verdict"
+VERDICT = "verdict"
 State = Literal["training", "cut off", "failed", "done"]
 
 
@@ -150,12 +150,12 @@ class Watchdog:
         (marks, place, step, since), (state, error) = self._here, self._state
         idle = 0.0 if since is None else time.monotonic() - max(since, self._resumed)
         report = Report(self._beat, marks, place, step, idle, state, error, platform.node())
-        self._store.set(_key(self.rank), json.dumps(asdict(report)))
+        self._store.set(str(self.rank), json.dumps(asdict(report)))
         self._published.set()
         return state
 
     def _listen(self, rank: int) -> None:
-        key, now = _key(rank), time.monotonic()
+        key, now = str(rank), time.monotonic()
         before = self._heard.get(rank, (Report(), now))
         report = Report(**json.loads(self._store.get(key))) if self._store.check([key]) else Report()
         self._heard[rank] = before if report.beat == before[0].beat and rank in self._heard else (report, now)
@@ -241,12 +241,9 @@ def _print(verdict: str) -> None:
     print(f"training failed: {verdict}; the last checkpoint stays", file=sys.stderr, flush=True)
 
 
-def _key(rank: int) -> str:
-    return f"watchdog/{rank}"
-
-
 def _store(world_size: int, timeout: float) -> Any:
     """A connection of its own to the store through which the processes found each other; a private one for a single process."""
     if world_size == 1:
         return dist.HashStore()
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=timeout))
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=timeout))
+    return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # an elastic launcher keeps its store over restarts
