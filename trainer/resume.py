@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -56,7 +57,7 @@ def open_run(folder: RunFolder, recipe: Recipe, resume: str, say: Say) -> Path |
     else:
         found = _adopt(folder, recipe, Path(resume), say)
     folder.create()
-    counters = checkpoints.read_counters(found) if found else {"step": 0, "evaluation_pending": False}
+    counters: dict[str, Any] = checkpoints.read_counters(found) if found else {"step": 0, "evaluation_pending": False}
     folder.truncate_metrics(counters["step"], counters["evaluation_pending"])
     folder.write_recipe(recipe.resolved())
     return found
