@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from tests.wandb_server import WandbServer
 from trainer import components, trackers
 from trainer.components import catalogue, tracker
 from trainer.trackers import Mirrors
@@ -29,6 +30,19 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A W&B server to be online with."""
+    import wandb
+
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_MODE", "online")
+        yield server
+        wandb.teardown()
 
 
 @pytest.fixture
@@ -55,8 +69,15 @@ def train(mirror: Mirrors, folder: RunFolder, steps: range) -> float:
     return slowest
 
 
-def draw(folder: RunFolder) -> Path:
-    file = folder.pictures / "sample.png"
+def validate(mirror: Mirrors, folder: RunFolder, step: int) -> None:
+    line = {"step": step, "epoch": step / 10, "split": "validation", "loss": 0.5, "miou": 0.9}
+    folder.log(line)
+    mirror.log(line, step, "validation")
+    mirror.pictures([draw(folder, step)], step)
+
+
+def draw(folder: RunFolder, step: int = 0) -> Path:
+    file = folder.pictures / f"validation_step_{step:08d}.png"
     Image.new("RGB", (16, 8), "tomato").save(file)
     return file
 
@@ -124,7 +145,7 @@ def test_a_tracker_that_fails_is_named_once_and_switched_off(folder: RunFolder, 
     mirror.pictures([draw(folder)], 3)
     mirror.finish(SUMMARY)
     assert broken.calls == 1
-    assert capsys.readouterr().err == "broken: switched off, training goes on: ConnectionError: server went away\n"
+    assert capsys.readouterr().err == "broken: switched off, the run isn't affected: ConnectionError: server went away\n"
     assert len(scalars(folder, "train/loss")) == 3, "the others go on"
 
 
@@ -132,7 +153,7 @@ def test_a_tracker_that_cannot_start_is_switched_off(folder: RunFolder, capsys: 
     (folder.path / "tensorboard").write_text("in the way")
     mirror = mirrors(folder, "tensorboard")
     mirror.log({"loss": 1.0}, 1, "train")
-    assert capsys.readouterr().err.startswith("tensorboard: switched off, training goes on: ")
+    assert capsys.readouterr().err.startswith("tensorboard: switched off, the run isn't affected: ")
 
 
 def test_nothing_heavy_is_imported_for_a_recipe_check() -> None:
@@ -146,18 +167,17 @@ def test_nothing_heavy_is_imported_for_a_recipe_check() -> None:
 def test_wandb_offline_holds_config_history_pictures_and_summary_under_one_id(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     mirror = mirrors(folder, "wandb", tags=["night"])
     train(mirror, folder, range(1, 6))
-    mirror.log({"loss": 0.5, "miou": 0.9}, 5, "validation")
-    mirror.pictures([draw(folder)], 5)
+    validate(mirror, folder, 5)
     mirror.finish(SUMMARY)
     said = capsys.readouterr()
-    assert said.err == "" and said.out.count("\n") == 1 and f"wandb sync {folder.path}" in said.out
+    assert said.err == "" and said.out.count("\n") == 1 and f"trainer sync {folder.path}" in said.out
 
     (run,) = [record.run for record in records(folder) if record.HasField("run")][:1]
     assert (run.display_name, run.project, list(run.tags)) == ("demo", "trainer", ["night"])
     assert {item.key: json.loads(item.value_json) for item in run.config.update}["optimizer"] == CONFIG["optimizer"]
     rows = history(folder)
-    assert [(row["_step"], row["step"], row["train/loss"]) for row in rows] == [(step, step, 1 / step) for step in range(1, 6)]
-    assert (rows[-1]["validation/miou"], rows[-1]["pictures/count"]) == (0.9, 1)
+    assert [(row["_step"], row["step"], row["train/loss"]) for row in rows[:5]] == [(step - 1, step, 1 / step) for step in range(1, 6)]
+    assert [rows[5][key] for key in ("_step", "step", "validation/miou", "pictures/count")] == [5, 5, 0.9, 1]
     assert "train/accuracy" not in rows[0]
     summary = {item.key: json.loads(item.value_json) for record in records(folder) for item in record.summary.update}
     assert (summary["status"], summary["best/miou"], summary["best/miou_step"]) == ("finished", 0.9, 20)
@@ -169,7 +189,7 @@ def test_wandb_offline_holds_config_history_pictures_and_summary_under_one_id(fo
     assert {record.run.run_id for record in records(folder) if record.HasField("run")} == {
         json.loads((folder.path / "tracking.json").read_text())["wandb"]["id"]
     }
-    assert [row["_step"] for row in history(folder)] == list(range(1, 9))
+    assert [row["_step"] for row in history(folder)] == list(range(9)), "a row for each line of metrics.jsonl"
 
 
 def test_an_unreachable_server_delays_nothing_and_the_run_is_kept_offline(
@@ -183,7 +203,7 @@ def test_an_unreachable_server_delays_nothing_and_the_run_is_kept_offline(
     mirror.finish(SUMMARY)
     assert [row["step"] for row in history(folder)] == list(range(1, 21))
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("wandb: CommError: ") and "wandb sync" in said
+    assert said.count("\n") == 1 and said.startswith("wandb: CommError: ") and f"trainer sync {folder.path}" in said
     assert not [file for file in folder.path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
 
 
@@ -216,20 +236,64 @@ def test_without_a_key_nobody_is_asked_for_one(folder: RunFolder, monkeypatch: p
 
 
 def test_a_key_is_found_in_the_environment_or_in_netrc_for_that_server_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = "https://wandb.example"
-    assert not trackers._has_key(server)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    assert not trackers.has_key()
     home = tmp_path / "home"
     home.mkdir()
     (home / ".netrc").write_text(f"machine elsewhere.example login user password {KEY}\n")
-    assert not trackers._has_key(server)
+    assert not trackers.has_key()
     (home / ".netrc").write_text(f"machine wandb.example login user password {KEY}\n")
-    assert trackers._has_key(server)
+    assert trackers.has_key()
     (home / ".netrc").write_text("machine\n")
-    assert not trackers._has_key(server)
+    assert not trackers.has_key()
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert not trackers._has_key(server)
+    assert not trackers.has_key()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert trackers._has_key(server)
+    assert trackers.has_key()
+
+
+@pytest.mark.parametrize("trouble", ["answers 500", "never answers", "is gone"])
+def test_a_server_that_fails_in_mid_run_delays_nothing_and_one_line_says_how_to_send_it_later(
+    folder: RunFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch, trouble: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trackers, "UPLOAD_TIMEOUT_S", 0.5)
+    mirror = mirrors(folder, "wandb")
+    train(mirror, folder, range(1, 6))
+    server.wait_until(lambda run: run.lines)  # it streams
+    if trouble == "is gone":
+        server.close()
+    server.status = 500 if trouble == "answers 500" else None
+    assert train(mirror, folder, range(6, 200)) < 0.5
+    start = time.perf_counter()
+    mirror.finish(SUMMARY)
+    assert time.perf_counter() - start < 10
+    assert len(folder.read_metrics()) == 199
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and f"trainer sync {folder.path}" in said
+
+
+def test_rows_that_a_killed_run_left_unsent_are_sent_when_it_goes_on_and_none_comes_twice(folder: RunFolder, server: WandbServer) -> None:
+    mirror = mirrors(folder, "wandb")
+    train(mirror, folder, range(1, 6))
+    validate(mirror, folder, 5)
+    mirror.finish(SUMMARY | {"status": "stopped"})
+    for step in (6, 7):  # written, not sent
+        folder.log({"step": step, "epoch": step / 10, "split": "train", "loss": 1 / step})
+    again = mirrors(folder, "wandb")
+    train(again, folder, range(8, 10))
+    again.finish(SUMMARY | {"status": "stopped"})
+    folder.truncate_metrics(4)
+    back = mirrors(folder, "wandb")
+    train(back, folder, range(5, 6))
+    validate(back, folder, 5)
+    train(back, folder, range(6, 12))
+    back.finish(SUMMARY)
+    (run,) = server.runs.values()
+    assert [(row["_step"], row["step"], row.get("train/loss")) for row in run.history] == [
+        (row, line["step"], line["loss"] if line["split"] == "train" else None) for row, line in enumerate(folder.read_metrics())
+    ]
+    (picture,) = run.history[5]["pictures"]["filenames"]
+    assert [file for file in run.files if file.endswith(".png")] == [picture]
 
 
 # ---------------------------------------------------------------- TensorBoard
