@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from trainer import checkpoint as checkpoints
 from trainer.errors import UserError
@@ -15,26 +12,6 @@ from trainer.recipe import Recipe, differences
 from trainer.tracking import RunFolder, set_aside
 
 Say = Callable[[str], None]
-
-
-def runs_dir() -> Path:
-    """Where run folders lie: `$TRAINER_RUNS`, else `runs`."""
-    return Path(os.environ.get("TRAINER_RUNS") or "runs")
-
-
-def lock_run(folder: RunFolder) -> FileLock:
-    """Takes a run for this process; the operating system frees it when the process ends, however it ends.
-
-    Raises:
-        UserError: another process has it.
-    """
-    folder.path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.path.with_name(f".{folder.path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{folder.path} is in use by another process; wait for it, or give this run another name=…") from None
-    return lock
 
 
 def open_run(folder: RunFolder, recipe: Recipe, resume: str, say: Say) -> Path | None:

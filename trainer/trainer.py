@@ -47,7 +47,8 @@ from trainer.models.freeze import set_train_mode
 from trainer.recipe import Recipe
 from trainer.reduce import Control, add_over_processes, use_global_batch_norm
 from trainer.reporting import Reporter
-from trainer.resume import lock_run, open_run, runs_dir
+from trainer.resume import open_run
+from trainer.runs import lock_run, runs_dir
 from trainer.schedules import build_schedule
 from trainer.seeds import Use, mix
 from trainer.signals import STOP, Stopped, TimeLimit
@@ -132,7 +133,7 @@ class Trainer:
 
     def _open_run(self) -> Path | None:
         """On rank 0: takes the run folder; returns the checkpoint to go on from."""
-        self._lock = lock_run(self.folder)  # until this process ends, however it does
+        self._lock = lock_run(self.folder.path)  # until this process ends, however it does
         return open_run(self.folder, self.recipe, self.resume, self.report.say)
 
     def _build_data(self) -> None:

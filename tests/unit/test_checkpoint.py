@@ -17,7 +17,8 @@ from trainer.checkpoint import Checkpoint, InvalidCheckpoint
 
 def make(step: int, value: float = 0.0) -> Checkpoint:
     tensors = {"layer.weight": torch.full((3, 4), value), "layer.count": torch.tensor(step)}
-    return Checkpoint(model=tensors, ema=tensors, optimizer={"layer.weight/step": torch.tensor(1.5)}, counters={"step": step, "best": 0.25, "evaluation_pending": False})
+    counters = {"step": step, "best": 0.25, "evaluation_pending": False}
+    return Checkpoint(model=tensors, ema=tensors, optimizer={"layer.weight/step": torch.tensor(1.5)}, counters=counters)
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from tests.unit.test_checkpoint import make
 from trainer import checkpoint as checkpoints
 from trainer.errors import UserError
 from trainer.recipe import Recipe, load_recipe
-from trainer.resume import lock_run, open_run
+from trainer.resume import open_run
+from trainer.runs import lock_run
 from trainer.tracking import RunFolder
 
 TEXT = """task: segmentation
@@ -102,8 +103,8 @@ def test_a_run_that_saved_nothing_may_change_its_recipe(tmp_path: Path, recipe: 
 
 
 def test_a_run_in_use_is_refused(run: RunFolder) -> None:
-    lock = lock_run(run)
+    lock = lock_run(run.path)
     with pytest.raises(UserError, match="in use by another process"):
-        lock_run(run)
+        lock_run(run.path)
     lock.release()
-    lock_run(run).release()
+    lock_run(run.path).release()

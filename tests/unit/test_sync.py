@@ -17,7 +17,7 @@ from tests.unit.test_trackers import CONFIG, KEY, SUMMARY, draw, folder, history
 from tests.wandb_server import Run, WandbServer
 from trainer import trackers
 from trainer.commands import main, sync
-from trainer.resume import lock_run
+from trainer.runs import lock_run
 from trainer.tracking import RunFolder
 
 __all__ = ["folder", "no_account", "server"]  # fixtures
@@ -173,12 +173,12 @@ def test_a_server_that_does_not_take_a_run_is_one_message_and_the_run_folder_sta
 
 
 def test_a_run_that_is_being_trained_is_left_alone(run: RunFolder, server: WandbServer, capsys: pytest.CaptureFixture[str]) -> None:
-    lock = lock_run(run)
+    lock = lock_run(run.path)
     assert main(["sync", str(run.path)]) == 2
     assert capsys.readouterr().err == f"error: {run.path} is being trained; sync it when that has ended\n" and not server.runs
     lock.release()
     assert main(["sync", str(run.path)]) == 0
-    lock_run(run).release()
+    lock_run(run.path).release()
 
 
 def test_without_a_key_the_message_says_how_to_give_one(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ def _data_line(recipe: Recipe, processes: int) -> str:
     if not (folder / CARD).exists():
         return f"{recipe.data.name} is not prepared yet: training does it, or `trainer prepare {recipe.data.name}`"
     card = Card.load(folder)
-    card.verify(folder)
+    card.verify(folder, everything=False)
     order = Order(card.row_groups("train"), recipe.train.seed, recipe.data.window)
     clock = Clock(recipe.train.duration, recipe.data.batch_size, order.size)
     workers = num_workers(recipe.data.workers, processes)

@@ -30,40 +30,29 @@ def run(options: argparse.Namespace) -> None:
         UserError: no such run, it is in use, there is no API key, or the server doesn't take it.
     """
     from trainer.errors import UserError
+    from trainer.runs import find_run
     from trainer.trackers import OFFLINE, has_key
+    from trainer.tracking import RunFolder
 
     mode = os.environ.get("WANDB_MODE")
     if mode == "disabled":
         raise UserError("WANDB_MODE=disabled: nothing is sent; unset it")
     if mode not in OFFLINE and not has_key():
         raise UserError("no API key for W&B was found: `wandb login` asks for one and keeps it, or set WANDB_API_KEY")
-    for folder in [_find(given) for given in options.runs]:
+    for folder in [RunFolder(find_run(given)) for given in options.runs]:
         print(f"{folder.path}: {_sync(folder, options.project, options.entity, mode not in OFFLINE)}", flush=True)
-
-
-def _find(given: str) -> RunFolder:
-    from trainer.errors import UserError
-    from trainer.recipe_file import nearest
-    from trainer.resume import runs_dir
-    from trainer.tracking import RunFolder
-
-    for path in (Path(given), runs_dir() / given):
-        if (path / "recipe.yaml").is_file():
-            return RunFolder(path)
-    names = sorted(file.parent.name for file in runs_dir().glob("*/recipe.yaml"))
-    raise UserError(f"{given} is neither a run folder nor a run in {runs_dir()}; {nearest(given, names)}")
 
 
 def _sync(folder: RunFolder, project: str | None, entity: str | None, online: bool) -> str:
     """Sends a run that nobody is training; returns what there is to say of it."""
     from trainer.errors import UserError
-    from trainer.resume import lock_run
+    from trainer.runs import lock_run
     from trainer.trackers import DEFAULT_PROJECT, WandbRun
 
     recipe = folder.read_recipe()
     track: dict[str, Any] = next((entry for entry in recipe["track"] if entry["name"] == "wandb"), {})
     try:
-        lock = lock_run(folder)
+        lock = lock_run(folder.path)
     except UserError:
         raise UserError(f"{folder.path} is being trained; sync it when that has ended") from None
     try:

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Trains a recipe on this machine, with a process for each GPU (else one), and goes on by itself after a crash:
+#
+#   launch/local.sh recipes/quickstart.yaml train.seed=1
+#
+# TRAINER_PROCESSES_PER_NODE sets another number of processes. Ctrl-C saves a checkpoint; the same command goes on from it.
+# It gives up after three attempts in a row without a newer checkpoint, after a mistake (exit 2) or a failed training (3).
+set -euo pipefail
+TRAINER_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$TRAINER_HOME/launch/common.sh"
+
+refuse_resume "$@"
+code=0
+trainer status "$@" || code=$?
+if ((code == 0 || code == 2)); then
+    exit "$code"
+fi
+memory=$(mktemp -d)
+trap 'rm -r "$memory"' EXIT
+export TRAINER_ATTEMPT=$memory/attempt
+gpus=$(command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 1)
+stopping=""
+set -m # the launcher becomes a group of its own: it would take Ctrl-C and the signal passed on below for two
+
+code=75
+while ((code == 75)); do
+    accelerate launch --config_file "$TRAINER_HOME/accelerate_config.yaml" --num_processes "${TRAINER_PROCESSES_PER_NODE:-$gpus}" \
+        --no_python "$TRAINER_HOME/launch/rank.sh" "$@" &
+    launcher=$!
+    trap 'stopping=yes; trap "" INT TERM; kill -TERM "$launcher"' INT TERM
+    wait "$launcher" || true
+    if [[ $stopping ]]; then
+        wait "$launcher" || true # the signal ended the first wait
+        trainer status "$@" || code=$?
+        exit "$((code == 75 ? 0 : code))"
+    fi
+    trap - INT TERM
+    code=0
+    judge "$@" || code=$?
+done
+exit "$code"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# What srun runs once on each node: do all nodes answer? Then the launcher, which starts the node's processes.
+set -euo pipefail
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address=${MASTER_ADDR:-${hosts[0]}}
+# Two ports of its own for each job that may share a node, and others after a requeue: the old ones may still be closing.
+port=$((20000 + SLURM_JOB_ID % 1000 * 10 + ${SLURM_RESTART_COUNT:-0} % 5 * 2))
+processes=${TRAINER_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+
+# The signal before a pre-emption reaches every process of the step. What is ignored here is so in the launcher too, which
+# would die of it; trainer/run.py installs a handler of its own.
+trap '' USR1
+
+if ((SLURM_NNODES > 1)); then
+    python "$TRAINER_HOME/launch/preflight.py" "$address" "$((port + 1))" "$SLURM_NODEID" "${hosts[@]}"
+fi
+exec accelerate launch --config_file "$TRAINER_HOME/accelerate_config.yaml" \
+    --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$((SLURM_NNODES * processes))" \
+    --main_process_ip "$address" --main_process_port "$port" \
+    --no_python "$TRAINER_HOME/launch/rank.sh" "$@"

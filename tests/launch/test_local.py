@@ -1,0 +1,98 @@
+"""`launch/local.sh` goes on by itself, and knows when not to; a stand-in for the launcher makes an attempt cost nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+# An attempt that saves a checkpoint if steps.txt has a line left, and does what it is told.
+LAUNCHER = """#!/usr/bin/env bash
+echo "attempt $*" >>attempts.txt
+mkdir -p "$TRAINER_RUNS/r/checkpoints"
+step=$(head -n 1 steps.txt)
+[[ -z $step ]] || mkdir -p "$TRAINER_RUNS/r/checkpoints/step_$step"
+sed -i 1d steps.txt
+{what}
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with nothing but launch/ and a virtual environment."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("trainer", "python"):
+        (tmp_path / ".venv" / "bin" / name).write_text(f'#!/bin/sh\nexec {BIN / name} "$@"\n', encoding="utf-8")
+        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+    (tmp_path / "r.yaml").write_text("task: segmentation\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(home: Path, what: str, steps: str = "") -> subprocess.Popen[str]:
+    accelerate = home / ".venv" / "bin" / "accelerate"
+    accelerate.write_text(LAUNCHER.replace("{what}", what), encoding="utf-8")
+    accelerate.chmod(0o755)
+    (home / "steps.txt").write_text(steps, encoding="utf-8")
+    command = ["launch/local.sh", "r.yaml", "train.seed=1"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, int]:
+    """Exit code, output, number of attempts."""
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output, len(Path("attempts.txt").read_text().splitlines())
+
+
+def test_it_goes_on_as_long_as_there_are_newer_checkpoints(home: Path) -> None:
+    crash_until_finished = """[[ -s steps.txt ]] && kill -KILL $$
+echo '{"status": "finished", "step": 7}' >"$TRAINER_RUNS/r/summary.json" """
+    code, output, attempts = finish(start(home, crash_until_finished, "1\n2\n3\n4\n5\n6\n7\n"))
+    assert (code, attempts) == (0, 7) and "r  interrupted  step 6" in output and "r  finished  step 7" in output
+    again = subprocess.run(["launch/local.sh", "r.yaml"], capture_output=True, text=True)
+    assert again.returncode == 0 and len(Path("attempts.txt").read_text().splitlines()) == 7
+
+
+def test_it_gives_up_after_three_more_attempts_without_a_newer_checkpoint(home: Path) -> None:
+    code, output, attempts = finish(start(home, "exit 1", "1\n2\n"))
+    assert (code, attempts) == (1, 5) and "three more attempts brought no newer checkpoint; giving up" in output
+
+
+def test_a_mistake_is_not_tried_again(home: Path) -> None:
+    (home / "trainer").mkdir()
+    (home / "trainer" / "run.py").write_text("import sys; print('error: of the user', sys.argv[1:]); sys.exit(2)\n", encoding="utf-8")
+    code, output, attempts = finish(start(home, '"${@: -3}" || exit 1'))  # as the launcher does: its own code
+    assert (code, attempts) == (2, 1) and "error: of the user ['r.yaml', 'train.seed=1']" in output
+
+
+def test_a_failed_training_is_not_tried_again(home: Path) -> None:
+    code, _, attempts = finish(start(home, """echo '{"status": "failed"}' >"$TRAINER_RUNS/r/summary.json"; exit 1"""))
+    assert (code, attempts) == (3, 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_waits_for_the_checkpoint_and_stops(home: Path, number: signal.Signals) -> None:
+    save = """trap 'mkdir "$TRAINER_RUNS/r/checkpoints/step_9"; exit 1' TERM
+echo ready
+while :; do sleep 0.1; done"""
+    process = start(home, save)
+    assert process.stdout is not None
+    while "ready" not in process.stdout.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches the whole group
+    code, output, attempts = finish(process)
+    assert (code, attempts) == (0, 1) and "the same command goes on from step 9" in output
+
+
+def test_it_never_starts_anew(home: Path) -> None:
+    done = subprocess.run(["launch/local.sh", "r.yaml", "--resume", "never"], capture_output=True, text=True)
+    assert done.returncode == 2 and "always goes on from the newest checkpoint" in done.stderr

@@ -1,0 +1,193 @@
+"""`trainer status`: where runs stand, and what to do next. Job scripts ask it, so nothing here waits for torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from trainer.errors import UserError
+from trainer.recipe_file import Reader, RecipeError
+from trainer.runs import find_run, is_locked, runs_dir
+
+HELP = "say where runs stand: exit 0 finished, 75 to be resumed, 3 failed"
+TO_BE_RESUMED, FAILED = 75, 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of this verb."""
+    what = "run folders, names below $TRAINER_RUNS, or recipe files; with a recipe, overrides count too, as name=… does in training"
+    parser.add_argument("runs", nargs="*", metavar="RUN | RECIPE | key.path=value", help=what)
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help="all runs of a sweep: a file with the overrides of a run in each line")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints a line for each run; returns the contract's exit code, where a failed run counts before one to be resumed.
+
+    Raises:
+        UserError: there is no such run, or the recipe can't be read.
+    """
+    standings = [standing_of(folder) for folder in _folders(options.runs)]
+    if options.sweep:
+        standings += sweep_standings(options.sweep)
+    if not standings:
+        raise UserError("name at least one run, recipe or --sweep FILE")
+    if options.json:
+        print(json.dumps([asdict(standing) for standing in standings], indent=2))
+    else:
+        _print_table([standing.row() for standing in standings])
+    codes = {standing.code for standing in standings}
+    return FAILED if FAILED in codes else max(codes)
+
+
+@dataclass
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+        name: of the run.
+        status: finished, running, stopped, failed, interrupted (killed), not started, or cancelled.
+        code: 0 finished, 75 to be resumed, 3 failed.
+        note: what to do next.
+        step: optimizer steps done, as far as is known.
+        total_steps: that the recipe asks for; None where it gives a time.
+        checkpoint: step of the newest checkpoint.
+        best: `metric`, `value` and `step` of the recipe's `evaluate.best`.
+        seconds: of training.
+    """
+
+    name: str
+    status: str
+    code: int
+    note: str
+    step: int | None = None
+    total_steps: int | None = None
+    checkpoint: int | None = None
+    best: dict[str, Any] | None = None
+    seconds: float | None = None
+
+    def row(self) -> list[str]:
+        """Cells of a table."""
+        step = "" if self.step is None else f"step {self.step}" + (f" of {self.total_steps}" if self.total_steps else "")
+        best = "" if self.best is None else f"{self.best['metric']} {self.best['value']:.4f}"
+        return [self.name, self.status, step, best, "" if self.seconds is None else f"{self.seconds:.0f} s", self.note]
+
+
+def standing_of(folder: Path) -> Standing:
+    """Where the run in a folder stands; one that doesn't exist is not started."""
+    if not (folder / "checkpoints").is_dir():
+        return Standing(folder.name, "not started", TO_BE_RESUMED, "nothing was computed yet")
+    file = folder / "summary.json"
+    summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    steps = [int(match[1]) for path in (folder / "checkpoints").iterdir() if (match := re.fullmatch(r"step_(\d+)", path.name))]
+    newest = max(steps, default=None)
+    go_on = f"the same command goes on from step {newest}" if steps else "the same command starts from the beginning"
+    if is_locked(folder):
+        status, code, note = "running", TO_BE_RESUMED, "a process is training it"
+    elif (said := summary.get("status")) == "finished":
+        status, code, note = said, 0, f"see {folder}"
+    elif said == "failed":
+        status, code, note = said, FAILED, f"its log says why; with that mended, {go_on}"
+    elif said == "stopped":
+        status, code, note = said, TO_BE_RESUMED, go_on
+    else:  # it says that it is running, but nobody is
+        status, code, note = "interrupted", TO_BE_RESUMED, go_on
+    return Standing(
+        folder.name, status, code, note, summary.get("step", newest), summary.get("total_steps"), newest, _best(folder, summary), summary.get("seconds")
+    )
+
+
+def sweep_standings(file: Path) -> list[Standing]:
+    """Where the runs of a sweep stand: those in a file's lines, and what SLURM still knows of an array named like the file.
+
+    Raises:
+        UserError: a line doesn't name its run.
+    """
+    states = _array_states(file.stem)
+    standings = []
+    for index, overrides in enumerate(read_sweep(file)):
+        reader = Reader(named=())
+        tree, _ = reader.overrides(overrides)
+        if reader.problems or "name" not in tree:
+            raise UserError(f"{file}: {shlex.join(overrides)!r} has no name=…; each line gives its run one, and other overrides")
+        standing = standing_of(runs_dir() / str(tree["name"]))
+        forgotten = bool(states) and index not in states and standing.status == "not started"  # as a task is that was cancelled while it waited
+        if standing.code == TO_BE_RESUMED and (forgotten or states.get(index) == "CANCELLED"):
+            standing.status = "cancelled"
+        standings.append(standing)
+    return standings
+
+
+def read_sweep(file: Path) -> list[list[str]]:
+    """The overrides of each run of a sweep: a line each, quoted as for a shell; blank lines and comments don't count.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return [shlex.split(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: can't be read: {error}") from error
+
+
+def _folders(arguments: list[str]) -> list[Path]:
+    """The run folders that arguments mean."""
+    recipes = [Path(argument) for argument in arguments if argument.endswith((".yaml", ".yml"))]
+    if recipes:
+        overrides = [argument for argument in arguments if "=" in argument]
+        rest = [argument for argument in arguments if "=" not in argument and Path(argument) not in recipes]
+        return [runs_dir() / run_name(recipe, overrides) for recipe in recipes] + _folders(rest)
+    return [find_run(run) for run in arguments]  # where `=` may stand in a name
+
+
+def run_name(recipe: Path, overrides: list[str]) -> str:
+    """The run that a recipe is: its `name:`, else the file's."""
+    reader = Reader(named=())
+    tree = reader.merge(reader.read(recipe), *reader.overrides(overrides))
+    if reader.problems:
+        raise RecipeError(reader.problems)
+    return str(tree.get("name", recipe.stem))
+
+
+def _best(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
+    """Best value of the metric that the recipe watches."""
+    if not summary.get("best"):
+        return None
+    recipe = YAML(typ="safe", pure=True).load(folder / "recipe.yaml")
+    metric = recipe["evaluate"]["best"]
+    return {"metric": metric, **summary["best"][metric]} if metric in summary["best"] else None
+
+
+def _array_states(job_name: str) -> dict[int, str]:
+    """What SLURM says of each task of the newest job array of that name, e.g. `CANCELLED`; it forgets a task some minutes after its end."""
+    if not shutil.which("scontrol"):
+        return {}
+    everything = os.environ | {"SLURM_BITSTR_LEN": "0"}  # or it leaves out indices of a large array
+    done = subprocess.run(["scontrol", "show", "job", "--oneliner"], env=everything, capture_output=True, text=True)
+    jobs = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in done.stdout.splitlines()]
+    mine = [job for job in jobs if job.get("JobName") == job_name and "ArrayTaskId" in job]
+    newest = max((int(job["ArrayJobId"]) for job in mine), default=None)
+    return {index: job["JobState"] for job in mine if int(job["ArrayJobId"]) == newest for index in _indices(job["ArrayTaskId"])}
+
+
+def _indices(text: str) -> list[int]:
+    """`1,4-6%2` as [1, 4, 5, 6]: tasks that wait are shown together."""
+    bounds = [[int(bound) for bound in part.split("-")] for part in text.partition("%")[0].split(",")]
+    return [index for first, *last in bounds for index in range(first, (last or [first])[0] + 1)]
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip())

@@ -1,0 +1,138 @@
+"""`trainer submit`: checks a recipe, then hands it to SLURM. What runs there is `launch/slurm.sbatch`, with the options filled in."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.commands.status import run_name
+from trainer.errors import UserError
+
+if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
+    from trainer.recipe import Recipe
+
+HELP = "check a recipe and submit it to SLURM, alone or as a sweep"
+ROOT = Path(__file__).resolve().parents[2]
+LOGS = Path("logs")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of this verb."""
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optimizer.lr=1e-3")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
+    parser.add_argument("--gpus", type=int, metavar="G", help="GPUs of each node")
+    parser.add_argument("--processes", type=int, metavar="P", help="processes on each node (default: one for each GPU, else one)")
+    parser.add_argument("--cpus", type=int, metavar="C", help="cores of each node")
+    for option, what in (("time", "limit of a single attempt, e.g. 12:00:00"), ("partition", ""), ("account", "")):
+        parser.add_argument(f"--{option}", help=what)
+    parser.add_argument("--sweep", action="append", default=[], metavar="key=a,b,c", help="a run for each value; several of them: for each combination")
+    parser.add_argument("--parallel", type=int, metavar="N", help="how many runs of a sweep may run at a time (default: all)")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be submitted")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Checks every run, shows the job script, and submits it.
+
+    Raises:
+        UserError: the recipe has mistakes, there is no SLURM here, or it refuses the job.
+    """
+    name = run_name(options.recipe, options.overrides)
+    variants = variants_of(options.sweep)
+    runs = [[*options.overrides, f"name={_variant_name(name, variant)}", *variant] for variant in variants] or [options.overrides]
+    for overrides in runs:
+        _check(options, overrides)
+    if variants:
+        name = _free_name(name)
+    script, log, sweep = job_script(options, name, len(variants)), LOGS / name, LOGS / f"{name}.txt"
+    lines = [shlex.join(overrides) for overrides in runs]
+    command = ["sbatch", "--parsable", f"{log}.sbatch", str(options.recipe), *([str(sweep)] if variants else options.overrides)]
+    print(script, f"# {shlex.join(command)}", sep="\n")
+    if variants:
+        print(f"\n# {sweep}:", *lines, sep="\n")
+    if options.dry_run:
+        return
+    if not shutil.which("sbatch"):
+        raise UserError("there is no sbatch here: submit from a login node of a cluster with SLURM; --dry-run shows the script")
+
+    LOGS.mkdir(exist_ok=True)  # SLURM doesn't make the folder: a job without it would vanish
+    Path(f"{log}.sbatch").write_text(script, encoding="utf-8")
+    if variants:
+        sweep.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    job = _sbatch(command)
+    if not variants:
+        print(f"submitted job {job}; follow it with: tail -F {log}-{job}.out {log}-{job}-rank0.log", file=sys.stderr)
+        return
+    where = [f"--{key}={getattr(options, key)}" for key in ("partition", "account") if getattr(options, key)]
+    about = [f"--job-name={name}-table", f"--output={log}-table.txt", f"--export=ALL,TRAINER_HOME={ROOT}"]
+    _sbatch(["sbatch", "--parsable", f"--dependency=afterany:{job}", *about, *where, str(ROOT / "launch" / "sweep_status.sbatch"), str(sweep)])
+    print(f"submitted {len(runs)} runs as job array {job}; `trainer status --sweep {sweep}` says how they are, {log}-table.txt how they ended", file=sys.stderr)
+
+
+def job_script(options: argparse.Namespace, name: str, num_variants: int) -> str:
+    """`launch/slurm.sbatch`, or `slurm_array.sbatch` for a sweep, as the options say."""
+    settings = {"job-name": name, "nodes": options.nodes, "gpus-per-node": options.gpus, "cpus-per-task": options.cpus}
+    settings |= {key: getattr(options, key) for key in ("time", "partition", "account")}
+    if num_variants:
+        settings["array"] = f"0-{num_variants - 1}" + (f"%{options.parallel}" if options.parallel else "")
+    variables = {"TRAINER_HOME": ROOT, "TRAINER_PROCESSES_PER_NODE": options.processes}
+    lines = [f"#SBATCH --{key}={value}" for key, value in settings.items() if value is not None]
+    lines += [f"export {key}={shlex.quote(str(value))}" for key, value in variables.items() if value is not None]
+    template = (ROOT / "launch" / ("slurm_array.sbatch" if num_variants else "slurm.sbatch")).read_text(encoding="utf-8")
+    template = re.sub(r"#SBATCH --job-name=.*\n", "", template)
+    directives, strict, body = template.partition("set -euo pipefail\n")
+    return directives + "\n".join(lines) + "\n" + strict + body
+
+
+def variants_of(sweep: list[str]) -> list[list[str]]:
+    """Overrides of each run of a sweep: `["a=1,2", "b=3,4"]` as `[["a=1", "b=3"], ["a=1", "b=4"], …]`; commas in brackets don't part values.
+
+    Raises:
+        UserError: not of the form key=a,b,c.
+    """
+    axes = []
+    for axis in sweep:
+        key, equals, values = axis.partition("=")
+        found = re.findall(r"(?:\[[^]]*\]|\{[^}]*\}|[^,])+", values)
+        if not key or not equals or not found or key == "name":
+            raise UserError(f"--sweep {axis}: must be key=a,b,c, e.g. optimizer.lr=1e-3,1e-2; runs get their names from it")
+        axes.append([f"{key}={value}" for value in found])
+    return [list(choice) for choice in itertools.product(*axes)] if axes else []
+
+
+def _variant_name(name: str, variant: list[str]) -> str:
+    """The name of a sweep's run, which says what makes it special, e.g. `quickstart-lr=1e-3`."""
+    for override in variant:
+        key, _, value = override.partition("=")
+        name += f"-{key.rpartition('.')[2]}={value}"
+    return re.sub(r"[^\w.+=,-]+", "_", name)
+
+
+def _check(options: argparse.Namespace, overrides: list[str]) -> Recipe:
+    """The recipe of a run, checked for as many processes as it will have; this machine's devices don't matter."""
+    from trainer.accelerator import Launch
+    from trainer.recipe import load_recipe
+    from trainer.tasks.build import TASK_CHECKS
+
+    launch = Launch(processes=options.nodes * (options.processes or options.gpus or 1))
+    return load_recipe(options.recipe, overrides, [(("data", "train"), launch.check), *TASK_CHECKS])
+
+
+def _free_name(name: str) -> str:
+    """A name for a sweep that none in the folder of logs has; SLURM knows the array by it."""
+    return next(free for number in itertools.count(1) if not (LOGS / f"{(free := f'{name}-sweep-{number}')}.txt").exists())
+
+
+def _sbatch(command: list[str]) -> str:
+    """Submits a job; returns its id."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"SLURM refuses the job: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]  # `--parsable` may add the name of the cluster
