@@ -21,9 +21,10 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -40,6 +41,23 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+class Counters(TypedDict):
+    """What a run has counted after `step` optimizer steps; the Trainer says what each means."""
+
+    step: int
+    seconds: float
+    best: float | None
+    best_step: int | None
+    num_skipped: int
+    unreadable: list[int]
+    evaluation_pending: bool
+    fingerprint: int
+    means: dict[str, float]
+    scaler: dict[str, Any] | None
+    world_size: int
+    threads: int
+
+
 @dataclass
 class Checkpoint:
     """The state of a run after `counters["step"]` steps, on the CPU.
@@ -53,13 +71,16 @@ class Checkpoint:
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    counters: dict[str, Any]
+    counters: Counters
     ema: dict[str, Tensor] | None = None
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return int(self.counters["step"])
+        return self.counters["step"]
+
+
+_counters = TypeAdapter(Counters)
 
 
 class InvalidCheckpoint(Exception):
@@ -259,8 +280,10 @@ def verify(folder: Path) -> None:
                 raise InvalidCheckpoint(f"{name}: missing")
             if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
                 raise InvalidCheckpoint(f"{name}: not as it was written (checksum)")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidCheckpoint(f"{MANIFEST}: can't be read ({type(error).__name__}: {error})") from error
+        if read_counters(folder)["step"] != manifest["step"]:
+            raise InvalidCheckpoint(f"{MANIFEST}: names step {manifest['step']}, trainer.json another")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidCheckpoint(f"can't be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
 
 
 def newest_valid(root: Path) -> tuple[int | None, list[str]]:
@@ -276,10 +299,9 @@ def newest_valid(root: Path) -> tuple[int | None, list[str]]:
     return None, complaints
 
 
-def read_counters(folder: Path) -> dict[str, Any]:
-    """The counters alone of a verified checkpoint."""
-    counters: dict[str, Any] = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    return counters
+def read_counters(folder: Path) -> Counters:
+    """The counters alone of a checkpoint; raises OSError, and ValueError where the file doesn't hold them."""
+    return _counters.validate_python(json.loads((folder / "trainer.json").read_text(encoding="utf-8")))
 
 
 def load(folder: Path) -> Checkpoint:
@@ -313,6 +335,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
         for key, value in state.items()
         if value is not None
     }
+
+
+def restore(state: Checkpoint, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:
+    """Puts a checkpoint's tensors in place.
+
+    Raises:
+        UserError: they aren't those of this model and optimizer.
+    """
+    try:
+        model.load_state_dict(state.model)
+        if ema and state.ema:
+            ema.load_state_dict(state.ema)
+        load_optimizer(optimizer, state.optimizer, names)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"the checkpoint of step {state.step} doesn't fit this model: {str(error)[:300]}") from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> None:

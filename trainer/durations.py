@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|minutes?|%)\s*")
+_PATTERN = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*(steps?|epochs?|minutes?|%)\s*")
 
 
 @dataclass(frozen=True)

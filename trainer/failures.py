@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,7 +54,8 @@ def _as_training_failure(error: BaseException, recipe: Recipe, world_size: int, 
             "computes the same; a smaller data.batch_size, train.precision=bf16, smaller images (data.resize) or more processes help too"
         )
     elif isinstance(error, OSError) and error.errno in DISK:
-        message = f"{error.filename or folder} can't be written: {error.strerror}; the checkpoints are whole: mend it, then the same command goes on"
+        free = f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free)" if error.errno == errno.ENOSPC else ""
+        message = f"{error.filename or folder} can't be written: {error.strerror}{free}; the checkpoints are whole: mend it, then the same command goes on"
     elif "Expected more than 1 value per channel when training" in str(error):
         message = "batch norm can't learn from a micro-batch of one sample: raise data.batch_size or lower train.accumulate"
     if not message:

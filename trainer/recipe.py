@@ -329,7 +329,7 @@ def _top_level(tree: dict[str, Any], recipe: Recipe, validator: _Validator) -> N
     for i, plugin in enumerate(plugins):
         try:
             recipe.plugins.append(_import_plugin(plugin, place_of(validator.reader.places, ("plugins",), recipe.path)))
-        except (ImportError, OSError, SyntaxError, ValueError) as error:
+        except (ImportError, OSError, SyntaxError, ValueError, TypeError) as error:
             validator.report(("plugins", i), f"can't be imported: {error}", plugin)
 
 
@@ -338,7 +338,7 @@ def _import_plugin(plugin: str, place: Place) -> str:
     if not plugin.endswith(".py"):
         importlib.import_module(plugin)
         return plugin
-    file = Path(plugin) if Path(plugin).is_absolute() else Path(place.split(":")[0]).parent / plugin
+    file = Path(plugin) if Path(plugin).is_absolute() else Path(place.rsplit(":", 2)[0]).parent / plugin
     file = file.resolve()
     name = f"trainer_plugin_{file.stem}"
     if name not in sys.modules:
@@ -347,7 +347,11 @@ def _import_plugin(plugin: str, place: Place) -> str:
             raise ImportError(f"no file {file}")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]  # half a module would pass for a whole one the next time
+            raise
     return str(file)
 
 

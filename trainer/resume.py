@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from trainer import checkpoint as checkpoints
 from trainer.errors import UserError
@@ -34,8 +33,8 @@ def open_run(folder: RunFolder, recipe: Recipe, resume: str, say: Say) -> Path |
     else:
         found = _adopt(folder, recipe, Path(resume), say)
     folder.create()
-    counters: dict[str, Any] = checkpoints.read_counters(found) if found else {"step": 0, "evaluation_pending": False}
-    folder.truncate_metrics(counters["step"], counters["evaluation_pending"])
+    counters = checkpoints.read_counters(found) if found else None
+    folder.truncate_metrics(counters["step"] if counters else 0, bool(counters and counters["evaluation_pending"]))
     folder.write_recipe(recipe.resolved())
     return found
 

@@ -430,7 +430,7 @@ class Trainer:
             raise TrainingFailed(f"weights are not finite after step {self.step} and aren't saved; lower optimizer.lr or set train.clip_norm=1.0")
         if not self.is_main:
             return
-        counters = {name: getattr(self, name) for name in COUNTERS} | {
+        counters: Any = {name: getattr(self, name) for name in COUNTERS} | {
             "fingerprint": fingerprint,
             "means": self.means.state(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -449,14 +449,11 @@ class Trainer:
     def _restore(self, state: Checkpoint) -> None:
         """Puts a checkpoint's state in place."""
         counters = state.counters
-        self.task.model.load_state_dict(state.model)
-        if self.ema and state.ema:
-            self.ema.model.load_state_dict(state.ema)
-        checkpoints.load_optimizer(self.optimizer.optimizer, state.optimizer, self.trainable)
+        checkpoints.restore(state, self.task.model, self.ema.model if self.ema else None, self.optimizer.optimizer, self.trainable)
         if self.accelerator.scaler and counters["scaler"]:
             self.accelerator.scaler.load_state_dict(counters["scaler"])
         for name in COUNTERS:
-            setattr(self, name, counters[name])
+            setattr(self, name, counters[name])  # type: ignore[literal-required]
         self.fingerprint = counters["fingerprint"] if self.is_main else 0
         self.means.restore(counters["means"], self.device)
         if self.is_main:

@@ -12,12 +12,25 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trainer import checkpoint as checkpoints
-from trainer.checkpoint import Checkpoint, InvalidCheckpoint
+from trainer.checkpoint import Checkpoint, Counters, InvalidCheckpoint
 
 
 def make(step: int, value: float = 0.0) -> Checkpoint:
     tensors = {"layer.weight": torch.full((3, 4), value), "layer.count": torch.tensor(step)}
-    counters = {"step": step, "best": 0.25, "evaluation_pending": False}
+    counters: Counters = {
+        "step": step,
+        "seconds": 1.5,
+        "best": 0.25,
+        "best_step": step,
+        "num_skipped": 0,
+        "unreadable": [],
+        "evaluation_pending": False,
+        "fingerprint": 12345678901234567,
+        "means": {"loss": 0.5},
+        "scaler": None,
+        "world_size": 1,
+        "threads": 1,
+    }
     return Checkpoint(model=tensors, ema=tensors, optimizer={"layer.weight/step": torch.tensor(1.5)}, counters=counters)
 
 

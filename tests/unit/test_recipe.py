@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -38,8 +40,21 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
     [
         ("optimizer: {weigth_decay: 1}", "r.yaml:2:13: optimizer.weigth_decay: unknown key; did you mean 'weight_decay'? (got 1)"),
         ("data: {batch_size: eight}", "r.yaml:2:8: data.batch_size: must be a valid integer (got 'eight')"),
+        ("data: {batch_size: 100000000}", "r.yaml:2:8: data.batch_size: must be less than or equal to 1048576 (got 100000000)"),
+        ("data: {workers: 100000}", "data.workers: must be 'auto' or less than or equal to 1024 (got 100000)"),
+        ("data: {max_unreadable: -1}", "r.yaml:2:8: data.max_unreadable: must be greater than or equal to 0 (got -1)"),
         ("data: {workers: many}", "r.yaml:2:8: data.workers: must be 'auto' or a valid integer (got 'many')"),
         ("optimizer: {lr: -1}", "r.yaml:2:13: optimizer.lr: must be greater than 0 (got -1)"),
+        ("optimizer: {lr: .inf}", "r.yaml:2:13: optimizer.lr: must be a finite number (got inf)"),
+        ("optimizer: {lr: 1e999}", "r.yaml:2:13: optimizer.lr: must be a finite number (got inf)"),
+        ("optimizer: {lr: .nan}", "r.yaml:2:13: optimizer.lr: must be a finite number (got nan)"),
+        (f"train: {{seed: {2**63}}}", "r.yaml:2:15: train.seed: too large for a whole number (got '9223372036854775808')"),
+        ("train: {seed: !!bool maybe}", "r.yaml:2:15: train.seed: not a plain value (got 'maybe')"),
+        ("model: {name: deeplabv3, weights: 'a\0b.safetensors'}", "not valid YAML"),
+        ('model: {name: deeplabv3, weights: "a\\0b.safetensors"}', "there is no such file"),
+        (f"model: {{name: deeplabv3, weights: {'x' * 300}.safetensors}}", "there is no such file"),
+        ("plugins: ['']", "plugins[0]: can't be imported: Empty module name (got '')"),
+        ("plugins: [..]", "plugins[0]: can't be imported: "),
         ("optimizer: {lr: true}", "r.yaml:2:13: optimizer.lr: must be a valid number (got True)"),
         ("loss: soft_iuo", "r.yaml:2:1: loss.name: unknown loss; did you mean 'soft_iou'? (got 'soft_iuo')"),
         ("modle: unet", "r.yaml:2:1: modle: unknown key; did you mean 'model'? (got 'unet')"),
@@ -89,6 +104,29 @@ def test_missing_and_circular_parents(tmp_path: Path) -> None:
         load_recipe(tmp_path / "c.yaml")
     with pytest.raises(RecipeError, match=r"no such recipe; did you mean .*a\.yaml\?"):
         load_recipe(tmp_path / "aa.yaml")
+
+
+@pytest.mark.parametrize(
+    ("parent", "expected"),
+    [
+        ("folder.yaml", "can't be read: it is not a file"),
+        ("/dev/zero", "can't be read: it is not a file"),
+        ("pipe.yaml", "can't be read: it is not a file"),
+        ("large.yaml", "can't be read: it has more than 128 KiB"),
+        ('"a\\0b"', "can't be read: embedded null byte"),
+        ("x" * 300, "can't be read: [Errno 36] File name too long"),
+        ("binary.yaml", "can't be read: 'utf-8' codec can't decode"),
+    ],
+)
+def test_a_parent_that_is_no_recipe_file_is_refused_at_its_line(tmp_path: Path, parent: str, expected: str) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "large.yaml").write_bytes(b"#\n" * 2**20)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    (tmp_path / "r.yaml").write_text(f"inherit: {parent}\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(tmp_path / "r.yaml")
+    assert f"r.yaml:1:1: {expected}" in str(error.value)
 
 
 def test_batches_that_processes_or_micro_batches_dont_divide(tmp_path: Path) -> None:
@@ -152,8 +190,21 @@ def test_an_alias_bomb_is_refused_quickly(tmp_path: Path) -> None:
     assert any("more than 20000 values" in line for line in problems(tmp_path, bomb))
 
 
+@pytest.mark.parametrize("text", ["train: " + "[" * 100_000, "train: " + "{a: " * 20_000, "train: " + "- " * 5000, "? " * 2000])
+def test_deep_nesting_is_refused_quickly(tmp_path: Path, text: str) -> None:
+    start = time.process_time()
+    assert problems(tmp_path, text)
+    assert time.process_time() - start < 10
+
+
 def test_an_alias_that_holds_itself_is_refused(tmp_path: Path) -> None:
     assert any("nested too deeply" in line for line in problems(tmp_path, "train: &a [*a]"))
+
+
+def test_a_plugin_that_failed_once_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    (tmp_path / "half.py").write_text("from trainer.components import nothing\n")
+    for _ in range(2):
+        assert any("plugins[0]: can't be imported: cannot import name 'nothing'" in line for line in problems(tmp_path, "plugins: [half.py]"))
 
 
 def test_a_plugin_file_beside_the_recipe_adds_components(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trainer.errors import exit_code
 from trainer.recipe_file import nearest
+from trainer.signals import STOP, Stopped
 
 
 def _help(verb: str) -> str:
@@ -24,7 +25,9 @@ def _help(verb: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs `trainer VERB …`; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:  # as a command
+        STOP.install()
+        arguments = sys.argv[1:]
     verbs = sorted(info.name for info in pkgutil.iter_modules(__path__))
     if not arguments or arguments[0] not in verbs:
         asked = arguments[:1] in (["-h"], ["--help"])
@@ -39,4 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
     module = importlib.import_module(f"{__name__}.{verb}")
     parser = argparse.ArgumentParser(prog=f"trainer {verb}", description=module.HELP)
     module.add_arguments(parser)
-    return exit_code(module.run, parser.parse_intermixed_args(rest))
+    options = parser.parse_intermixed_args(rest)
+    try:
+        with STOP.at_once():
+            return exit_code(module.run, options)
+    except Stopped:
+        print(f"stopped on {STOP.signal_name}; nothing half-done stays", file=sys.stderr)
+        return 130

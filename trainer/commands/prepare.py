@@ -10,7 +10,6 @@ from trainer.components import catalogue
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared
 from trainer.errors import UserError
 from trainer.recipe_file import nearest
-from trainer.signals import STOP
 
 HELP = "turn a data set's official archives into Parquet files"
 
@@ -34,11 +33,10 @@ def run(args: argparse.Namespace) -> int:
     source = datasets[args.dataset].build({})
     folder = data_dir() / source.name
     start = time.monotonic()
-    with STOP.at_once():
-        card = ensure_prepared(source, data_dir(), args.archives or archives_dir())
-        if args.verify:
-            card.verify(folder)
-            print("every file is as it was written")
+    card = ensure_prepared(source, data_dir(), args.archives or archives_dir())
+    if args.verify:
+        card.verify(folder)
+        print("every file is as it was written")
     counts = {split: written.rows for split, written in card.splits.items()}
     print(f"{card.name}: {sum(counts.values())} rows, " + ", ".join(f"{rows} {split}" for split, rows in counts.items()))
     print(f"classes: {', '.join(card.classes)}" + (f" (ignored: {card.ignore_index})" if card.ignore_index is not None else ""))

@@ -15,18 +15,20 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from trainer.data.card import sha256
 from trainer.data.source import Archive
 from trainer.errors import UserError
+from trainer.signals import STOP
 
 MAX_MEMBER_BYTES = 256 * 2**20  # no image or annotation file comes near; a bomb goes beyond
 TIMEOUT_S = 20
+POLL_S = 0.2  # how soon a stop that was asked for is noticed while waiting
 CHUNK_BYTES = 2**20
 
 
@@ -35,6 +37,24 @@ class Member(NamedTuple):
 
     name: str
     data: bytes
+
+
+@contextmanager
+def locked(path: Path, waiting: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds a file lock, which the operating system frees however its process ends; says `waiting` once if another process has it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(waiting)
+        while not lock.is_locked:
+            STOP.raise_if_asked()
+            with suppress(Timeout):
+                lock.acquire(timeout=POLL_S)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # ---------------------------------------------------------------- finding
@@ -59,8 +79,8 @@ def locate(archives: Sequence[Archive], data_dir: Path, archives_dir: Path | Non
             if path is None:
                 missing.append("\n".join([f"  {archive.name}", *(f"    {reason}" for reason in reasons)]))
                 continue
-        elif archive.sha256 not in (None, sha256(path)):
-            raise UserError(f"{path} is not the official archive: its SHA-256 is {sha256(path)}, not {archive.sha256}; delete or replace it")
+        elif archive.sha256 and (sum_found := sha256(path)) != archive.sha256:
+            raise UserError(f"{path} is not the official archive: its SHA-256 is {sum_found}, not {archive.sha256}; delete or replace it")
         found[archive.name] = path
     if missing:
         where = str(archives_dir) if archives_dir else f"a folder that --archives (or TRAINER_ARCHIVES) names, or into {downloads}"
@@ -73,7 +93,7 @@ def _download(archive: Archive, folder: Path, say: Callable[[str], None]) -> tup
     folder.mkdir(parents=True, exist_ok=True)
     path, part = folder / archive.name, folder / f"{archive.name}.part"
     reasons: list[str] = []
-    with FileLock(folder / f".{archive.name}.lock"):
+    with locked(folder / f".{archive.name}.lock", f"waiting for another process that downloads {archive.name}", say):
         if path.is_file():  # another process was faster
             return path, reasons
         for url in archive.urls:
@@ -84,7 +104,7 @@ def _download(archive: Archive, folder: Path, say: Callable[[str], None]) -> tup
                 part.unlink(missing_ok=True)
                 reasons.append(f"{url}: {getattr(error, 'reason', None) or error}")
                 continue
-            if archive.sha256 not in (None, sha256(part)):
+            if archive.sha256 and sha256(part) != archive.sha256:
                 part.unlink()
                 reasons.append(f"{url}: what came is not the official archive (its SHA-256 is another)")
                 continue
@@ -100,6 +120,7 @@ def _fetch(url: str, part: Path, say: Callable[[str], None]) -> None:
         expected = int(response.headers.get("Content-Length") or 0)
         said = time.monotonic()
         while chunk := response.read(CHUNK_BYTES):
+            STOP.raise_if_asked()
             file.write(chunk)
             if time.monotonic() - said > 5:
                 said = time.monotonic()
@@ -119,6 +140,7 @@ def members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
     Nothing is written to disk. Names are relative, with `/`, without a leading `./`.
 
     Raises:
+        Stopped: a signal asked for a stop.
         UserError: the archive is damaged or cut short; a member's name leaves the archive's folder, is a link or a
             device, or is larger than `MAX_MEMBER_BYTES`.
     """
@@ -133,14 +155,17 @@ def members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
 def _damage_reported(path: Path) -> Iterator[None]:
     try:
         yield
-    # RuntimeError is what zipfile raises for encrypted members and unknown compression.
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError) as error:
+    # RuntimeError is what zipfile raises for encrypted members and unknown compression, LookupError for a member without a name.
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, LookupError, ValueError) as error:
         raise UserError(f"{path} is damaged or incomplete ({error}); delete it or replace it by the official archive") from error
 
 
 def _tar_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
     with _decompressed(path) as stream, tarfile.open(fileobj=cast(IO[bytes], _Bounded(stream)), mode="r:") as archive:
         for info in archive:
+            STOP.raise_if_asked()
+            if info.size < 0:  # tarfile would come back to it for ever (CVE-2025-8194)
+                raise tarfile.ReadError(f"{info.name!r} has {info.size} bytes")
             name = _checked(path, info.name, info.isreg() or info.isdir())
             if info.isreg() and name.lower().endswith(suffixes):
                 _check_size(path, name, info.size)
@@ -152,12 +177,13 @@ def _tar_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("its end is missing")
         while stream.read(CHUNK_BYTES):  # the checksum of a compressed file stands at its end
-            pass
+            STOP.raise_if_asked()
 
 
 def _zip_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
+            STOP.raise_if_asked()
             kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the archive comes from a system without such kinds
             name = _checked(path, info.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
             if not info.is_dir() and name.lower().endswith(suffixes):
@@ -172,7 +198,7 @@ def _checked(path: Path, name: str, plain: bool) -> str:
         raise UserError(f"{path}: member {name!r} points outside the archive; replace the file by the official archive")
     if not plain:
         raise UserError(f"{path}: member {name!r} is a link or a device; replace the file by the official archive")
-    return str(relative)
+    return str(relative).encode("utf-8", "backslashreplace").decode()  # Parquet holds Unicode only
 
 
 def _check_size(path: Path, name: str, size: int) -> None:
@@ -188,12 +214,12 @@ def _decompressed(path: Path) -> IO[bytes]:
 
 
 class _Bounded:
-    """A stream that refuses a huge single read: tarfile reads a header's extension whole, whatever size it claims."""
+    """A stream that refuses a huge or negative single read: tarfile reads a header's extension whole, whatever size it claims."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.seek, self.tell = stream, stream.seek, stream.tell
 
     def read(self, size: int) -> bytes:
-        if size > MAX_MEMBER_BYTES:
-            raise tarfile.ReadError(f"a header of {size / 2**20:.0f} MiB")
+        if not 0 <= size <= MAX_MEMBER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
         return self.stream.read(size)

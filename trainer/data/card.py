@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from trainer.data.source import DataInfo, Role
 from trainer.errors import UserError
+from trainer.signals import STOP
 
 FORMAT = 1
 CARD = "card.json"
+VERIFIED = "verified.json"
+CHUNK_BYTES = 2**20
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex; a stop that was asked for ends it."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            STOP.raise_if_asked()
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,8 @@ class Card:
             if found != FORMAT:
                 raise UserError(f"{folder / CARD} has format {found}, this version reads format {FORMAT}; {again}")
             card = _reader.validate_json(text)
+            if not card._is_sound():
+                raise ValueError
         except (ValueError, AttributeError, RecursionError, ValidationError) as error:
             raise UserError(f"{folder / CARD} is damaged; {again}") from error
         for shard in card._shards():
@@ -123,18 +135,63 @@ class Card:
         """Writes `card.json`."""
         (folder / CARD).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
-    def verify(self, folder: Path) -> None:
-        """Recomputes every checksum.
+    def verify(self, folder: Path, everything: bool = True) -> None:
+        """Compares files with their checksums, and notes in `verified.json` the state in which each was right.
+
+        Args:
+            folder: of the set; where it can't be written, nothing is noted and the next one compares again.
+            everything: False leaves out files whose size and time of change are still the noted ones.
 
         Raises:
             UserError: names the first file that isn't what was written.
         """
+        noted = {} if everything else _read_noted(folder)
+        states: dict[str, Any] = {}
         for shard in self._shards():
-            if sha256(folder / shard.name) != shard.sha256:
-                raise UserError(f"{folder / shard.name} has changed since it was prepared; delete {folder}, then `trainer prepare {self.name}` makes it again")
+            path = folder / shard.name
+            try:
+                states[shard.name] = state = _state(path, shard)  # taken before the file is read
+                same = noted.get(shard.name) == state or sha256(path) == shard.sha256
+            except OSError as error:
+                raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+            if not same:
+                raise UserError(f"{path} has changed since it was prepared; delete {folder}, then `trainer prepare {self.name}` makes it again")
+        if states != noted:
+            with suppress(OSError):
+                _write_noted(folder, states)
+
+    def note_verified(self, folder: Path) -> None:
+        """Notes that every file is right: they have just been written."""
+        _write_noted(folder, {shard.name: _state(folder / shard.name, shard) for shard in self._shards()})
+
+    def _is_sound(self) -> bool:
+        """Whether what it says fits together: files of this folder that can hold as many rows as their row groups have."""
+        return self.splits.keys() == {"train", "validation"} and all(
+            re.fullmatch(rf"{name}/\d{{5}}\.parquet", shard.name) and min(shard.row_groups, default=0) > 0 and sum(shard.row_groups) <= shard.bytes
+            for name, split in self.splits.items()
+            for shard in split.files
+        )
 
     def _shards(self) -> list[Shard]:
         return [shard for split in self.splits.values() for shard in split.files]
 
 
 _reader = TypeAdapter(Card)
+
+
+def _state(path: Path, shard: Shard) -> list[Any]:
+    """What a file whose checksum was right looks like from outside."""
+    status = path.stat()
+    return [shard.sha256, status.st_size, status.st_mtime_ns]
+
+
+def _read_noted(folder: Path) -> dict[str, Any]:
+    try:
+        noted = json.loads((folder / VERIFIED).read_bytes())
+    except (OSError, ValueError, RecursionError):  # none, or half of one: as if nothing had ever been verified
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def _write_noted(folder: Path, states: dict[str, Any]) -> None:
+    (folder / VERIFIED).write_text(json.dumps(states, indent=1) + "\n", encoding="utf-8")

@@ -14,18 +14,19 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from PIL import ExifTags, Image, ImageOps
 
-from trainer.data.archives import Member, locate
+from trainer.data.archives import Member, locate, locked
 from trainer.data.card import CARD, Card, Shard, Split, sha256
+from trainer.data.png import check_png
 from trainer.data.source import Role, Row, Source
 from trainer.errors import UserError
+from trainer.signals import STOP
 
 # An epoch shuffles row groups, so a set needs several, and a row group is what a reader holds in memory.
 GROUP_ROWS = 64
@@ -50,10 +51,16 @@ def archives_dir() -> Path | None:
 def ensure_prepared(source: Source, data_dir: Path, archives_dir: Path | None, say: Say = print) -> Card:
     """The card of a set, which is prepared first where it isn't yet; a ready one is only read, without a lock.
 
+    Files that have changed since their checksums were last compared are compared again.
+
     Raises:
-        UserError: see `prepare`.
+        UserError: a file isn't what was written; or see `prepare`.
+        Stopped: see `prepare`.
     """
-    return _ready(source, data_dir / source.name) or prepare(source, data_dir, archives_dir, say)
+    folder = data_dir / source.name
+    card = _ready(source, folder) or prepare(source, data_dir, archives_dir, say)
+    card.verify(folder, everything=False)
+    return card
 
 
 def prepare(source: Source, data_dir: Path, archives_dir: Path | None, say: Say = print) -> Card:
@@ -64,12 +71,13 @@ def prepare(source: Source, data_dir: Path, archives_dir: Path | None, say: Say 
     Raises:
         UserError: an archive is missing or damaged, an image can't be decoded, a mask doesn't fit its image,
             or the folder can't be written.
+        Stopped: a signal asked for a stop, and nothing half-done is left.
     """
     folder = data_dir / source.name
     partial, old = (data_dir / f".{source.name}.{end}" for end in ("partial", "old"))
     with _write_errors_reported(source.name, data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(data_dir / f".{source.name}.lock", source.name, say):
+        with locked(data_dir / f".{source.name}.lock", f"waiting for another process that prepares {source.name}", say):
             for leftover in (partial, old):
                 shutil.rmtree(leftover, ignore_errors=True)
             card = _ready(source, folder, say)
@@ -104,20 +112,6 @@ def _ready(source: Source, folder: Path, say: Say = lambda line: None) -> Card |
         say(f"{folder} was prepared with other classes or columns")
         return None
     return card
-
-
-@contextmanager
-def _locked(path: Path, name: str, say: Say) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"waiting for another process that prepares {name}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -183,6 +177,7 @@ def _checked_row(columns: Mapping[str, Role], row: Row, place: str) -> Row:
             continue
         name, data = value if isinstance(value, Member) else (None, value)
         try:
+            check_png(data)
             data, sizes[column] = _checked_image(data) if role == "image" else _checked_mask(data)
         except Exception as error:  # decoders raise all kinds of errors on damaged data
             raise UserError(f"{name or place}: this {role} can't be decoded ({error}); replace the archive it comes from") from error
@@ -203,10 +198,16 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
     """Writes all rows and the card into `folder`."""
     schema = _schema(source.columns)
     writers = {split: _SplitWriter(folder, split, schema) for split in ("train", "validation")}
-    for split, row in source.rows(paths):
-        writer = writers[split]
-        writer.add(_checked_row(source.columns, row, f"{source.name}, {split} sample {writer.rows}"))
-    splits = {split: writer.close() for split, writer in writers.items()}
+    try:
+        for split, row in source.rows(paths):
+            STOP.raise_if_asked()
+            writer = writers[split]
+            writer.add(_checked_row(source.columns, row, f"{source.name}, {split} sample {writer.rows}"))
+        splits = {split: writer.close() for split, writer in writers.items()}
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
     for split, written in splits.items():
         if not written.rows:
             raise UserError(f"{', '.join(map(str, paths.values())) or source.name}: no {split} samples; replace the archives by the official ones")
@@ -220,6 +221,7 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
         notes=tuple((inspect.getdoc(source.rows) or "").splitlines()),
     )
     card.save(folder)
+    card.note_verified(folder)
     return card
 
 
@@ -263,6 +265,14 @@ class _SplitWriter:
             self._write_group(rows[i * len(rows) // count : (i + 1) * len(rows) // count])
         self._close_file()
         return Split(self.rows, tuple(self.shards))
+
+    def abandon(self) -> None:
+        """Closes the open file, which goes with its folder; that what is in memory can't be written any more is no news."""
+        if self.writer is not None:
+            with suppress(OSError):
+                self.writer.close()
+            with suppress(OSError):
+                self.file.close()
 
     def _write_group(self, rows: list[Row]) -> None:
         import pyarrow as pa

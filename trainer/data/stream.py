@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 from trainer.data.cache import PixelCache, machine_folder
 from trainer.data.card import Card
 from trainer.data.order import Order, Shard, Slices
+from trainer.data.png import check_png
 from trainer.errors import TrainingFailed, UserError
 from trainer.signals import STOP_SIGNALS
 
@@ -74,6 +75,7 @@ class RowGroups:
             if self._stream is None:
                 import datasets
 
+                datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
                 stream = datasets.load_dataset("parquet", data_files={"split": [str(file) for file in self.files]}, split="split", streaming=True)
                 self._stream = stream.decode(False).reshard()  # a shard for each row group
             shard = self._stream.shard(num_shards=len(self.groups), index=group)
@@ -178,6 +180,7 @@ class Samples(Dataset[Any]):
                 continue
             mode, kind, channels = _READ[role]
             try:
+                check_png(row[name]["bytes"])
                 pixels = kind(decode_image(torch.frombuffer(bytearray(row[name]["bytes"]), dtype=torch.uint8), mode))
                 sample[name] = self.resize(pixels) if self.resize else pixels
                 # Of another size than it was prepared with, it would be written over its neighbours in the cache.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from trainer.components import model
 
-Kernel = Annotated[int, Field(ge=3)]
-Positive = Annotated[int, Field(gt=0)]
+Kernel = Annotated[int, Field(ge=3, le=99)]
+Positive = Annotated[int, Field(gt=0, le=4096)]
 
 
 class SameConv2d(nn.Conv2d):

@@ -60,6 +60,6 @@ class UNet(nn.Module):
 
 
 @model(interface="dense")
-def unet(num_classes: int, /, *, width: Annotated[int, Field(gt=0)] = 16, depth: Annotated[int, Field(gt=0)] = 3) -> nn.Module:
+def unet(num_classes: int, /, *, width: Annotated[int, Field(gt=0, le=4096)] = 16, depth: Annotated[int, Field(gt=0, le=10)] = 3) -> nn.Module:
     """Builds a U-Net with `width` channels at full resolution and `depth` resolutions; 118k parameters by default."""
     return UNet(num_classes, width, depth)

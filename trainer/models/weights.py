@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def weights_field(*names: str) -> AfterValidator:
     allowed = f"must be {', '.join(names)}, none or an existing {SUFFIX} file"
 
     def check(weights: str) -> str:
-        if weights.endswith(SUFFIX) and not Path(weights).is_file():
+        if weights.endswith(SUFFIX) and not os.path.isfile(weights):  # Path.is_file() raises where the name can't be one
             raise ValueError(f"{allowed}, and there is no such file")
         if not weights.endswith(SUFFIX) and weights not in (*names, "none"):
             raise ValueError(allowed)

@@ -2,18 +2,23 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import signal
 import tarfile
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from trainer.data import archives
 from trainer.data.archives import Member, locate, members
 from trainer.data.source import Archive
 from trainer.errors import UserError
+from trainer.signals import STOP, Stopped
 
 FILES = {"./set/a.png": b"first", "set/read.me": b"no", "set/B.PNG": b"second" * 100}
 
@@ -57,6 +62,10 @@ def test_members_are_read_from_any_kind_of_archive_without_unpacking_it(tmp_path
         ("link.png", tarfile.LNKTYPE),
         ("device.png", tarfile.CHRTYPE),
         ("pipe.png", tarfile.FIFOTYPE),
+        ("..", tarfile.DIRTYPE),
+        ("set/../..", tarfile.DIRTYPE),
+        ("/evil", tarfile.DIRTYPE),
+        ("link", tarfile.SYMTYPE),
     ],
 )
 def test_a_tar_member_that_leaves_its_folder_is_refused(tmp_path: Path, name: str, kind: bytes) -> None:
@@ -69,7 +78,18 @@ def test_a_tar_member_that_leaves_its_folder_is_refused(tmp_path: Path, name: st
         list(members(path, (".png",)))
 
 
-@pytest.mark.parametrize(("name", "mode"), [("../evil.png", 0o100644), ("/evil.png", 0), ("link.png", 0o120777)])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("../evil.png", 0o100644),
+        ("set/../../evil.png", 0o100644),
+        ("..\\evil.png", 0),
+        ("/evil.png", 0),
+        ("../evil/", 0o040755),
+        ("link.png", 0o120777),
+        ("device.png", 0o020644),
+    ],
+)
 def test_a_zip_member_that_leaves_its_folder_is_refused(tmp_path: Path, name: str, mode: int) -> None:
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:
@@ -78,6 +98,21 @@ def test_a_zip_member_that_leaves_its_folder_is_refused(tmp_path: Path, name: st
         archive.writestr(info, "/etc/hostname")
     with pytest.raises(UserError, match=r"set\.zip: member .* (outside|link)"):
         list(members(path, (".png",)))
+
+
+def test_a_zip_member_without_a_name_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(""), b"nameless")
+    with pytest.raises(UserError, match=r"set\.zip is damaged"):
+        list(members(path, (".png",)))
+
+
+def test_a_name_that_is_no_unicode_is_made_readable(tmp_path: Path) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        archive.addfile(tarfile.TarInfo("blüte.png"))
+    assert [member.name for member in members(path, (".png",))] == ["bl\\udcfcte.png"]
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip", "header"])
@@ -94,6 +129,20 @@ def test_a_bomb_is_refused_before_it_fills_memory(tmp_path: Path, monkeypatch: p
             info.size = 0 if kind == "header" else len(zeros)
             archive.addfile(info, io.BytesIO(zeros))
     with pytest.raises(UserError, match="bomb"):
+        list(members(path, (".png",)))
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_tar_member_of_negative_size_is_refused_and_not_read_for_ever(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("a.png")
+    header.type = kind
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512
+    block[148:156] = b" " * 8
+    block[148:156] = f"{sum(block):06o}\0 ".encode()
+    path = tmp_path / "set.tar"
+    path.write_bytes(tarfile.TarInfo("first").tobuf() + bytes(block) + bytes(10240))
+    with pytest.raises(UserError, match=r"set\.tar is damaged .* -512 bytes"):
         list(members(path, (".png",)))
 
 
@@ -172,6 +221,64 @@ def test_one_error_names_every_missing_archive_where_to_put_it_and_what_was_trie
         locate(wanted, tmp_path / "data", folder)
     for expected in ("a.tgz", "b.tgz", str(folder), *wanted[0].urls, *wanted[1].urls, "No such file"):
         assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize("silent", ["before it answers", "in the middle"])
+def test_a_stop_is_not_held_up_by_a_server_that_falls_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
+    over = threading.Event()
+
+    class Silent(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if silent == "in the middle":
+                self.send_response(200)
+                self.send_header("Content-Length", "100")
+                self.end_headers()
+                self.wfile.write(b"half")
+                self.wfile.flush()
+            os.kill(os.getpid(), signal.SIGTERM)
+            over.wait(60)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    monkeypatch.setattr(STOP, "signal_name", None)
+    before = signal.signal(signal.SIGTERM, STOP._handle)
+    server = HTTPServer(("127.0.0.1", 0), Silent)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(Stopped), STOP.at_once():
+        locate([Archive("set.tgz", (f"http://127.0.0.1:{server.server_port}/set.tgz",))], tmp_path, None)
+    assert time.monotonic() - start < archives.TIMEOUT_S / 4
+    signal.signal(signal.SIGTERM, before)
+    over.set()
+    server.server_close()
+    assert not (tmp_path / "downloads" / "set.tgz").exists()
+
+
+def test_a_stop_is_noticed_between_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (tar(tmp_path / "set.tgz"), zipped(tmp_path / "set.zip")):
+        monkeypatch.setattr(STOP, "signal_name", None)
+        found = members(path, (".png",))
+        next(found)
+        STOP.signal_name = "SIGTERM"
+        with pytest.raises(Stopped):
+            next(found)
+
+
+def test_of_two_downloads_of_an_archive_one_waits_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "downloads").mkdir()
+    lock = FileLock(tmp_path / "downloads" / ".set.tgz.lock")
+    lock.acquire()
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "waiting" in line:
+            (tmp_path / "downloads" / "set.tgz").write_bytes(b"official")
+            lock.release()
+
+    assert locate([Archive("set.tgz", (published(tmp_path),))], tmp_path, None, say)["set.tgz"].read_bytes() == b"official"
+    assert said == ["waiting for another process that downloads set.tgz"]
 
 
 def test_a_connection_that_breaks_leaves_no_archive(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def folder(tmp_path: Path) -> Path:
     """A set with two train files and one validation file."""
     folder = tmp_path / "toy"
     splits = {}
-    for split, contents in {"train": (b"one", b"two"), "validation": (b"three",)}.items():
+    for split, contents in {"train": (b"one" * 20, b"two" * 20), "validation": (b"three" * 20,)}.items():
         (folder / split).mkdir(parents=True)
         shards = []
         for i, content in enumerate(contents):
@@ -71,9 +72,76 @@ def test_loading_notices_a_file_that_is_missing_or_cut(folder: Path, how: str) -
 
 
 def test_verifying_names_the_changed_file(folder: Path) -> None:
-    (folder / "train/00001.parquet").write_bytes(b"tWo")
+    (folder / "train/00001.parquet").write_bytes(b"tWo" * 20)
     with pytest.raises(UserError, match=r"train/00001\.parquet has changed"):
         Card.load(folder).verify(folder)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files whose checksums are computed."""
+    names: list[str] = []
+
+    def counting(path: Path) -> str:
+        names.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr("trainer.data.card.sha256", counting)
+    return names
+
+
+def test_only_files_that_look_changed_are_read_again(folder: Path, read: list[str]) -> None:
+    card = Card.load(folder)
+    card.verify(folder)
+    card.verify(folder, everything=False)
+    assert read == ["00000.parquet", "00001.parquet", "00000.parquet"]
+    path = folder / "train/00001.parquet"
+    os.utime(path, ns=(0, 0))  # a copy has another time
+    card.verify(folder, everything=False)
+    card.verify(folder, everything=False)
+    assert read[3:] == ["00001.parquet"]
+    path.write_bytes(b"tWo" * 20)
+    with pytest.raises(UserError, match=r"train/00001\.parquet has changed"):
+        card.verify(folder, everything=False)
+    with pytest.raises(UserError, match=r"train/00001\.parquet has changed"):
+        card.verify(folder, everything=False)  # not forgotten
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"train/00000.parquet": 3}', "\xff"])
+def test_a_damaged_note_of_what_was_verified_counts_as_none(folder: Path, read: list[str], text: str) -> None:
+    card = Card.load(folder)
+    (folder / "verified.json").write_bytes(text.encode("latin-1"))
+    card.verify(folder, everything=False)
+    assert len(read) == 3
+    card.verify(folder, everything=False)
+    assert len(read) == 3
+
+
+def test_a_note_for_another_card_does_not_count(folder: Path) -> None:
+    card = Card.load(folder)
+    card.verify(folder)
+    changed = replace(card.splits["train"].files[0], sha256="0" * 64)
+    with pytest.raises(UserError, match="has changed"):
+        replace(card, splits=card.splits | {"train": Split(20, (changed,))}).verify(folder, everything=False)
+
+
+def test_a_file_that_disappears_while_it_is_verified_is_named(folder: Path) -> None:
+    card = Card.load(folder)
+    (folder / "train/00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"00001\.parquet can't be read: No such file"):
+        card.verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("name", "../../etc/passwd"), ("name", "/etc/passwd"), ("row_groups", [16, -4]), ("row_groups", []), ("row_groups", [10**15])],
+)
+def test_a_card_that_names_other_files_or_impossible_rows_is_damaged(folder: Path, key: str, value: object) -> None:
+    tree = json.loads((folder / "card.json").read_text())
+    tree["splits"]["train"]["files"][0][key] = value
+    (folder / "card.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"card\.json is damaged"):
+        Card.load(folder)
 
 
 def test_the_fingerprint_follows_the_content_and_nothing_else(folder: Path) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import io
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from trainer.commands import prepare as command
@@ -21,8 +25,9 @@ from trainer.data import prepare as module
 from trainer.data.archives import Member
 from trainer.data.card import Card
 from trainer.data.prepare import archives_dir, data_dir, encode_png, ensure_prepared, prepare, read_indices
-from trainer.data.source import DataInfo, Role, Row, Source
+from trainer.data.source import Archive, DataInfo, Role, Row, Source
 from trainer.errors import UserError
+from trainer.signals import STOP, Stopped
 
 SEGMENTATION: dict[str, Role] = {"image": "image", "mask": "mask"}
 
@@ -288,6 +293,142 @@ def test_of_two_processes_one_prepares_and_the_other_says_that_it_waits(tmp_path
     card = prepare(source(refuse), tmp_path, None, say)
     first.join()
     assert card.splits["train"].rows == 20
+
+
+def asked_after(rows_before: int) -> Callable[[], Iterator[tuple[str, Row]]]:
+    """Rows, among which a stop is asked for."""
+
+    def make() -> Iterator[tuple[str, Row]]:
+        for number, row in enumerate(rows()):
+            if number == rows_before:
+                STOP.signal_name = "SIGTERM"
+            assert number <= rows_before, "it went on"
+            yield row
+
+    return make
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(STOP, "signal_name", None)
+
+
+@pytest.mark.usefixtures("stop")
+def test_a_stop_that_is_asked_for_while_preparing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        prepare(source(asked_after(7)), tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == [".toy.lock"]
+
+
+@pytest.mark.usefixtures("stop")
+def test_a_stop_is_noticed_while_checksums_are_compared(tmp_path: Path) -> None:
+    ensure_prepared(source(), tmp_path, None)
+    (tmp_path / "toy" / "verified.json").unlink()
+    STOP.signal_name = "SIGTERM"
+    with pytest.raises(Stopped):
+        ensure_prepared(source(), tmp_path, None)
+
+
+@pytest.mark.usefixtures("stop")
+def test_a_stop_is_noticed_while_another_process_prepares(tmp_path: Path) -> None:
+    def say(line: str) -> None:
+        assert "waiting for another process" in line
+        STOP.signal_name = "SIGTERM"
+
+    with FileLock(tmp_path / ".toy.lock"), pytest.raises(Stopped):
+        prepare(source(), tmp_path, None, say)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["finishes", "is killed"])
+def test_a_process_waits_for_one_that_prepares_and_takes_over_if_that_is_killed(tmp_path: Path, killed: bool) -> None:
+    fork = multiprocessing.get_context("fork")
+    started, waits, go_on = fork.Event(), fork.Event(), fork.Event()
+    made = tmp_path / "made"
+
+    def slow() -> Iterator[tuple[str, Row]]:
+        with made.open("a") as file:
+            file.write("x")
+        yield from rows(3, 1)
+        if not started.is_set():
+            started.set()
+            assert go_on.wait(60)
+        yield from rows()
+
+    def second() -> None:
+        card = prepare(source(slow), tmp_path, None, lambda line: waits.set() if "waiting" in line else None)
+        assert card.splits["train"].rows == 23
+
+    first = fork.Process(target=prepare, args=(source(slow), tmp_path, None))
+    first.start()
+    assert started.wait(60)
+    other = fork.Process(target=second)
+    other.start()
+    assert waits.wait(60)
+    first.kill() if killed else go_on.set()
+    first.join()
+    other.join()
+    assert (first.exitcode, other.exitcode) == (-signal.SIGKILL if killed else 0, 0)
+    assert made.read_text() == "x" * (1 + killed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".toy.lock", "made", "toy"]
+    Card.load(tmp_path / "toy").verify(tmp_path / "toy")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a small disk can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_is_one_error_and_nothing_half_written_stays(disk: Path) -> None:
+    def large() -> Iterator[tuple[str, Row]]:
+        for i in range(1000):
+            yield "train", {"image": picture(i, size=(100, 100)), "mask": mask(i, (100, 100))}
+
+    with pytest.raises(UserError, match=rf"toy can't be written to {disk}: No space left on device \([0-4] MiB free\); make room, or set TRAINER_DATA"):
+        prepare(source(large), disk, None)
+    assert [path.name for path in disk.iterdir()] == [".toy.lock"]
+    assert shutil.disk_usage(disk).used < 2**16  # no deleted file is held open either
+
+
+def test_an_archive_that_doesnt_fit_on_the_disk_is_one_error(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "large.tgz").write_bytes(bytes(8 * 2**20))
+    archived = dataclasses.replace(source(), archives=(Archive("large.tgz", ((tmp_path / "large.tgz").as_uri(),)),))
+    with pytest.raises(UserError, match=r"large\.tgz: .*No space left on device"):
+        prepare(archived, disk, None)
+    assert not [path for path in disk.rglob("*") if path.is_file() and path.stat().st_size]
+
+
+def test_a_disk_that_cannot_be_written_serves_a_prepared_set_and_refuses_a_new_one(disk: Path, tmp_path: Path) -> None:
+    prepare(source(), disk, None)
+    (disk / "toy" / "verified.json").unlink()
+    os.utime(disk / "toy/train/00000.parquet", ns=(0, 0))  # copied there
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    said: list[str] = []
+    card = ensure_prepared(source(refuse), disk, None, said.append)
+    assert card.splits["train"].rows == 20 and said == []
+    other = Source("other", DataInfo(("no", "yes"), 255), SEGMENTATION, source().rows)
+    with pytest.raises(UserError, match=rf"other can't be written to {disk}: Read-only file system .* or set TRAINER_DATA"):
+        prepare(other, disk, None)
+    assert [path.name for path in disk.iterdir() if "other" in path.name] == []
+
+
+def test_a_file_that_changed_after_it_was_prepared_is_refused_when_training_starts(tmp_path: Path) -> None:
+    ensure_prepared(source(), tmp_path, None)
+    path = tmp_path / "toy/train/00000.parquet"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(0, 0))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"train/00000\.parquet has changed since it was prepared; delete .*toy, then `trainer prepare toy`"):
+            ensure_prepared(source(refuse), tmp_path, None)
 
 
 def test_a_full_disk_is_an_error_that_says_where_and_how_much_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,11 +124,129 @@ def test_a_full_disk_turns_the_cache_off_with_a_line(prepared: tuple[Path, Card]
     assert "data.cache is off" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------- samples that can't be read
+
+
+def damage(prepared: tuple[Path, Card], *sample_ids: int) -> None:
+    """Overwrites the ends of training images in their Parquet file, whose row groups stay whole."""
+    path = prepared[1].files(prepared[0], "train")[0]
+    content = path.read_bytes()
+    for sample_id in sample_ids:
+        image = next(row for split, row in islice(_rows({}), sample_id, None))["image"]
+        assert content.count(image) == 1
+        content = content.replace(image, image[:60] + bytes(len(image) - 60))
+    path.write_bytes(content)
+
+
+def tolerant(prepared: tuple[Path, Card], max_unreadable: int, *, cache: bool = True, transforms: Any = ()) -> Samples:
+    return Samples(*prepared, "train", Order(prepared[1].row_groups("train"), 5, 2), None, transforms, cache, 2, max_unreadable)
+
+
+@pytest.mark.parametrize("transforms", [(), FLIP], ids=["plain", "augmented"])
+def test_the_next_readable_sample_takes_the_place_of_an_unreadable_one(prepared: tuple[Path, Card], transforms: Any) -> None:
+    damage(prepared, 7, 8, 29)
+    stand_ins = {7: 9, 8: 9, 29: 0}
+
+    def batches(cache: bool, workers: int) -> list[dict[str, Any]]:
+        return list(islice(Batches(tolerant(prepared, 3, cache=cache, transforms=transforms), Slices(6, 1, 0, 1, 0), workers), 10))
+
+    reference = batches(False, 0)
+    for found in (batches(True, 0), batches(True, 0), batches(False, 2)):
+        assert all(equal(a, b) for a, b in zip(found, reference, strict=True))
+    for batch in reference:
+        meant = batch["sample_id"].tolist()
+        assert batch["unreadable"].tolist() == [i for i in meant if i in stand_ins] and batch["unreadable"].dtype == torch.int64
+        shown = [stand_ins.get(i, i) for i in meant]
+        assert batch["label"].tolist() == shown
+        assert torch.equal(batch["mask"], batch["image"][:, :1]) or transforms == FLIP
+        assert (batch["image"][:, 1].flatten(1).amax(1)).tolist() == shown  # the green channel says which image it is
+    assert sorted({i for batch in reference for i in batch["unreadable"].tolist()}) == [7, 8, 29]
+    assert sorted(i for batch in reference[:5] for i in batch["sample_id"].tolist()) == list(range(COUNT))
+
+
+def test_the_cache_never_holds_a_sample_under_the_id_of_an_unreadable_one(prepared: tuple[Path, Card]) -> None:
+    damage(prepared, 7)
+    loaded = tolerant(prepared, 1)
+    list(islice(Batches(loaded, Slices(6, 1, 0, 1, 0), 0), 5))
+    assert loaded.cache is not None
+    assert [i for i in range(COUNT) if i not in loaded.cache] == [7]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_unreadable_samples_than_tolerated_are_listed_whichever_worker_met_them(prepared: tuple[Path, Card], workers: int) -> None:
+    damage(prepared, *range(0, 30, 5))
+    with pytest.raises(TrainingFailed) as error:
+        for _ in islice(Batches(tolerant(prepared, 3), Slices(2, 1, 0, 1, 0), workers), 15):
+            pass
+    first, *listed = str(error.value).splitlines()
+    assert first == "paired/train: 4 samples can't be read; more than data.max_unreadable=3 tolerates"
+    assert len(listed) == 4
+    assert all(line.startswith("  sample ") and ": no file name: image can't be decoded: " in line for line in listed)
+    assert error.value.on_one_rank
+
+
+def test_if_no_sample_can_be_read_that_is_an_error_whatever_is_tolerated(prepared: tuple[Path, Card]) -> None:
+    loaded = tolerant(prepared, 10**6, cache=False)
+    prepared[1].files(prepared[0], "train")[0].unlink()
+    with pytest.raises(TrainingFailed, match="30 samples can't be read"):
+        loaded.__getitems__([0])
+
+
+def test_an_unreadable_validation_sample_is_always_an_error(prepared: tuple[Path, Card]) -> None:
+    valid = samples(prepared, split="validation", cache=False)
+    row = dict(valid.rows.row(0, 0), mask={"bytes": b"", "path": "m.png"})
+    valid.rows.row = lambda group, index: row  # type: ignore[method-assign]
+    with pytest.raises(
+        TrainingFailed, match=r"^paired/validation: sample 0: m.png: mask can't be decoded: .*; metrics need every sample; delete .*paired, then"
+    ):
+        next(iter(Batches(valid, Shard(5, 2, 0, 1), 0)))
+
+
+def test_an_image_of_another_size_is_unreadable_and_spares_its_neighbours_in_the_cache(prepared: tuple[Path, Card]) -> None:
+    loaded = tolerant(prepared, 1)
+    assert loaded.cache is not None
+    row, whole = loaded.rows.row, loaded.__getitems__([0, 1, 2, 3])
+    target = whole["sample_id"].tolist()[1]
+    loaded.cache.filled[target] = 0
+    large = {"bytes": encode_png(np.full((40, 48, 3), 9, np.uint8)), "path": None}
+    loaded.rows.row = lambda *where: {**row(*where), "image": large} if where == loaded.lookup.group(target) else row(*where)  # type: ignore[method-assign]
+    batch = loaded.__getitems__([0, 1, 2, 3])
+    assert batch["unreadable"].tolist() == [target]
+    assert all(torch.equal(batch["image"][i], whole["image"][i]) for i in (0, 2, 3))
+
+
+@pytest.mark.parametrize("how", ["deleted", "cut", "overwritten", "of other rows"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_lost_while_it_is_used_is_one_line_that_names_it(
+    prepared: tuple[Path, Card], how: str, workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = prepared[1].files(prepared[0], "train")[0]
+    loaded = samples(prepared, cache=False)
+    content = path.read_bytes()
+    if how == "deleted":
+        path.unlink()
+    elif how == "of other rows":
+        path.write_bytes(prepared[1].files(prepared[0], "validation")[0].read_bytes())
+    else:
+        path.write_bytes(content[: len(content) // 2] if how == "cut" else bytes(len(content)))
+    with pytest.raises(TrainingFailed) as error:
+        next(iter(Batches(loaded, Slices(6, 1, 0, 1, 0), workers)))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_that_is_lost_before_its_sizes_are_read_is_one_line_that_names_it(prepared: tuple[Path, Card]) -> None:
+    path = prepared[1].files(prepared[0], "train")[0]
+    path.write_bytes(bytes(1000))
+    with pytest.raises(UserError, match=r"train/00000\.parquet can't be read: .*; delete .*paired, then `trainer prepare paired` makes it again"):
+        samples(prepared)
+
+
 def test_a_damaged_image_is_named(prepared: tuple[Path, Card]) -> None:
     broken = samples(prepared, cache=False)
-    row = dict(broken.rows.row(0, 0), image={"bytes": b"\x89PNG nothing", "path": None})
+    row = dict(broken.rows.row(0, 0), image={"bytes": b"\x89PNG nothing", "path": "a.png"})
     broken.rows.row = lambda group, index: row  # type: ignore[method-assign]
-    with pytest.raises(TrainingFailed, match=r"paired/train: sample \d+: image can't be decoded"):
+    with pytest.raises(TrainingFailed, match=r"paired/train: sample \d+: a.png: image can't be decoded.*; data.max_unreadable=N tolerates N such samples$"):
         broken.__getitems__([0])
 
 
@@ -140,7 +258,7 @@ def test_images_of_several_sizes_in_a_batch_say_what_to_do(prepared: tuple[Path,
 
 def test_an_error_in_a_loader_worker_is_the_same_one_line_error(prepared: tuple[Path, Card]) -> None:
     broken = samples(prepared, cache=False)
-    row = dict(broken.rows.row(0, 0), image={"bytes": b"\x89PNG nothing", "path": None})
+    row = dict(broken.rows.row(0, 0), image={"bytes": b"\x89PNG nothing", "path": "a.png"})
     broken.rows.row = lambda group, index: row  # type: ignore[method-assign]
     with pytest.raises(TrainingFailed) as error:
         next(iter(Batches(broken, Slices(6, 1, 0, 1, 0), 1)))
