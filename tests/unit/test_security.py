@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from tests.processes import RECIPE, run_processes, train, write_recipe
+from tests.unit.test_checkpoint import make
 from trainer import checkpoint as checkpoints
-from trainer.checkpoint import Checkpoint
 from trainer.data.archives import members
 from trainer.data.card import sha256
 from trainer.data.stream import RowGroups
@@ -184,8 +184,7 @@ def test_a_plugin_is_imported_only_where_the_recipe_lists_it(tmp_path: Path, sen
 
 @pytest.mark.parametrize("name", ["model", "optimizer", "ema"])
 def test_a_checkpoint_that_holds_a_pickle_is_refused(tmp_path: Path, sentinel: Path, name: str) -> None:
-    tensors = {"weight": torch.zeros(1)}
-    folder = checkpoints.save(tmp_path / "checkpoints", Checkpoint(tensors, tensors, {"step": 1}, tensors), keep=2, best=False)
+    folder = checkpoints.save(tmp_path / "checkpoints", make(1), keep=2, best=False)
     file = folder / f"{name}.safetensors"
     torch.save({"weight": Bomb(sentinel)}, file)
     with pytest.raises(checkpoints.InvalidCheckpoint, match="checksum"):

@@ -235,6 +235,9 @@ def test_a_stop_is_not_held_up_by_a_server_that_falls_silent(tmp_path: Path, mon
                 self.end_headers()
                 self.wfile.write(b"half")
                 self.wfile.flush()
+                while not (tmp_path / "downloads" / "set.tgz.part").exists():
+                    time.sleep(0.01)
+                time.sleep(0.2)  # the client opens its file and waits for the rest
             os.kill(os.getpid(), signal.SIGTERM)
             over.wait(60)
 
