@@ -284,7 +284,7 @@ def verify(folder: Path) -> None:
         if read_counters(folder)["step"] != manifest["step"]:
             raise InvalidCheckpoint(f"{MANIFEST}: names step {manifest['step']}, trainer.json another")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidCheckpoint(f"can't be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+        raise InvalidCheckpoint(f"{MANIFEST} or trainer.json can't be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
 
 
 def newest_valid(root: Path) -> tuple[int | None, list[str]]:

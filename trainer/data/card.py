@@ -69,6 +69,7 @@ class Card:
         splits: `train` and `validation`.
         archives: SHA-256 of each archive the rows were read from.
         notes: sentences for people, e.g. how the set was split.
+        statistics: what was measured when it was prepared, e.g. colour centres.
         format: version of this layout.
     """
 
@@ -79,12 +80,13 @@ class Card:
     splits: dict[str, Split]
     archives: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    statistics: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
     def info(self) -> DataInfo:
         """What tasks and models must know of the set."""
-        return DataInfo(self.classes, self.ignore_index)
+        return DataInfo(self.classes, self.ignore_index, self.statistics)
 
     @property
     def fingerprint(self) -> str:

@@ -219,6 +219,7 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
         splits=splits,
         archives={name: sha256(path) for name, path in paths.items()},
         notes=tuple((inspect.getdoc(source.rows) or "").splitlines()),
+        statistics=source.statistics(paths),
     )
     card.save(folder)
     card.note_verified(folder)

@@ -20,10 +20,12 @@ class DataInfo:
     Attributes:
         classes: names in the order of their index.
         ignore_index: the label that counts nowhere (255), or None.
+        statistics: what was measured when the set was prepared (JSON), e.g. colour centres; empty before.
     """
 
     classes: tuple[str, ...]
     ignore_index: int | None = None
+    statistics: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def num_classes(self) -> int:
@@ -57,6 +59,7 @@ class Source:
         rows: given the local path of each archive, yields `(split, row)` for every sample, always the same
             rows in the same order; splits are `train` and `validation`.
         archives: what `rows` reads; none for generated sets.
+        statistics: measures the set (JSON) for the card, given the path of each archive.
     """
 
     name: str
@@ -64,3 +67,4 @@ class Source:
     columns: Mapping[str, Role]
     rows: Callable[[Mapping[str, Path]], Iterator[tuple[str, Row]]]
     archives: tuple[Archive, ...] = field(default=())
+    statistics: Callable[[Mapping[str, Path]], dict[str, Any]] = field(default=lambda paths: {})

@@ -59,7 +59,7 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task:
 
 
 def _context(info: DataInfo) -> dict[str, Any]:
-    return {"num_classes": info.num_classes, "ignore_index": info.ignore_index, "classes": info.classes}
+    return {"num_classes": info.num_classes, "ignore_index": info.ignore_index, "classes": info.classes, "statistics": info.statistics}
 
 
 def check_model(recipe: Recipe) -> Iterator[Problem]:
