@@ -15,7 +15,7 @@ from trainer.tasks.task import Batch, Forward, Task
 SCALE = 256  # pixels are divided by it, so grey is in [0, 1)
 
 
-@task(interface="dense", fields=("image", "mask"))
+@task(interface="dense", fields=("image", "mask", "colour_centres"))
 class Colorization(Task):
     """Colour classes `mask` uint8 (B, 1, H, W) from the grey of `image` uint8 (B, 3, H, W), the mean of R, G and B.
 

@@ -39,7 +39,7 @@ Pixels = npt.NDArray[np.uint8]
 NumColours = Annotated[int, Field(ge=2, le=255)]
 
 
-@dataset(fields=("image", "mask"))
+@dataset(fields=("image", "mask", "colour_centres"))
 def cifar10_horses(*, centres: Literal["course", "kmeans"] = "course", num_colours: NumColours = 24) -> Source:
     """The horses as JPEG files, with the course's 24 colour centres or `num_colours` of their own."""
     if centres == "course" and num_colours != 24:
@@ -48,7 +48,7 @@ def cifar10_horses(*, centres: Literal["course", "kmeans"] = "course", num_colou
     return _source(name, (HORSES, COURSE_CENTRES) if centres == "course" else (HORSES,), num_colours, "horse")
 
 
-@dataset(fields=("image", "mask"))
+@dataset(fields=("image", "mask", "colour_centres"))
 def cifar10(*, category: Literal[CLASSES] = "horse", num_colours: NumColours = 24) -> Source:  # type: ignore[valid-type]
     """One class of the official archive, with `num_colours` colour centres of its own."""
     return _source(f"cifar10_{category}_kmeans{num_colours}", (OFFICIAL,), num_colours, category)
