@@ -15,7 +15,7 @@ LOCK := $(if $(shell command -v flock),flock Makefile)
 DOWNLOAD := the first time this downloads PyTorch, several GB on Linux
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format bench clean
+.PHONY: help setup train test faults check format bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
@@ -29,6 +29,9 @@ train: setup ## train RECIPE (default recipes/quickstart.yaml) with NUM_PROCESSE
 
 test: setup ## run the tests; ARGS go to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: setup ## the long form of the tests that kill, fill, cut off and damage: some 20 minutes
+	TRAINER_FAULTS=long $(BIN)/python -m pytest tests/faults $(ARGS)
 
 check: setup ## lint, format and types
 	$(BIN)/ruff check

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import signal
 import socket
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 # Imported here, not in every child: what the framework imports at first use takes seconds.
+import accelerate  # noqa: F401
 import datasets  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import torch
@@ -20,6 +25,8 @@ import torch.multiprocessing as mp
 
 from trainer.accelerator import Launch
 from trainer.recipe import load_recipe
+from trainer.reporting import Reporter
+from trainer.run import main
 from trainer.signals import STOP
 from trainer.tasks.build import TASK_CHECKS
 from trainer.trainer import Trainer
@@ -39,15 +46,20 @@ checkpoint: {{every: 5 steps}}
 """
 
 
-def _child(rank: int, function: Callable[..., Any], world_size: int, port: int, arguments: tuple[Any, ...]) -> None:
+def _enter(rank: int, world_size: int, port: int) -> None:
     torch.set_num_threads(1)  # a forked child hangs in OpenMP otherwise
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # as launchers do
-    code = 1
+
+
+def _end_with(function: Callable[..., Any], *arguments: Any) -> None:
+    code: Any = 1
     try:
         function(*arguments)
         code = 0
+    except SystemExit as end:
+        code = end.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -56,12 +68,83 @@ def _child(rank: int, function: Callable[..., Any], world_size: int, port: int, 
         os._exit(code)  # not through the parent's exit handlers
 
 
-def run_processes(world_size: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Calls `function` in `world_size` forked processes of one group; raises if one of them failed."""
+def _child(rank: int, function: Callable[..., Any], world_size: int, port: int, arguments: tuple[Any, ...]) -> None:
+    _enter(rank, world_size, port)
+    _end_with(function, *arguments)
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_child, (function, world_size, port, arguments), nprocs=world_size, start_method="fork")
+        return int(free.getsockname()[1])
+
+
+def run_processes(world_size: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Calls `function` in `world_size` forked processes of one group; raises if one of them failed."""
+    mp.start_processes(_child, (function, world_size, _free_port(), arguments), nprocs=world_size, start_method="fork")
+
+
+class Job:
+    """A run of `trainer/run.py` in forked processes, to be killed, stopped or signalled; a process group of its own.
+
+    No launcher ends the others when one of them is lost: that they end is the framework's doing.
+
+    Args:
+        world_size: number of processes.
+        arguments: the command line: a recipe, overrides, `--resume …`.
+        fault: called in each process with its rank before the run begins, to patch what the test needs.
+    """
+
+    def __init__(self, world_size: int, *arguments: str | Path, fault: Callable[[int], Any] | None = None) -> None:
+        self._output = tempfile.TemporaryFile("w+b")  # noqa: SIM115
+        context, port, self.group = mp.get_context("fork"), _free_port(), 0
+        self.processes: list[Any] = []
+        for rank in range(world_size):
+            process = context.Process(target=self._run, args=(rank, world_size, port, [str(argument) for argument in arguments], fault))
+            process.start()
+            self.group = self.group or process.pid
+            os.setpgid(process.pid, self.group)  # here and there, as either may come first
+            self.processes.append(process)
+
+    def _run(self, rank: int, world_size: int, port: int, arguments: list[str], fault: Callable[[int], Any] | None) -> None:
+        os.setpgid(0, self.group)
+        for descriptor in (1, 2):
+            os.dup2(self._output.fileno(), descriptor)
+        sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        _enter(rank, world_size, port)
+        STOP.__init__()  # type: ignore[misc]  # it remembers whose signals it handles
+        STOP.install()
+        Reporter._draw_curves = lambda reporter: None  # type: ignore[method-assign]  # a second at the end of each run
+        if fault:
+            fault(rank)
+        _end_with(lambda: sys.exit(main(arguments)))
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+        self._printed = self.output
+        self._output.close()
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Sends a signal to a rank, or to all that are still there."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            if process.exitcode is None:
+                os.kill(process.pid, number)
+
+    def wait(self, seconds: float = 60.0) -> list[int | None]:
+        """Waits until all have ended or the time is over; returns their exit codes, minus the signal's number of one that was killed."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def output(self) -> str:
+        """What all of them printed so far."""
+        return self._printed if self._output.closed else os.pread(self._output.fileno(), 2**20, 0).decode()
 
 
 def write_recipe(folder: Path, text: str = RECIPE, name: str = "run") -> Path:
@@ -96,3 +179,10 @@ def lines(run: Path, split: str | None = None) -> list[dict[str, Any]]:
         for line in found
         if split in (None, line["split"])
     ]
+
+
+def weights(run: Path) -> dict[str, str]:
+    """SHA-256 of the weights, and of their average, in the newest checkpoint."""
+    newest = max((run / "checkpoints").glob("step_*"))
+    files = (newest / name for name in ("model.safetensors", "ema.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.exists()}

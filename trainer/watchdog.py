@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 LONGEST_SILENCE_S = 120.0  # between two messages of a rank; a thread waits while another holds Python's lock
 LONGEST_INTERVAL_S = 5.0
+POLL_S = 0.1  # while this rank ends
 GRACE_S = 2.0  # for a rank to end by itself, with its own message, when the same error meets all of them
 VERDICT = "verdict"
 State = Literal["training", "cut off", "failed", "done"]
@@ -98,6 +99,8 @@ class Watchdog:
     def failed(self, error: BaseException) -> None:
         """Tells the other ranks that this one ends with an error of its own."""
         self._tell("failed", " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        if self.rank == 0 and self.world_size > 1 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+            time.sleep(GRACE_S + 2 * self.interval)  # the store goes with this process, and the others read there what happened
 
     def cut_off(self) -> None:
         """Waits until it is known which rank broke the connection, which ends this process; returns if that stays unknown."""
@@ -139,7 +142,7 @@ class Watchdog:
             finally:
                 hanging.cancel()
             before = time.monotonic()
-            self._wake.wait(self.interval)
+            self._wake.wait(self.interval if self._state[0] == "training" else POLL_S)
             self._wake.clear()
             if time.monotonic() - before > self.interval + self.silence / 2:  # the whole job was suspended, and goes on now
                 self._resumed = time.monotonic()

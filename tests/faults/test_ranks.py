@@ -1,0 +1,106 @@
+"""No rank waits for ever: a lost rank ends the job in time, is named, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import BRIEF, LONG, Tally, Undisturbed
+from tests.faults.hooks import Gate, in_reading
+from tests.processes import TINY, Job, lines, weights, write_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = "train.timeout=0.1 minutes"
+LIMIT_S = 10.0
+STEP = 3
+
+
+def is_killed(job: Job, victim: int) -> None:
+    job.signal(signal.SIGKILL, victim)
+
+
+def is_stopped(job: Job, victim: int) -> None:
+    job.signal(signal.SIGSTOP, victim)
+
+
+def is_stuck(job: Job, victim: int) -> None:
+    """It stands at the gate already, in the loader, and nobody opens it."""
+
+
+def raises() -> None:
+    raise RuntimeError("something broke")
+
+
+CASES = [(is_killed, 2, 0), (is_killed, 2, 1), (is_stopped, 2, 0), (is_stopped, 2, 1), (is_stuck, 2, 0), (is_stuck, 2, 1), (raises, 2, 0), (raises, 2, 1)]
+SHORT = [(is_killed, 2, 1), (is_stopped, 2, 0), (raises, 2, 1)]
+
+
+@pytest.mark.parametrize(("fault", "world_size", "victim"), [*CASES, (is_stopped, 4, 2), (is_killed, 4, 3)] if LONG else SHORT)
+def test_a_lost_rank_ends_the_job_in_time_and_is_named(
+    tmp_path: Path, tally: Tally, undisturbed: Undisturbed, fault: Callable[..., None], world_size: int, victim: int
+) -> None:
+    recipe, gate = write_recipe(tmp_path), Gate()
+
+    def hold(rank: int) -> None:
+        def act() -> None:
+            gate.stop_here()
+            raises()  # if the gate is opened
+
+        if rank == victim:
+            in_reading(STEP, act)
+
+    with Job(world_size, recipe, *BRIEF, TIMEOUT, "checkpoint.every=2 steps", fault=hold) as job:
+        gate.await_arrival()
+        began = time.monotonic()
+        if fault is raises:
+            gate.open()
+        else:
+            fault(job, victim)
+        codes = job.wait(30) if fault is not is_stopped else wait_but_for(job, victim)
+        took = time.monotonic() - began
+    others = [code for rank, code in enumerate(codes) if rank != victim]
+    assert others == [3] * (world_size - 1) and took < LIMIT_S, (codes, took, job.output)
+    told = [line for line in job.output.splitlines() if line.startswith("training failed: ")]
+    assert told and all(f"rank {victim}" in line for line in told), job.output
+    # Rank 0 holds the store through which the others hear of it; a launcher would.
+    assert victim == 0 or f"reading data, after step {STEP}" in told[0], told
+    assert fault is not raises or "something broke" in job.output
+    with Job(world_size, recipe, *BRIEF, TIMEOUT, "checkpoint.every=2 steps") as job:
+        assert job.wait() == [0] * world_size, job.output
+    assert "resumed run from step 2" in job.output
+    assert (weights(tmp_path / "runs" / "run"), lines(tmp_path / "runs" / "run")) == undisturbed(world_size, recipe)
+    tally(f"lost ranks: one of {world_size} {fault.__name__.replace('_', ' ')}: named, ended, went on exactly", seconds=took)
+
+
+def wait_but_for(job: Job, victim: int) -> list[int | None]:
+    """A stopped process ends only when it is killed."""
+    for rank, process in enumerate(job.processes):
+        if rank != victim:
+            process.join(30)
+    return job.wait(0)
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(not LONG, reason="make faults: a launch takes long")
+def test_a_rank_killed_under_a_launcher_ends_the_job_in_time_and_is_named(tmp_path: Path, tally: Tally, undisturbed: Undisturbed) -> None:
+    recipe = write_recipe(tmp_path)
+    gated = f"plugins=[{TINY},{Path(__file__).with_name('gated.py')}]"
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", "accelerate_config.yaml", "--num_processes", "2", "trainer/run.py"]
+    command = [*launch, str(recipe), *BRIEF, TIMEOUT, gated]
+    began = time.time()
+    killed = subprocess.run(command, cwd=ROOT, env=os.environ | {"GATE_PLACE": "killed"}, capture_output=True, text=True, timeout=120)
+    took = time.time() - max(began, (tmp_path / "runs" / "run" / "metrics.jsonl").stat().st_mtime)
+    assert killed.returncode != 0 and took < 2 * LIMIT_S, killed.stderr  # the launcher's own end included
+    assert re.search(rf"training failed: rank 1 does not answer any more.* reading data, after step {STEP}", killed.stderr), killed.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "finished run" in done.stderr, done.stderr
+    assert (weights(tmp_path / "runs" / "run"), lines(tmp_path / "runs" / "run")) == undisturbed(2, recipe)
+    tally("lost ranks: killed under accelerate launch: named, ended, went on exactly", seconds=took)
