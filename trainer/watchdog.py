@@ -99,8 +99,7 @@ class Watchdog:
     def failed(self, error: BaseException) -> None:
         """Tells the other ranks that this one ends with an error of its own."""
         self._tell("failed", " ".join(f"{type(error).__name__}: {error}".split())[:500])
-        if self.rank == 0 and self.world_size > 1 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
-            time.sleep(GRACE_S + 2 * self.interval)  # the store goes with this process, and the others read there what happened
+        self._thread.join(GRACE_S + 2 * self.interval)
 
     def cut_off(self) -> None:
         """Waits until it is known which rank broke the connection, which ends this process; returns if that stays unknown."""
@@ -130,9 +129,10 @@ class Watchdog:
                 state = self._publish()
                 verdict = self._judge() if self.rank == 0 else self._hear()
                 last_contact = time.monotonic()
-                if state == "failed" or (state == "done" and not (self.rank == 0 and self._others_go_on())):
+                ending = state in ("done", "failed")
+                if ending and not self._others_go_on():
                     return
-                if verdict:
+                if verdict and not ending:
                     self._pronounce(verdict)
             except RuntimeError:  # the store is gone, with the process or machine that holds it
                 if self._state[0] in ("done", "failed"):
@@ -164,8 +164,8 @@ class Watchdog:
         self._heard[rank] = before if report.beat == before[0].beat and rank in self._heard else (report, now)
 
     def _others_go_on(self) -> bool:
-        """Whether others have not ended yet, while rank 0 has: their store may live in its process."""
-        return any(report.state == "training" for rank, (report, _) in self._heard.items() if rank)
+        """On rank 0: whether others have not ended yet. Their store may live in this process, and they read there what happened."""
+        return self.rank == 0 and any(report.state in ("training", "cut off") for rank, (report, _) in self._heard.items() if rank)
 
     def _judge(self) -> str:
         """On rank 0: which rank is lost, and how; nothing if none is."""
@@ -224,6 +224,8 @@ class Watchdog:
         if self._peer_failed:
             with suppress(Exception):
                 self.on_failure()
+        self._state = ("done", "")
+        self._publish()
         if self.rank == 0:
             time.sleep(2 * self.interval)  # the store may live in this process, and the others read the verdict there
         self._exit()

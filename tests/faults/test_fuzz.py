@@ -34,9 +34,9 @@ import torch
 from PIL import Image
 
 from tests.processes import RECIPE, write_recipe
+from tests.unit.test_checkpoint import make
 from trainer import checkpoint as checkpoints
 from trainer.accelerator import Launch
-from trainer.checkpoint import Checkpoint
 from trainer.commands import main
 from trainer.data.archives import members
 from trainer.data.card import Card, sha256
@@ -582,12 +582,6 @@ train: {duration: 10 epochs}
 """
 
 
-def state(step: int) -> Checkpoint:
-    tensors = {"layer.weight": torch.full((3, 4), float(step)), "layer.count": torch.tensor(step)}
-    counters = {"step": step, "seconds": 1.5, "best": 0.25, "best_step": 2, "evaluation_pending": False, "loss_sums": {"loss": 1.0}}
-    return Checkpoint(model=tensors, ema=tensors, optimizer={"layer.weight/step": torch.tensor(1.5)}, counters=counters)
-
-
 def damage_header(draw: random.Random, path: Path) -> None:
     """Lengths, offsets, shapes and types in the header of a safetensors file."""
     data = path.read_bytes()
@@ -613,7 +607,7 @@ def test_damaged_checkpoints_are_passed_over_or_refused_with_a_message(tmp_path:
     open_run(whole, recipe, "auto", lambda line: None)
     for step in (2, 4):
         whole.log({"step": step, "epoch": step / 10, "split": "train", "loss": 1.0 / step})
-        checkpoints.save(whole.checkpoints, state(step), keep=3, best=False)
+        checkpoints.save(whole.checkpoints, make(step), keep=3, best=False)
     for number in range(FILES):
         draw = random.Random(number)
         run = RunFolder(tmp_path / "runs" / "r")
