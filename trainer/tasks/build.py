@@ -62,12 +62,16 @@ def _context(info: DataInfo) -> dict[str, Any]:
     return {"num_classes": info.num_classes, "ignore_index": info.ignore_index, "classes": info.classes, "statistics": info.statistics}
 
 
+def build_on_meta(recipe: Recipe) -> nn.Module:
+    """The model without memory and without weights; `model.train_only` isn't applied."""
+    with torch.device("meta"):
+        return _build_model(recipe, recipe.build("data").info, "none")
+
+
 def check_model(recipe: Recipe) -> Iterator[Problem]:
     """Builds the model without memory, to see that it can be built and that the layers the recipe names exist."""
     try:
-        info = recipe.build("data").info
-        with torch.device("meta"):
-            model = _build_model(recipe, info, "none")
+        model = build_on_meta(recipe)
     except (ValueError, UserError) as error:
         yield recipe.problem("model", str(error))
         return

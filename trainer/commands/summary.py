@@ -1,0 +1,160 @@
+"""`trainer summary`: the arithmetic of a recipe's network, and what training it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
+    from torch import nn
+
+    from trainer.arithmetic import Layer
+    from trainer.recipe import Recipe
+
+HELP = "count weights, outputs, connections and FLOPs of a network, layer by layer, and measure its memory"
+COUNTS = ("weights", "outputs", "connections", "flops", "trainable")
+# Sizes at which counts are taken to write them as polynomials.
+VARIABLES = {"NIC": (1, 2, 3), "NF": (4, 8, 12), "NC": (3, 5, 9)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of this verb."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. model.train_only=[classifier.4]")
+    parser.add_argument("--input-size", metavar="HxW", help="height and width of an image (default: what the recipe trains on)")
+    parser.add_argument("--no-measure", action="store_true", help="only count; without this, a few training steps are run to measure memory and time")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the tables.
+
+    Raises:
+        UserError: the recipe has mistakes, or the size of its images isn't known.
+    """
+    from trainer.arithmetic import layers
+    from trainer.models.freeze import train_only
+    from trainer.recipe import load_recipe
+    from trainer.tasks.build import TASK_CHECKS, build_on_meta
+
+    recipe = load_recipe(options.recipe, options.overrides, TASK_CHECKS)
+    height, width = _input_size(recipe, options.input_size)
+    model = build_on_meta(recipe)
+    train_only(model, recipe.model.train_only)
+    channels = _input_channels(model)
+    found = layers(model, (channels, height, width))
+    doubled = layers(model, (channels, 2 * height, 2 * width))
+    report: dict[str, Any] = {
+        "recipe": str(options.recipe),
+        "input": [channels, height, width],
+        "layers": [asdict(layer) for layer in found],
+        "totals": _totals(found),
+        "totals_at_doubled_size": _totals(doubled),
+    }
+    if {"num_filters", "num_in_channels"} <= recipe.components["model"].schema.model_fields.keys():
+        report["polynomials"] = _polynomials(recipe, height, width)
+    if not options.no_measure:
+        report["training"] = _measure(recipe, height, width)
+    print(json.dumps(report, indent=2) if options.json else _text(report))
+
+
+def _input_size(recipe: Recipe, given: str | None) -> tuple[int, int]:
+    """Height and width: the given ones, else those of the last crop or resize, else of the prepared set's first image."""
+    from trainer.data.card import CARD, Card
+    from trainer.data.prepare import data_dir
+    from trainer.data.stream import RowGroups
+    from trainer.errors import UserError
+
+    if given:
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", given)
+        if not match:
+            raise UserError(f"--input-size {given}: give height and width, e.g. 224x288")
+        return int(match[1]), int(match[2])
+    for _, settings in reversed(recipe.augmentations):
+        if hasattr(settings, "size"):
+            return tuple(settings.size)
+    if recipe.data.resize:
+        return tuple(recipe.data.resize)
+    folder = data_dir() / recipe.build("data").name
+    if not (folder / CARD).exists():
+        raise UserError(f"{recipe.data.name} isn't prepared, so the size of its images isn't known: give --input-size HxW")
+    card = Card.load(folder)
+    rows = RowGroups({file: shard.row_groups for file, shard in zip(card.files(folder, "train"), card.splits["train"].files, strict=True)}, keep=1)
+    return int(rows.column("height")[0]), int(rows.column("width")[0])
+
+
+def _input_channels(model: nn.Module) -> int:
+    """What the first layer with a kernel takes."""
+    return next(parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 4)
+
+
+def _totals(found: list[Layer]) -> dict[str, int]:
+    return {what: sum(getattr(layer, what) for layer in found) for what in COUNTS}
+
+
+def _polynomials(recipe: Recipe, height: int, width: int) -> dict[str, str]:
+    """Totals as polynomials in input channels (NIC), filters (NF) and classes (NC), at the recipe's kernel."""
+    import torch
+
+    from trainer.arithmetic import layers, polynomial
+
+    component = recipe.components["model"]
+    settings = {key: getattr(recipe.model, key) for key in component.schema.model_fields}
+
+    def count(NIC: int, NF: int, NC: int) -> dict[str, int]:
+        with torch.device("meta"):
+            model = component.build(settings | {"num_in_channels": NIC, "num_filters": NF}, num_classes=NC)
+        totals = _totals(layers(model, (NIC, height, width)))
+        return {what: totals[what] for what in ("weights", "outputs", "connections")}
+
+    return polynomial(count, VARIABLES)
+
+
+def _measure(recipe: Recipe, height: int, width: int) -> list[dict[str, Any]]:
+    """Cost of training everything and of training what `model.train_only` leaves, at this size and at twice the height and width."""
+    from trainer.data.card import CARD, Card
+    from trainer.data.prepare import data_dir
+    from trainer.memory import measure
+
+    source = recipe.build("data")
+    info = Card.load(data_dir() / source.name).info if (data_dir() / source.name / CARD).exists() else source.info
+    kinds: dict[str, list[str]] = {"everything": []}
+    if recipe.model.train_only:
+        kinds[f"only {', '.join(recipe.model.train_only)}"] = recipe.model.train_only
+    costs = []
+    for size in ((height, width), (2 * height, 2 * width)):
+        for kind, layers in kinds.items():
+            cost = measure(recipe, info, layers, *size)
+            costs.append({"trained": kind, "input": size, "batch_size": recipe.data.batch_size, **asdict(cost)})
+    return costs
+
+
+def _text(report: dict[str, Any]) -> str:
+    """The report as tables."""
+    shape = "x".join(map(str, report["input"]))
+    rows = [["layer", "kind", "output", *COUNTS]]
+    rows += [[layer["name"], layer["kind"], "x".join(map(str, layer["shape"])), *(f"{layer[what]:,}" for what in COUNTS)] for layer in report["layers"]]
+    rows += [[f"total, {shape}", "", "", *(f"{report['totals'][what]:,}" for what in COUNTS)]]
+    rows += [["total, height and width doubled", "", "", *(f"{report['totals_at_doubled_size'][what]:,}" for what in COUNTS)]]
+    parts = [_table(rows, left=3)]
+    if "polynomials" in report:
+        parts.append("\n".join(f"{what} = {text}" for what, text in report["polynomials"].items()))
+    if "training" in report:
+        keys = ("saved_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")
+        rows = [["trained", "input", "batch", "weights", "saved activations", "gradients", "optimizer", "peak", "GFLOP a step", "s a step"]]
+        for cost in report["training"]:
+            sizes = ("?" if cost[key] is None else f"{cost[key] / 2**20:,.1f} MiB" for key in keys)
+            row = [cost["trained"], "x".join(map(str, cost["input"])), str(cost["batch_size"]), f"{cost['trainable']:,}"]
+            rows.append([*row, *sizes, f"{cost['flops'] / 1e9:,.2f}", f"{cost['seconds']:.3f}"])
+        parts.append(_table(rows, left=2))
+    return "\n\n".join(parts)
+
+
+def _table(rows: list[list[str]], left: int) -> str:
+    """Aligned columns, the first `left` of them to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ((cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)

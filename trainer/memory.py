@@ -1,0 +1,136 @@
+"""Memory and time of training steps, measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.data.source import DataInfo
+from trainer.models.freeze import set_train_mode, train_only
+from trainer.recipe import Recipe
+from trainer.tasks.build import build_task
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training step takes.
+
+    Attributes:
+        trainable: weights that learn.
+        saved_bytes: of activations that the forward pass keeps for the backward pass, each storage once.
+        gradient_bytes, optimizer_bytes: of what belongs to the weights that learn.
+        peak_bytes: of the device at the worst moment, above what was there before the model; None where the system doesn't tell.
+        flops: of forward and backward pass.
+        seconds: median of three steps.
+    """
+
+    trainable: int
+    saved_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    peak_bytes: int | None
+    flops: int
+    seconds: float
+
+
+def measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, width: int) -> Cost:
+    """Trains a new model for a few steps of `data.batch_size` made-up samples, with only `layers` learning (empty: all)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = _start_peak(device)
+    task = build_task(recipe, info)
+    model = task.model.to(device)
+    train_only(model.requires_grad_(True), layers)
+    set_train_mode(model)
+    if recipe.train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = recipe.build("optimizer", parameters=trainable)
+    batch = _made_up(recipe, info, height, width, device)
+    saved: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def step() -> None:
+        loss = task.loss.combine(task.loss_sums(model, batch))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = task.loss.combine(task.loss_sums(model, batch))["loss"]
+        saved_bytes = sum(saved.values())
+        loss.backward()
+    gradient_bytes = sum(parameter.grad.untyped_storage().nbytes() for parameter in trainable if parameter.grad is not None)
+    del loss
+    saved.clear()
+    optimizer.step()
+    optimizer.zero_grad()
+    seconds = [_timed(step, device) for _ in range(STEPS)]
+    state_bytes = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    peak = _peak(device)
+    return Cost(
+        trainable=sum(parameter.numel() for parameter in trainable),
+        saved_bytes=saved_bytes,
+        gradient_bytes=gradient_bytes,
+        optimizer_bytes=state_bytes,
+        peak_bytes=None if peak is None or before is None else peak - before,
+        flops=counter.get_total_flops(),
+        seconds=statistics.median(seconds),
+    )
+
+
+def _made_up(recipe: Recipe, info: DataInfo, height: int, width: int, device: torch.device) -> dict[str, Any]:
+    """A batch of noise with the fields that the task needs."""
+    size = recipe.data.batch_size
+    makers = {
+        "image": lambda: torch.randint(0, 256, (size, 3, height, width), dtype=torch.uint8, device=device),
+        "mask": lambda: torch.randint(0, info.num_classes, (size, 1, height, width), dtype=torch.uint8, device=device),
+        "label": lambda: torch.randint(0, info.num_classes, (size,), device=device),
+    }
+    return {name: makers[name]() for name in recipe.components["task"].fields if name in makers}
+
+
+def _timed(step: Any, device: torch.device) -> float:
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _start_peak(device: torch.device) -> int | None:
+    """Bytes in use now; the highest use is counted from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the process's highest use
+    except OSError:
+        return None
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
