@@ -45,7 +45,12 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([asdict(standing) for standing in standings], indent=2))
     else:
-        _print_table([standing.row() for standing in standings])
+        print_table([standing.row() for standing in standings])
+    return code_of(standings)
+
+
+def code_of(standings: list[Standing]) -> int:
+    """The contract's exit code for several runs: a failed one counts before one to be resumed."""
     codes = {standing.code for standing in standings}
     return FAILED if FAILED in codes else max(codes)
 
@@ -187,7 +192,8 @@ def _indices(text: str) -> list[int]:
     return [index for first, *last in bounds for index in range(first, (last or [first])[0] + 1)]
 
 
-def _print_table(rows: list[list[str]]) -> None:
+def print_table(rows: list[list[str]]) -> None:
+    """Prints aligned columns, without those that are empty."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip())

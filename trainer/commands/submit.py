@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from trainer.commands.status import run_name
 from trainer.errors import UserError
+from trainer.sweeps import variant_name, variants_of
 
 if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
     from trainer.recipe import Recipe
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     """
     name = run_name(options.recipe, options.overrides)
     variants = variants_of(options.sweep)
-    runs = [[*options.overrides, f"name={_variant_name(name, variant)}", *variant] for variant in variants] or [options.overrides]
+    runs = [[*options.overrides, f"name={variant_name(name, variant)}", *variant] for variant in variants] or [options.overrides]
     for overrides in runs:
         _check(options, overrides)
     if variants:
@@ -89,30 +90,6 @@ def job_script(options: argparse.Namespace, name: str, num_variants: int) -> str
     template = re.sub(r"#SBATCH --job-name=.*\n", "", template)
     directives, strict, body = template.partition("set -euo pipefail\n")
     return directives + "\n".join(lines) + "\n" + strict + body
-
-
-def variants_of(sweep: list[str]) -> list[list[str]]:
-    """Overrides of each run of a sweep: `["a=1,2", "b=3,4"]` as `[["a=1", "b=3"], ["a=1", "b=4"], …]`; commas in brackets don't part values.
-
-    Raises:
-        UserError: not of the form key=a,b,c.
-    """
-    axes = []
-    for axis in sweep:
-        key, equals, values = axis.partition("=")
-        found = re.findall(r"(?:\[[^]]*\]|\{[^}]*\}|[^,])+", values)
-        if not key or not equals or not found or key == "name":
-            raise UserError(f"--sweep {axis}: must be key=a,b,c, e.g. optimizer.lr=1e-3,1e-2; runs get their names from it")
-        axes.append([f"{key}={value}" for value in found])
-    return [list(choice) for choice in itertools.product(*axes)] if axes else []
-
-
-def _variant_name(name: str, variant: list[str]) -> str:
-    """The name of a sweep's run, which says what makes it special, e.g. `quickstart-lr=1e-3`."""
-    for override in variant:
-        key, _, value = override.partition("=")
-        name += f"-{key.rpartition('.')[2]}={value}"
-    return re.sub(r"[^\w.+=,-]+", "_", name)
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> Recipe:

@@ -1,0 +1,150 @@
+"""`trainer sweep`: a run for each combination of values, on this machine or on SLURM; then a table and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.commands.status import Standing, code_of, print_table, run_name, standing_of
+from trainer.errors import UserError
+from trainer.runs import runs_dir
+from trainer.sweeps import variant_name, variants_of
+
+HELP = "train a run for each combination of values; finished ones are skipped"
+ROOT = Path(__file__).resolve().parents[2]
+STOP_TIMEOUT_S = 30  # a run that is asked to stop saves a checkpoint in less
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of this verb."""
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe file")
+    parser.add_argument("overrides", nargs="+", metavar="key=a,b,c | key=value", help="values to try, and what is the same for all runs")
+    parser.add_argument("--processes", type=int, default=1, metavar="P", help="processes of each run (default: 1)")
+    parser.add_argument("--parallel", type=int, metavar="N", help="runs at a time (default: as many as the GPUs serve, else one)")
+    parser.add_argument("--slurm", action="store_true", help="submit the runs to SLURM instead, see `trainer submit`")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains what isn't finished, and prints where all runs stand; returns the exit code of `trainer status`.
+
+    Raises:
+        UserError: a run's recipe has mistakes; then none is trained.
+    """
+    axes = [override for override in options.overrides if len(variants_of([override])) > 1]
+    same = [override for override in options.overrides if override not in axes]
+    if not axes:
+        raise UserError("nothing to sweep over: give a key several values, e.g. optimizer.lr=1e-3,1e-2")
+    if options.slurm:
+        return _submit(options, axes, same)
+    variants = variants_of(axes)
+    name = run_name(options.recipe, same)
+    names = [variant_name(name, variant) for variant in variants]
+    runs = [[*same, *variant, f"name={each}"] for each, variant in zip(names, variants, strict=True)]
+    watched, *_ = [_watched(options, overrides) for overrides in runs]
+    _train(dict(zip(names, [_command(options, overrides) for overrides in runs], strict=True)), _slots(options))
+    standings = [standing_of(runs_dir() / each) for each in names]
+    print_table([standing.row() for standing in standings])
+    plot = runs_dir() / f"{name}-sweep.png"
+    if _plot(variants, standings, watched, plot):
+        print(f"see {plot}")
+    return code_of(standings)
+
+
+def _submit(options: argparse.Namespace, axes: list[str], same: list[str]) -> int:
+    from trainer.commands import main
+
+    sweeps = [argument for axis in axes for argument in ("--sweep", axis)]
+    parallel = ["--parallel", str(options.parallel)] if options.parallel else []
+    return main(["submit", str(options.recipe), *same, *sweeps, "--processes", str(options.processes), *parallel])
+
+
+def _watched(options: argparse.Namespace, overrides: list[str]) -> str:
+    """Checks the recipe of a run; returns the metric that it watches."""
+    from trainer.accelerator import Launch
+    from trainer.recipe import load_recipe
+    from trainer.tasks.build import TASK_CHECKS
+
+    checks = [*Launch(processes=options.processes).checks(), *TASK_CHECKS]
+    return str(load_recipe(options.recipe, overrides, checks).evaluate.best)
+
+
+def _command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
+    script = [str(ROOT / "trainer" / "run.py"), str(options.recipe), *overrides]
+    if options.processes == 1:
+        return [sys.executable, *script]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_config.yaml")]
+    return [*launcher, "--num_processes", str(options.processes), *script]
+
+
+def _slots(options: argparse.Namespace) -> list[dict[str, str]]:
+    """For each run at a time the variables that give it its devices."""
+    import torch
+
+    groups = torch.cuda.device_count() // options.processes
+    count = options.parallel or max(1, groups)
+    if not groups:
+        return [{}] * count
+    first = [slot % groups * options.processes for slot in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(str(start + i) for i in range(options.processes))} for start in first]
+
+
+def _train(commands: dict[str, list[str]], slots: list[dict[str, str]]) -> None:
+    """Runs the commands, as many at a time as there are slots; a failed one doesn't stop the others, a stop signal stops all."""
+    waiting = {name: command for name, command in commands.items() if standing_of(runs_dir() / name).status != "finished"}
+    for name in commands:
+        if name not in waiting:
+            print(f"{name}: finished already", flush=True)
+    free, running = list(slots), dict[str, tuple[subprocess.Popen[bytes], dict[str, str]]]()
+    runs_dir().mkdir(parents=True, exist_ok=True)
+    try:
+        while waiting or running:
+            while waiting and free:
+                name, slot = next(iter(waiting)), free.pop()
+                with (runs_dir() / f"{name}.log").open("ab") as log:
+                    # A group of its own: Ctrl-C in a terminal must reach it once, from here.
+                    process = subprocess.Popen(waiting.pop(name), stdout=log, stderr=log, env=os.environ | slot, start_new_session=True)
+                running[name] = process, slot
+                print(f"{name}: training ({len(waiting)} waiting); log in {log.name}", flush=True)
+            time.sleep(0.2)
+            for name, (process, slot) in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    free.append(slot)
+                    print(f"{name}: {standing_of(runs_dir() / name).status}", flush=True)
+    finally:
+        for process, _ in running.values():
+            process.send_signal(signal.SIGTERM)
+        for process, _ in running.values():
+            process.wait(STOP_TIMEOUT_S)
+
+
+def _plot(variants: list[list[str]], standings: list[Standing], metric: str, file: Path) -> bool:
+    """Draws the best value of each run over the first axis, a line for each choice of the others; returns whether there was any."""
+    from matplotlib.figure import Figure  # without pyplot there is no global state and no display
+
+    lines: dict[str, tuple[list[str], list[float]]] = {}
+    for variant, standing in zip(variants, standings, strict=True):
+        if standing.best:
+            where, values = lines.setdefault(" ".join(variant[1:]), ([], []))
+            where.append(variant[0].partition("=")[2])
+            values.append(standing.best["value"])
+    if not lines:
+        return False
+    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
+    axes: Any = figure.subplots()
+    for label, points in lines.items():
+        axes.plot(*points, marker="o", label=label)
+    axes.set_xlabel(variants[0][0].partition("=")[0])
+    axes.set_ylabel(f"best validation {metric}")
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize="small")
+    figure.savefig(file, format="png")
+    return True
