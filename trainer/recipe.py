@@ -104,7 +104,7 @@ SECTIONS: dict[str, tuple[str | None, type[Settings], bool]] = {
 }
 DEFAULTS: dict[str, Any] = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}
 # Changes under which a run still goes on: they leave what is computed as it is, or only add to it.
-RESUMABLE = ("train.duration", "train.non_finite", "train.timeout", "track", "data.workers", "data.cache", "data.max_unreadable", "checkpoint")
+RESUMABLE = ("train.duration", "train.non_finite", "train.timeout", "track", "reference", "data.workers", "data.cache", "data.max_unreadable", "checkpoint")
 
 
 Choice = tuple[Component, Settings]
@@ -125,6 +125,7 @@ class Recipe:
     components: dict[str, Component] = field(default_factory=dict)
     trackers: list[Choice] = field(default_factory=list)
     augmentations: list[Choice] = field(default_factory=list)
+    reference: dict[str, float] = field(default_factory=dict)  # published values of metrics, for reports
     places: dict[KeyPath, Place] = field(default_factory=dict)
 
     def __getattr__(self, section: str) -> Any:
@@ -145,6 +146,8 @@ class Recipe:
         out |= {section: self.sections[section].model_dump(mode="json") for section in SECTIONS}
         out["data"]["augment"] = [settings.model_dump(mode="json") for _, settings in self.augmentations]
         out["track"] = [settings.model_dump(mode="json") for _, settings in self.trackers]
+        if self.reference:
+            out["reference"] = dict(self.reference)
         return out
 
     def problem(self, path: str, what: str, got: Any = None) -> Problem:
@@ -312,7 +315,7 @@ def _join(shared: type[Settings], component: Component) -> type[Settings]:
 
 
 def _top_level(tree: dict[str, Any], recipe: Recipe, validator: _Validator) -> None:
-    known = ["name", "inherit", "plugins", "track", *SECTIONS]
+    known = ["name", "inherit", "plugins", "track", "reference", *SECTIONS]
     for key in tree:
         if key not in known:
             validator.report((key,), f"unknown key; {nearest(key, known)}", tree[key])
@@ -322,6 +325,11 @@ def _top_level(tree: dict[str, Any], recipe: Recipe, validator: _Validator) -> N
             recipe.name = name
         else:
             validator.report(("name",), "a run's name is made of letters, digits and . _ - + = , (it names a folder)", name)
+    reference = tree.get("reference", {})
+    if isinstance(reference, dict) and all(isinstance(key, str) and type(value) in (int, float) for key, value in reference.items()):
+        recipe.reference = {key: float(value) for key, value in reference.items()}
+    else:
+        validator.report(("reference",), "must map names of metrics to numbers, e.g. {accuracy: 0.58}", reference)
     plugins = tree.get("plugins", [])
     if not isinstance(plugins, list) or not all(isinstance(p, str) for p in plugins):
         validator.report(("plugins",), "must be a list of module names or .py files", plugins)
@@ -405,15 +413,16 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
 )
 
 
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The values of a resolved recipe by dotted key."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return out
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Keys (dotted) in which two resolved recipes differ, `name` and what a resumed run may change left out."""
-
-    def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in tree.items():
-            out |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-        return out
-
     a, b = flatten(old), flatten(new)
     changed = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     found = [key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in ("name", *RESUMABLE))]

@@ -1,0 +1,33 @@
+"""`trainer report`: runs as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "write one self-contained HTML page about runs: curves, figures, pictures, recipes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of this verb."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or names below $TRAINER_RUNS")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the page; says where.
+
+    Raises:
+        UserError: no such run, or the page can't be written.
+    """
+    from trainer.errors import UserError
+    from trainer.report import report
+    from trainer.runs import find_run
+    from trainer.tracking import RunFolder, atomic_write
+
+    page = report([RunFolder(find_run(given)) for given in options.runs])
+    try:
+        atomic_write(options.out, page)
+    except OSError as error:
+        raise UserError(f"--out {options.out}: can't be written: {error.strerror or error}") from error
+    print(f"{options.out}: {len(options.runs)} runs, {options.out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
