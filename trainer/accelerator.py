@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LAUNCH_FILE = Path("accelerate_config.yaml")
-TIMEOUT = timedelta(minutes=30)  # of a process that waits for the others; rank 0 may be downloading a data set
+TIMEOUT = timedelta(minutes=30)  # of a collective of the model's
+CONTROL_TIMEOUT = timedelta(days=7)  # of a process that waits for a decision: rank 0 may be preparing a data set; the watchdog ends what hangs
 
 
 @dataclass(frozen=True)

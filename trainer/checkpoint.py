@@ -129,7 +129,7 @@ def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
 def recover(root: Path) -> None:
     """Removes what a killed save left behind; puts a checkpoint back that was about to be replaced by one of the same step."""
     for leftover in (*root.glob(f"{WRITING}*"), *root.glob(f"{REMOVED}*")):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # a reader on a network file system may hold files of it
     for replaced in root.glob(f"{REPLACED}*"):
         final = root / replaced.name.removeprefix(REPLACED)
         if final.exists():
@@ -159,17 +159,17 @@ class Writer:
 
     def check(self) -> None:
         """Raises what went wrong with the last one, if that is known already."""
-        if self._thread and not self._thread.is_alive():
+        if (thread := self._thread) and not thread.is_alive():
             self.wait()
 
-    def wait(self) -> None:
-        """Waits until the last one is written; raises what went wrong.
+    def wait(self, seconds: float | None = None) -> None:
+        """Waits until the last one is written, or for so long; raises what went wrong.
 
         Raises:
             TrainingFailed: it can't be written, e.g. the disk is full; older checkpoints are whole.
         """
-        if self._thread:
-            self._thread.join()
+        if thread := self._thread:
+            thread.join(seconds)
             self._thread = None
         if self._error:
             error, self._error = self._error, None
@@ -177,6 +177,8 @@ class Writer:
 
     def _write(self, checkpoint: Checkpoint, best: bool) -> None:
         try:
+            if (metrics := self.root.with_name("metrics.jsonl")).exists():
+                _flush(metrics)  # a checkpoint's lines are on disk before it is
             save(self.root, checkpoint, self.keep, best)
         except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
             reason = getattr(error, "strerror", None) or error
@@ -223,7 +225,9 @@ def _keep_best(root: Path, checkpoint: Path) -> None:
 
 def _remove(root: Path, checkpoint: Path) -> None:
     """Removes a checkpoint under another name, so that a kill on the way leaves none with half of its files."""
-    shutil.rmtree(checkpoint.rename(root / f"{REMOVED}{checkpoint.name}"))
+    removed = root / f"{REMOVED}{checkpoint.parent.name}-{checkpoint.name}"
+    shutil.rmtree(removed, ignore_errors=True)
+    shutil.rmtree(checkpoint.rename(removed), ignore_errors=True)
 
 
 def _link_files(source: Path, target: Path) -> None:

@@ -67,7 +67,7 @@ class Guard:
         self._count: Tensor | None = None  # bad steps so far; float64, on the device
         self._first: Tensor | None = None  # of those since the last look: step, values, flags of the micro-batches
         self._names: list[str] = []
-        self._seen = 0
+        self._seen, self._has_stepped = 0, False
 
     def begin_step(self) -> None:
         """Remembers what a bad forward pass would spoil."""
@@ -99,11 +99,13 @@ class Guard:
         for buffer, before in zip(self.buffers, self._before, strict=True):
             buffer.copy_(torch.where(stop, before, buffer))
         counts = finite.all() & ~stop
-        # The first step creates the optimizer's state, which a fused kernel that skips it would leave without values.
+        # The host looks until a step has passed, which creates the optimizer's state.
         if self.scaled:  # the scaler skips such a step
             return True, counts
-        if stop.device.type == "cpu" or not self.optimizer.state or not getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            return not bool(stop), counts
+        if stop.device.type == "cpu" or not self._has_stepped or not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            passes = not bool(stop)
+            self._has_stepped |= passes
+            return passes, counts
         self.optimizer.found_inf = stop.float()  # type: ignore[attr-defined]
         return True, counts
 

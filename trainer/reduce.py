@@ -138,8 +138,7 @@ class Control:
     """Small messages between processes about the run itself, over CPU tensors: they never wait for a GPU."""
 
     def __init__(self, timeout: timedelta) -> None:
-        nccl = world_size() > 1 and dist.get_backend() != "gloo"
-        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if nccl else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
 
     def maximum(self, values: list[float]) -> list[float]:
         """The largest of each value over all processes."""

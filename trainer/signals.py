@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,7 +56,7 @@ class StopRequest:
         if os.getpid() != self._pid:
             return  # a loader worker: the process that started it decides
         if number == signal.SIGINT and self.signal_name == "SIGINT":
-            print("\nsecond Ctrl-C: ending at once; the last checkpoint stays", file=sys.stderr, flush=True)
+            os.write(2, b"\nsecond Ctrl-C: ending at once; the last checkpoint stays\n")  # print() may be in the middle of another line
             os._exit(130)
         self.signal_name = self.signal_name or signal.Signals(number).name
         if self._at_once:

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainer import checkpoint as checkpoints
-from trainer.accelerator import TIMEOUT, as_in_training, build_accelerator, resolve_precision
+from trainer.accelerator import CONTROL_TIMEOUT, as_in_training, build_accelerator, resolve_precision
 from trainer.checkpoint import Checkpoint, Writer
 from trainer.data.build import Data
 from trainer.data.order import FINGERPRINT_MODULUS, fingerprint
@@ -58,6 +58,7 @@ from trainer.tracking import RunFolder, Status, lower_is_better
 from trainer.watchdog import Watchdog
 
 # Counters that a checkpoint holds as they are.
+WRITER_TIMEOUT_S = 60.0  # for the last checkpoint of a training that failed
 COUNTERS = ("step", "seconds", "best", "best_step", "num_skipped", "unreadable", "evaluation_pending")
 
 
@@ -79,7 +80,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.rank == 0
-        self.control = Control(TIMEOUT)  # small messages between the processes
+        self.control = Control(CONTROL_TIMEOUT)  # small messages between the processes
 
         # The counters of a run, which checkpoints hold beside weights, averages and optimizer state.
         self.step = 0  # optimizer steps done
@@ -246,10 +247,11 @@ class Trainer:
 
     def _end(self, status: Status) -> None:
         """Waits for the last checkpoint, then says how the run ended: in the run folder, to the trackers and to people."""
-        self.watchdog.at("ending", self.step, patient=True)
+        self.watchdog.at("ending", self.step)
         self.writer.wait()
         if status == "stopped":
-            text = f"stopped on {STOP.signal_name or 'a signal'} at step {self.step}, checkpoint saved; the same command goes on from there"
+            again = "the same command" if self.resume == "auto" else "the same command with --resume auto"
+            text = f"stopped on {STOP.signal_name or 'a signal'} at step {self.step}, checkpoint saved; {again} goes on from there"
         else:
             text = f"finished {self.recipe.name}: {self.step} steps in {self.seconds:.0f} s; see {self.folder.path}"
         self.report.end(status, text, **self._facts())
@@ -258,7 +260,7 @@ class Trainer:
         """Says in the run folder and to the trackers that training failed, unless it hadn't begun."""
         if self.report.is_open:
             with suppress(TrainingFailed):  # what went wrong first is what is reported
-                self.writer.wait()
+                self.writer.wait(WRITER_TIMEOUT_S)
             self.report.end("failed", "", **self._facts())
 
     # ------------------------------------------------------------ one optimizer step
@@ -383,6 +385,7 @@ class Trainer:
 
     def _evaluate(self) -> bool | None:
         """Evaluates on the whole validation set; returns whether `evaluate.best` improved, None where a stop was asked for meanwhile."""
+        self._look_at_guard()
         model = self.ema.model if self.ema else self.task.model
         forward = as_in_training(self.accelerator, model)
         metrics = evaluate(self.task, model, forward, self.data, self._to_device, partial(self._may_go_on, "evaluating"))
@@ -437,6 +440,7 @@ class Trainer:
             "world_size": self.world_size,
             "threads": torch.get_num_threads(),
         }
+        self.writer.wait()  # one copy in memory at a time
         state = Checkpoint(
             model=checkpoints.snapshot(self.task.model),
             ema=checkpoints.snapshot(self.ema.model) if self.ema else None,

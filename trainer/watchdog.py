@@ -124,8 +124,8 @@ class Watchdog:
         while True:
             hanging = threading.Timer(self.silence, self._lose_store)  # a store whose process is stopped never answers
             hanging.daemon = True
-            hanging.start()
             try:
+                hanging.start()
                 state = self._publish()
                 verdict = self._judge() if self.rank == 0 else self._hear()
                 last_contact = time.monotonic()
@@ -149,8 +149,8 @@ class Watchdog:
                 self._heard = {rank: (report, self._resumed) for rank, (report, _) in self._heard.items()}
 
     def _publish(self) -> State:
-        self._beat += 1
         (marks, place, step, since), (state, error) = self._here, self._state
+        self._beat += state != "failed"  # the others count from there
         idle = 0.0 if since is None else time.monotonic() - max(since, self._resumed)
         report = Report(self._beat, marks, place, step, idle, state, error, platform.node())
         self._store.set(str(self.rank), json.dumps(asdict(report)))
@@ -161,7 +161,8 @@ class Watchdog:
         key, now = str(rank), time.monotonic()
         before = self._heard.get(rank, (Report(), now))
         report = Report(**json.loads(self._store.get(key))) if self._store.check([key]) else Report()
-        self._heard[rank] = before if report.beat == before[0].beat and rank in self._heard else (report, now)
+        same = rank in self._heard and (report.beat, report.state) == (before[0].beat, before[0].state)
+        self._heard[rank] = before if same else (report, now)
 
     def _others_go_on(self) -> bool:
         """On rank 0: whether others have not ended yet. Their store may live in this process, and they read there what happened."""

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.commands.status import Standing, code_of, print_table, run_name, standing_of
 from trainer.errors import UserError
 from trainer.runs import runs_dir
 from trainer.sweeps import variant_name, variants_of
+
+if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
+    from trainer.recipe import Recipe
 
 HELP = "train a run for each combination of values; finished ones are skipped"
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: a run's recipe has mistakes; then none is trained.
     """
-    axes = [override for override in options.overrides if len(variants_of([override])) > 1]
+    axes = [override for override in options.overrides if not override.startswith("name=") and len(variants_of([override])) > 1]
     same = [override for override in options.overrides if override not in axes]
     if not axes:
         raise UserError("nothing to sweep over: give a key several values, e.g. optimizer.lr=1e-3,1e-2")
@@ -46,12 +49,16 @@ def run(options: argparse.Namespace) -> int:
     name = run_name(options.recipe, same)
     names = [variant_name(name, variant) for variant in variants]
     runs = [[*same, *variant, f"name={each}"] for each, variant in zip(names, variants, strict=True)]
-    watched, *_ = [_watched(options, overrides) for overrides in runs]
-    _train(dict(zip(names, [_command(options, overrides) for overrides in runs], strict=True)), _slots(options))
+    recipes = [_checked(options, overrides) for overrides in runs]
+    commands = {each: _command(options, overrides) for each, overrides, recipe in zip(names, runs, recipes, strict=True) if not _is_finished(recipe)}
+    for each in names:
+        if each not in commands:
+            print(f"{each}: finished already", flush=True)
+    _train(commands, _slots(options))
     standings = [standing_of(runs_dir() / each) for each in names]
     print_table([standing.row() for standing in standings])
     plot = runs_dir() / f"{name}-sweep.png"
-    if _plot(variants, standings, watched, plot):
+    if _plot(variants, standings, recipes[0].evaluate.best, plot):
         print(f"see {plot}")
     return code_of(standings)
 
@@ -64,14 +71,22 @@ def _submit(options: argparse.Namespace, axes: list[str], same: list[str]) -> in
     return main(["submit", str(options.recipe), *same, *sweeps, "--processes", str(options.processes), *parallel])
 
 
-def _watched(options: argparse.Namespace, overrides: list[str]) -> str:
-    """Checks the recipe of a run; returns the metric that it watches."""
+def _checked(options: argparse.Namespace, overrides: list[str]) -> Recipe:
+    """The recipe of a run."""
     from trainer.accelerator import Launch
     from trainer.recipe import load_recipe
     from trainer.tasks.build import TASK_CHECKS
 
     checks = [*Launch(processes=options.processes).checks(), *TASK_CHECKS]
-    return str(load_recipe(options.recipe, overrides, checks).evaluate.best)
+    return load_recipe(options.recipe, overrides, checks)
+
+
+def _is_finished(recipe: Recipe) -> bool:
+    """Whether this very recipe was trained to its end; what has another one under its name, training itself will say."""
+    from trainer.tracking import RunFolder
+
+    folder = runs_dir() / recipe.name
+    return standing_of(folder).status == "finished" and RunFolder(folder).read_recipe() == recipe.resolved()
 
 
 def _command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
@@ -90,16 +105,15 @@ def _slots(options: argparse.Namespace) -> list[dict[str, str]]:
     count = options.parallel or max(1, groups)
     if not groups:
         return [{}] * count
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     first = [slot % groups * options.processes for slot in range(count)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(str(start + i) for i in range(options.processes))} for start in first]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(devices[start : start + options.processes])} for start in first]
 
 
 def _train(commands: dict[str, list[str]], slots: list[dict[str, str]]) -> None:
     """Runs the commands, as many at a time as there are slots; a failed one doesn't stop the others, a stop signal stops all."""
-    waiting = {name: command for name, command in commands.items() if standing_of(runs_dir() / name).status != "finished"}
-    for name in commands:
-        if name not in waiting:
-            print(f"{name}: finished already", flush=True)
+    waiting = dict(commands)
     free, running = list(slots), dict[str, tuple[subprocess.Popen[bytes], dict[str, str]]]()
     runs_dir().mkdir(parents=True, exist_ok=True)
     try:
@@ -121,7 +135,10 @@ def _train(commands: dict[str, list[str]], slots: list[dict[str, str]]) -> None:
         for process, _ in running.values():
             process.send_signal(signal.SIGTERM)
         for process, _ in running.values():
-            process.wait(STOP_TIMEOUT_S)
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _plot(variants: list[list[str]], standings: list[Standing], metric: str, file: Path) -> bool:
