@@ -32,7 +32,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from trainer.errors import TrainingFailed, UserError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 WRITING, REPLACED, REMOVED = ".writing-", ".replaced-", ".removed-"
 
@@ -49,6 +49,7 @@ class Counters(TypedDict):
     seconds: float
     best: float | None
     best_step: int | None
+    improvements: list[bool]
     num_skipped: int
     unreadable: list[int]
     evaluation_pending: bool

@@ -75,10 +75,11 @@ class TrainSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """`evaluate:`, when, and which metric makes a checkpoint the best."""
+    """`evaluate:`, when, which metric makes a checkpoint the best, and after how many evaluations without a better one training ends."""
 
     every: Duration = Span.parse("1 epoch")
     best: str = "loss"
+    stop_after: PositiveInt | None = None
     batch_size: PositiveInt | None = None
     pictures: Annotated[int, Field(ge=0)] = 8
 
@@ -104,7 +105,10 @@ SECTIONS: dict[str, tuple[str | None, type[Settings], bool]] = {
 }
 DEFAULTS: dict[str, Any] = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}
 # Changes under which a run still goes on: they leave what is computed as it is, or only add to it.
-RESUMABLE = ("train.duration", "train.non_finite", "train.timeout", "track", "reference", "data.workers", "data.cache", "data.max_unreadable", "checkpoint")
+RESUMABLE = (
+    *("train.duration", "train.non_finite", "train.timeout", "evaluate.stop_after", "track", "reference"),
+    *("data.workers", "data.cache", "data.max_unreadable", "checkpoint"),
+)
 
 
 Choice = tuple[Component, Settings]

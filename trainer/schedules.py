@@ -2,7 +2,7 @@
 
 Having no state, a schedule resumes exactly and is the same for any number of processes. Each factory
 gets `share`, which converts a recipe's duration to a share of the training, and returns
-`progress in [0, 1] -> factor`.
+`progress in [0, 1] -> factor`. `plateau` looks at the evaluations so far besides, which are the Trainer's to keep.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from trainer.best import Best
 from trainer.components import schedule
 from trainer.durations import Clock, DurationOrZero, Span
 from trainer.errors import UserError
@@ -26,8 +27,8 @@ NONE = Span.parse("0%")
 Factor = Annotated[float, Field(ge=0, le=1)]
 
 
-def build_schedule(recipe: Recipe, clock: Clock) -> Schedule:
-    """The schedule of a recipe.
+def build_schedule(recipe: Recipe, clock: Clock, best: Best) -> Schedule:
+    """The schedule of a recipe; `best` is kept up to date by the caller.
 
     Raises:
         UserError: a warm-up is longer than the training. One in steps of a training in epochs, or the other way round,
@@ -36,7 +37,7 @@ def build_schedule(recipe: Recipe, clock: Clock) -> Schedule:
     for key, value in recipe.schedule:
         if isinstance(value, Span) and clock.share(value) > 1:
             raise UserError(f"schedule.{key}: {value} is longer than the training ({clock.total_steps} steps)")
-    built: Schedule = recipe.build("schedule", share=clock.share)
+    built: Schedule = recipe.build("schedule", share=clock.share, best=best)
     return built
 
 
@@ -61,6 +62,20 @@ def cosine(share: Share, /, *, warmup: DurationOrZero = NONE, final: Factor = 0.
 def polynomial(share: Share, /, *, warmup: DurationOrZero = NONE, power: Annotated[float, Field(gt=0)] = 0.9) -> Schedule:
     """(1 - progress) ** power, as in DeepLab (Chen et al., 2017)."""
     return _after_warmup(share(warmup), lambda p: (1 - p) ** power)
+
+
+@schedule()
+def plateau(
+    share: Share,
+    best: Best,
+    /,
+    *,
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+    patience: Annotated[int, Field(ge=0)] = 5,
+    warmup: DurationOrZero = NONE,
+) -> Schedule:
+    """Multiplies by `factor` whenever `patience` evaluations in a row, and one more, haven't improved `evaluate.best`."""
+    return _after_warmup(share(warmup), lambda _: float(factor ** best.plateaus(patience)))
 
 
 @schedule()

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import chain
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainer import checkpoint as checkpoints
 from trainer.accelerator import CONTROL_TIMEOUT, as_in_training, build_accelerator, resolve_precision
+from trainer.best import Best
 from trainer.checkpoint import Checkpoint, Writer
 from trainer.data.build import Data
 from trainer.data.order import FINGERPRINT_MODULUS, fingerprint
@@ -54,12 +54,12 @@ from trainer.seeds import Use, mix
 from trainer.signals import STOP, Stopped, TimeLimit
 from trainer.tasks.build import build_task
 from trainer.tasks.task import Batch
-from trainer.tracking import RunFolder, Status, lower_is_better
+from trainer.tracking import RunFolder, Status
 from trainer.watchdog import Watchdog
 
-# Counters that a checkpoint holds as they are.
 WRITER_TIMEOUT_S = 60.0  # for the last checkpoint of a training that failed
-COUNTERS = ("step", "seconds", "best", "best_step", "num_skipped", "unreadable", "evaluation_pending")
+# Counters that a checkpoint holds as they are.
+COUNTERS = ("step", "seconds", "num_skipped", "unreadable", "evaluation_pending")
 
 
 class Trainer:
@@ -85,8 +85,7 @@ class Trainer:
         # The counters of a run, which checkpoints hold beside weights, averages and optimizer state.
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # on rank 0's clock, in the loop
-        self.best: float | None = None  # value of evaluate.best
-        self.best_step: int | None = None
+        self.best = Best(recipe.evaluate.best)
         self.means = Means()  # of the loss terms, since the last train line
         self.num_skipped = 0  # steps that changed nothing, since something wasn't finite
         self.unreadable: list[int] = []  # ids of training samples that another one stood in for
@@ -162,7 +161,7 @@ class Trainer:
             model.compile()  # in place: the keys of the state dict stay as they are
         self.trainable: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.ema = Ema(model, train.ema) if train.ema else None
-        self.schedule = build_schedule(self.recipe, self.clock)
+        self.schedule = build_schedule(self.recipe, self.clock, self.best)
         optimizer = self.recipe.build("optimizer", parameters=list(self.trainable))
         self.guard = Guard(optimizer, model.buffers(), skip=train.non_finite == "skip", scaled=self.accelerator.scaler is not None)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
@@ -177,11 +176,12 @@ class Trainer:
     def _is_finished(self, restored: Checkpoint) -> bool:
         """Whether nothing is left to do after this checkpoint; says so."""
         counters = restored.counters
-        if counters["evaluation_pending"] or not self.clock.finished(restored.step, counters["seconds"]):
-            return False
         self.step, self.seconds = restored.step, counters["seconds"]
+        self.best.restore(counters)
+        if counters["evaluation_pending"] or not self._is_over():
+            return False
         self._summary("finished")  # a kill may have come between the last save and this
-        self.report.say(f"{self.recipe.name} is finished already, at step {self.step}; a longer train.duration goes on from there")
+        self.report.say(f"{self.recipe.name} is finished already, at step {self.step}; a longer train.duration (or evaluate.stop_after) goes on from there")
         return True
 
     def _begin(self, restored: Checkpoint | None) -> Iterator[Batch]:
@@ -239,7 +239,7 @@ class Trainer:
             outcome = None if stop else self._evaluate()
             self.evaluation_pending = stop = outcome is None  # a stop came before or during it: the next start does it
             improved = bool(outcome)
-        status: Status | None = "stopped" if stop else "finished" if self.clock.finished(self.step, self.seconds) else None
+        status: Status | None = "stopped" if stop else "finished" if self._is_over() else None
         if status or improved or save:
             self._save(improved)
         self.logged_at += time.monotonic() - pause  # the logged speed is that of training alone
@@ -253,7 +253,8 @@ class Trainer:
             again = "the same command" if self.resume == "auto" else "the same command with --resume auto"
             text = f"stopped on {STOP.signal_name or 'a signal'} at step {self.step}, checkpoint saved; {again} goes on from there"
         else:
-            text = f"finished {self.recipe.name}: {self.step} steps in {self.seconds:.0f} s; see {self.folder.path}"
+            early = "" if self.clock.finished(self.step, self.seconds) else f" early, {self.best.stale} evaluations after the best one"
+            text = f"finished {self.recipe.name}{early}: {self.step} steps in {self.seconds:.0f} s; see {self.folder.path}"
         self.report.end(status, text, **self._facts())
 
     def _fail(self) -> None:
@@ -392,23 +393,14 @@ class Trainer:
         if metrics is None:
             return None
         self.watchdog.at("drawing pictures", self.step)
-        improved = self._update_best(metrics.get(self.recipe.evaluate.best))
+        # Rank 0 decides for all: a rounding error between different GPUs must not part them.
+        value = metrics.get(self.best.metric)
+        improved = bool(self.control.from_main([self.best.is_improved_by(value)])[0])
+        self.best.add(value, self.step, improved)
         self.report.validation(self._line("validation") | metrics, self.task.metric_names, improved)
         if self.is_main:
             self._draw_pictures(forward)
         set_train_mode(self.task.model)
-        return improved
-
-    def _update_best(self, value: float | None) -> bool:
-        """Keeps the watched metric (None: it has no value on this set) if it is better than ever before; returns whether it is.
-
-        Rank 0 decides for all: a rounding error between different GPUs must not part them.
-        """
-        sign = -1.0 if lower_is_better(self.recipe.evaluate.best) else 1.0
-        improved = value is not None and isfinite(value) and (self.best is None or sign * value > sign * self.best)
-        improved = bool(self.control.from_main([improved])[0])
-        if improved:
-            self.best, self.best_step = value, self.step
         return improved
 
     @torch.no_grad()
@@ -433,7 +425,7 @@ class Trainer:
             raise TrainingFailed(f"weights are not finite after step {self.step} and aren't saved; lower optimizer.lr or set train.clip_norm=1.0")
         if not self.is_main:
             return
-        counters: Any = {name: getattr(self, name) for name in COUNTERS} | {
+        counters: Any = {name: getattr(self, name) for name in COUNTERS} | self.best.state() | {
             "fingerprint": fingerprint,
             "means": self.means.state(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -458,10 +450,11 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(counters["scaler"])
         for name in COUNTERS:
             setattr(self, name, counters[name])  # type: ignore[literal-required]
+        self.best.restore(counters)
         self.fingerprint = counters["fingerprint"] if self.is_main else 0
         self.means.restore(counters["means"], self.device)
         if self.is_main:
-            checkpoints.restore_best(self.folder.checkpoints, self.best_step)
+            checkpoints.restore_best(self.folder.checkpoints, self.best.step)
         self.report.say(f"resumed {self.recipe.name} from step {self.step}")
         before, now = (counters["world_size"], counters["threads"]), (self.world_size, torch.get_num_threads())
         if before != now:
@@ -478,6 +471,11 @@ class Trainer:
         return facts | ({"skipped_steps": self.num_skipped} if self.num_skipped else {}) | ({"unreadable": self.unreadable} if self.unreadable else {})
 
     # ------------------------------------------------------------ small things
+
+    def _is_over(self) -> bool:
+        """Whether the training duration has passed, or too many evaluations without improvement."""
+        patience = self.recipe.evaluate.stop_after
+        return self.clock.finished(self.step, self.seconds) or (patience is not None and self.best.stale >= patience)
 
     def _may_go_on(self, place: str) -> bool:
         """Whether no process was asked to stop."""

@@ -22,6 +22,7 @@ def make(step: int, value: float = 0.0) -> Checkpoint:
         "seconds": 1.5,
         "best": 0.25,
         "best_step": step,
+        "improvements": [True, False],
         "num_skipped": 0,
         "unreadable": [],
         "evaluation_pending": False,
