@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PLAIN = [sys.executable, "benchmarks/plain_loop.py"]
+PLAIN = [sys.executable, "benchmarks/plain_loop.py", "shapes"]
 RUN = [sys.executable, "trainer/run.py", "recipes/quickstart.yaml", "--resume", "never", "track=[]", "schedule=cosine", "evaluate.pictures=0"]
 RUN += ["data.batch_size=16", "data.augment=[horizontal_flip]", "model.depth=4"]  # what the plain loop does
 SAME = ["train.precision=fp32", "train.channels_last=false"]

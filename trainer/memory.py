@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.accelerator import resolve_precision
 from trainer.data.source import DataInfo
+from trainer.errors import UserError
 from trainer.models.freeze import set_train_mode, train_only
 from trainer.recipe import Recipe
 from trainer.tasks.build import build_task
 
 STEPS = 3
+MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,11 @@ class Cost:
 
     Attributes:
         trainable: weights that learn.
-        saved_bytes: of activations that the forward pass keeps for the backward pass, each storage once.
+        saved_bytes: of activations that the forward pass of a micro-batch keeps for the backward pass, each storage once.
         gradient_bytes, optimizer_bytes: of what belongs to the weights that learn.
         peak_bytes: of the device at the worst moment, above what was there before the model; None where the system doesn't tell.
-        flops: of forward and backward pass.
-        seconds: median of three steps.
+        flops: of the forward and backward passes of a step.
+        seconds: of a step, the median of three.
     """
 
     trainable: int
@@ -43,13 +50,32 @@ class Cost:
 
 
 def measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, width: int) -> Cost:
-    """Trains a new model for a few steps of `data.batch_size` made-up samples, with only `layers` learning (empty: all)."""
+    """Trains a new model for a few steps, with only `layers` learning (empty: all); one process, the recipe's precision.
+
+    A step is `data.batch_size` made-up samples in `train.accumulate` micro-batches; `saved_bytes` is that of one of these.
+
+    Raises:
+        UserError: memory is out.
+    """
+    try:
+        return _measure(recipe, info, layers, height, width)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"memory is out with {height}x{width} pixels and {recipe.data.batch_size // recipe.train.accumulate} samples at a time: lower data.batch_size, "
+            "raise train.accumulate, give a smaller --input-size, or only count with --no-measure"
+        ) from error
+
+
+def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, width: int) -> Cost:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = _start_peak(device)
     task = build_task(recipe, info)
     model = task.model.to(device)
     train_only(model.requires_grad_(True), layers)
     set_train_mode(model)
+    precision = resolve_precision(recipe.train.precision)
+    if precision == "fp64":
+        model.double()
     if recipe.train.channels_last:
         model.to(memory_format=torch.channels_last)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -64,14 +90,21 @@ def measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, widt
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    def forward(images: Any) -> Any:
+        with torch.autocast(device.type, MIXED.get(precision), enabled=precision in MIXED):
+            return convert_to_fp32(model(images))
+
+    def loss_of_micro_batch() -> Tensor:
+        return task.loss.combine(task.loss_sums(forward, batch))["loss"]
+
     def step() -> None:
-        loss = task.loss.combine(task.loss_sums(model, batch))["loss"]
-        loss.backward()
+        for _ in range(recipe.train.accumulate):
+            loss_of_micro_batch().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = task.loss.combine(task.loss_sums(model, batch))["loss"]
+        loss = loss_of_micro_batch()
         saved_bytes = sum(saved.values())
         loss.backward()
     gradient_bytes = sum(parameter.grad.untyped_storage().nbytes() for parameter in trainable if parameter.grad is not None)
@@ -88,14 +121,14 @@ def measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, widt
         gradient_bytes=gradient_bytes,
         optimizer_bytes=state_bytes,
         peak_bytes=None if peak is None or before is None else peak - before,
-        flops=counter.get_total_flops(),
+        flops=recipe.train.accumulate * counter.get_total_flops(),
         seconds=statistics.median(seconds),
     )
 
 
 def _made_up(recipe: Recipe, info: DataInfo, height: int, width: int, device: torch.device) -> dict[str, Any]:
-    """A batch of noise with the fields that the task needs."""
-    size = recipe.data.batch_size
+    """A micro-batch of noise with the fields that the task needs."""
+    size = recipe.data.batch_size // recipe.train.accumulate
     makers = {
         "image": lambda: torch.randint(0, 256, (size, 3, height, width), dtype=torch.uint8, device=device),
         "mask": lambda: torch.randint(0, info.num_classes, (size, 1, height, width), dtype=torch.uint8, device=device),
@@ -117,6 +150,9 @@ def _start_peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    gc.collect()
+    with suppress(OSError, AttributeError):  # of glibc: memory that was freed goes back to the system, else it would be in use still
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the process's highest use
     except OSError:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from trainer.errors import UserError
 
@@ -30,3 +34,47 @@ def variant_name(name: str, variant: list[str]) -> str:
         key, _, value = override.partition("=")
         name += f"-{key.rpartition('.')[2]}={value}"
     return re.sub(r"[^\w.+=,-]+", "_", name)
+
+
+def varying(runs: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Of the overrides of several runs those that aren't the same for all; names of runs don't count."""
+    return [[override for override in run if not override.startswith("name=") and any(override not in other for other in runs)] for run in runs]
+
+
+def plot_sweep(variants: Sequence[Sequence[str]], folders: Sequence[Path], file: Path) -> bool:
+    """Draws the best validation value of each metric over the first key, with a line for each choice of the others.
+
+    Args:
+        variants: the overrides that make each run special.
+        folders: of these runs; those without an evaluation are left out.
+        file: the PNG to write.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    from matplotlib.figure import Figure  # without pyplot there is no global state and no display
+
+    panels: dict[str, dict[str, tuple[list[str], list[float]]]] = {}  # metric -> other keys -> values of the first key, bests
+    for variant, folder in zip(variants, folders, strict=True):
+        summary = folder / "summary.json"
+        best = json.loads(summary.read_text(encoding="utf-8")).get("best", {}) if summary.exists() else {}
+        for metric, found in best.items():
+            if "/" not in metric:  # not those of single classes
+                where, values = panels.setdefault(metric, {}).setdefault(" ".join(variant[1:]), ([], []))
+                where.append(variant[0].partition("=")[2] if variant else folder.name)
+                values.append(found["value"])
+    if not panels:
+        return False
+    figure = Figure(figsize=(7, 3 * len(panels)), dpi=110, layout="constrained")
+    axes: Any = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for each, (metric, lines) in zip(axes, panels.items(), strict=True):
+        for label, points in lines.items():
+            each.plot(*points, marker="o", label=label)
+        each.set_ylabel(f"best validation {metric}")
+        each.grid(color="0.9")
+        each.spines[["top", "right"]].set_visible(False)
+        if len(lines) > 1:
+            each.legend(frameon=False, fontsize="small")
+    axes[-1].set_xlabel(next((variant[0].partition("=")[0] for variant in variants if variant), "run"))
+    figure.savefig(file, format="png")
+    return True

@@ -70,7 +70,7 @@ def test_a_job_of_two_nodes_is_preempted_twice_goes_on_by_itself_and_ends_with_t
 
 def test_a_sweep_of_which_a_run_fails_and_one_is_cancelled_ends_with_a_table_that_says_so(cluster: Cluster, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    cluster.run(TRAINER, "submit", recipe, "train.duration=4 steps", "--sweep", "optimizer.lr=1e-2,1e300,1e-3,1e-4", "--parallel", "2")
+    cluster.run(TRAINER, "sweep", "--slurm", recipe, "train.duration=4 steps", "optimizer.lr=1e-2,1e300,1e-3,1e-4", "--parallel", "2")
     (sweep,) = Path("logs").glob("*-sweep-1.txt")
     (job,) = {found["ArrayJobId"] for found in cluster.jobs("") if found["JobName"] == sweep.stem}
     cluster.run("scancel", f"{job}_3")
@@ -78,6 +78,7 @@ def test_a_sweep_of_which_a_run_fails_and_one_is_cancelled_ends_with_a_table_tha
     wait_for(lambda: len(text_of(table).splitlines()) == 4, "the table")
     rows = [line.split() for line in table.read_text().splitlines()]
     assert [row[:2] for row in rows] == [["run-lr=1e-2", "finished"], ["run-lr=1e300", "failed"], ["run-lr=1e-3", "finished"], ["run-lr=1e-4", "cancelled"]]
+    assert Path("logs/run-sweep-1.png").stat().st_size > 1000
     assert "training failed: " in Path(f"logs/run-sweep-1-{job}_1-rank0.log").read_text()
 
 

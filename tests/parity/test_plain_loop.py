@@ -30,7 +30,7 @@ def _plain(recipe: Path, out: Path) -> None:
             batch = trainer.data.train.__getitems__(positions)
             yield batch["image"], batch["mask"][:, 0]
 
-    losses = plain_loop.train(trainer.task.model, batches(), STEPS, lr=1e-2)
+    losses = plain_loop.train(trainer.task.model, batches(), STEPS, torch.optim.AdamW(trainer.task.model.parameters(), lr=1e-2))
     out.write_text(json.dumps([float(loss) for loss in losses]))
 
 

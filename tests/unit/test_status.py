@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.commands import main
+from trainer.sweeps import varying
 
 RECIPE = "name: {name}\nevaluate: {{best: miou}}\n"
 
@@ -127,6 +128,18 @@ def test_a_sweep_is_the_runs_of_a_file_and_slurm_knows_what_was_cancelled(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert main(["status", "--sweep", str(sweep), "--json"]) == 75
     assert [found["status"] for found in json.loads(capsys.readouterr().out)] == ["finished", "cancelled", "cancelled", "cancelled", "not started"]
+
+
+def test_the_runs_of_a_sweep_are_drawn_over_what_differs_between_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs", "a", "finished", 30)
+    sweep = tmp_path / "lr.txt"
+    sweep.write_text("name=a same=1 lr=1 seed=2\nname=b same=1 lr=2 seed=2\n", encoding="utf-8")
+    assert main(["status", "--sweep", str(sweep), "--plot", str(tmp_path / "lr.png")]) == 75
+    assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
+    assert varying([["name=a", "same=1", "lr=1", "seed=2"], ["name=b", "same=1", "lr=2", "seed=2"]]) == [["lr=1"], ["lr=2"]]
+    for mistake in (["a", "--plot", "x.png"], ["--sweep", str(sweep), "--plot", "x.pdf"], ["--sweep", str(sweep), "--plot", "/nowhere/x.png"]):
+        assert main(["status", *mistake]) == 2
+        assert "--plot" in capsys.readouterr().err
 
 
 def test_a_sweep_line_without_a_name_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

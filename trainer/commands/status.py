@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from trainer.errors import UserError
 from trainer.recipe_file import Reader, RecipeError
 from trainer.runs import find_run, is_locked, runs_dir
+from trainer.sweeps import plot_sweep, varying
 
 HELP = "say where runs stand: exit 0 finished, 75 to be resumed, 3 failed"
 TO_BE_RESUMED, FAILED = 75, 3
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "run folders, names below $TRAINER_RUNS, or recipe files; with a recipe, overrides count too, as name=… does in training"
     parser.add_argument("runs", nargs="*", metavar="RUN | RECIPE | key.path=value", help=what)
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="all runs of a sweep: a file with the overrides of a run in each line")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the best values of the sweep's runs into this PNG")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead")
 
 
@@ -42,11 +44,23 @@ def run(options: argparse.Namespace) -> int:
         standings += sweep_standings(options.sweep)
     if not standings:
         raise UserError("name at least one run, recipe or --sweep FILE")
+    if options.plot:
+        _plot(options)
     if options.json:
         print(json.dumps([asdict(standing) for standing in standings], indent=2))
     else:
         print_table([standing.row() for standing in standings])
     return code_of(standings)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    if not options.sweep or options.plot.suffix != ".png":
+        raise UserError(f"--plot {options.plot}: names the .png file for the runs of a --sweep")
+    runs = read_sweep(options.sweep)
+    try:
+        plot_sweep(varying(runs), [runs_dir() / _name_in(options.sweep, overrides) for overrides in runs], options.plot)
+    except OSError as error:
+        raise UserError(f"--plot {options.plot}: can't be written: {error.strerror}") from error
 
 
 def code_of(standings: list[Standing]) -> int:
@@ -121,16 +135,21 @@ def sweep_standings(file: Path) -> list[Standing]:
     states = _array_states(file.stem)
     standings = []
     for index, overrides in enumerate(read_sweep(file)):
-        reader = Reader(named=())
-        tree, _ = reader.overrides(overrides)
-        if reader.problems or "name" not in tree:
-            raise UserError(f"{file}: {shlex.join(overrides)!r} has no name=…; each line gives its run one, and other overrides")
-        standing = standing_of(runs_dir() / str(tree["name"]))
+        standing = standing_of(runs_dir() / _name_in(file, overrides))
         forgotten = bool(states) and index not in states and standing.status == "not started"  # as a task is that was cancelled while it waited
         if standing.code == TO_BE_RESUMED and (forgotten or states.get(index) == "CANCELLED"):
             standing.status = "cancelled"
         standings.append(standing)
     return standings
+
+
+def _name_in(file: Path, overrides: list[str]) -> str:
+    """The run that a line of a sweep's file names."""
+    reader = Reader(named=())
+    tree, _ = reader.overrides(overrides)
+    if reader.problems or "name" not in tree:
+        raise UserError(f"{file}: {shlex.join(overrides)!r} has no name=…; each line gives its run one, and other overrides")
+    return str(tree["name"])
 
 
 def read_sweep(file: Path) -> list[list[str]]:

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trainer.commands.status import Standing, code_of, print_table, run_name, standing_of
+from trainer.commands.status import code_of, print_table, run_name, standing_of
 from trainer.errors import UserError
 from trainer.runs import runs_dir
-from trainer.sweeps import variant_name, variants_of
+from trainer.sweeps import plot_sweep, variant_name, variants_of
 
 if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
     from trainer.recipe import Recipe
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     standings = [standing_of(runs_dir() / each) for each in names]
     print_table([standing.row() for standing in standings])
     plot = runs_dir() / f"{name}-sweep.png"
-    if _plot(variants, standings, recipes[0].evaluate.best, plot):
+    if plot_sweep(variants, [runs_dir() / each for each in names], plot):
         print(f"see {plot}")
     return code_of(standings)
 
@@ -139,29 +139,3 @@ def _train(commands: dict[str, list[str]], slots: list[dict[str, str]]) -> None:
                 process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def _plot(variants: list[list[str]], standings: list[Standing], metric: str, file: Path) -> bool:
-    """Draws the best value of each run over the first axis, a line for each choice of the others; returns whether there was any."""
-    from matplotlib.figure import Figure  # without pyplot there is no global state and no display
-
-    lines: dict[str, tuple[list[str], list[float]]] = {}
-    for variant, standing in zip(variants, standings, strict=True):
-        if standing.best:
-            where, values = lines.setdefault(" ".join(variant[1:]), ([], []))
-            where.append(variant[0].partition("=")[2])
-            values.append(standing.best["value"])
-    if not lines:
-        return False
-    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
-    axes: Any = figure.subplots()
-    for label, points in lines.items():
-        axes.plot(*points, marker="o", label=label)
-    axes.set_xlabel(variants[0][0].partition("=")[0])
-    axes.set_ylabel(f"best validation {metric}")
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
-        axes.legend(frameon=False, fontsize="small")
-    figure.savefig(file, format="png")
-    return True
