@@ -1,23 +1,26 @@
-"""Pictures of a run: learning curves, and sheets of samples."""
+"""Pictures of a run: learning curves, confusion matrices, and sheets of samples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn import functional
 
 from trainer.tracking import Line, lower_is_better, metrics_of
 
-MIN_HEIGHT = 128  # pixels of a sample on a sheet
+MAX_LABELLED = 20  # classes of a confusion matrix whose cells have room for figures
+# Of a sheet, in pixels.
+MIN_HEIGHT = 128  # of a sample
+GAP = 6
+TEXT = 14
 Points = tuple[list[float], list[float]]
 
 
 def draw_curves(lines: list[Line], file: Path) -> None:
-    """Draws the train and validation losses, and below them the validation metrics where there are any.
+    """Draws the train and validation losses, and below them the validation metrics where there are any, but those of single classes.
 
     Args:
         lines: of `metrics.jsonl`.
@@ -27,7 +30,7 @@ def draw_curves(lines: list[Line], file: Path) -> None:
 
     train, validation = _series(lines, "train"), _series(lines, "validation")
     losses = sorted({name for name in (*train, *validation) if lower_is_better(name)}, key=lambda name: (name != "loss", name))
-    metrics = [name for name in validation if not lower_is_better(name)]
+    metrics = [name for name in validation if not lower_is_better(name) and "/" not in name]
     rows = 2 if metrics else 1
     figure = Figure(figsize=(9, 3.6 * rows), dpi=110, layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
@@ -51,13 +54,75 @@ def draw_curves(lines: list[Line], file: Path) -> None:
     figure.savefig(file, format="png")
 
 
-def save_sheet(rows: Sequence[Tensor], file: Path) -> None:
-    """Writes pictures uint8 (3, H, W), which may differ in size, one below the other; small ones enlarged."""
-    scale = max(1, MIN_HEIGHT // max(row.shape[1] for row in rows))
-    rows = [row.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for row in rows]
-    width = max(row.shape[2] for row in rows)
-    sheet = torch.cat([functional.pad(row.cpu(), (0, width - row.shape[2])) for row in rows], dim=1)
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(file)
+def draw_confusion(table: Mapping[str, Sequence[int]], file: Path) -> None:
+    """Draws a confusion matrix: rows are the truth, columns the prediction, colours the share of a row.
+
+    Args:
+        table: for each true class the counts of its predicted classes, in the same order.
+        file: the PNG to write.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, PercentFormatter
+
+    counts = np.array(list(table.values()))
+    shares = row_shares(counts)
+    side = 2.5 + min(12.0, 0.7 * len(table))
+    figure = Figure(figsize=(side, side), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(table)), table, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(table)), table)
+    axes.set(xlabel="prediction", ylabel="truth", facecolor="0.9")  # grey where a class that isn't there has no shares
+    axes.spines[:].set_visible(False)
+    if len(table) > MAX_LABELLED:
+        figure.colorbar(image, shrink=0.7, format=PercentFormatter(1), label="share of the true class")
+    else:
+        shorten = EngFormatter(places=1, sep="")
+        for row, column in zip(*counts.nonzero(), strict=True):
+            count, share = counts[row, column], shares[row, column]
+            text = f"{share:.1%}\n{shorten(count) if count >= 1000 else count}"
+            axes.text(column, row, text, ha="center", va="center", fontsize="x-small", color="white" if share > 0.5 else "black", in_layout=False)
+    figure.savefig(file, format="png")
+
+
+def row_shares(counts: np.ndarray) -> np.ndarray:
+    """Each count as a share of its row; nan in a row that has none."""
+    totals = counts.sum(1, keepdims=True)
+    return np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+
+
+def save_sheet(samples: Sequence[Tensor], file: Path, panels: Sequence[str] = (), legend: Mapping[str, tuple[int, int, int]] = {}) -> None:
+    """Writes samples one below the other, each a row of panels; small ones enlarged by a whole factor.
+
+    Args:
+        samples: uint8 (P, 3, H, W) each; they may differ in size.
+        file: the PNG to write.
+        panels: what stands above each of the P columns.
+        legend: what colours (RGB, 0 to 255) mean, to stand below.
+    """
+    font = ImageFont.load_default(TEXT)
+    scale = max(1, MIN_HEIGHT // max(sample.shape[2] for sample in samples))
+    column = GAP + scale * max(sample.shape[3] for sample in samples)
+    width = GAP + column * len(samples[0])
+    entry = 2 * TEXT + GAP + round(max(map(font.getlength, legend), default=0))  # a square of the colour and its name
+    entries_in_line = max(1, (width - GAP) // entry)
+    heading, line = (TEXT + GAP if texts else 0 for texts in (panels, legend))
+    heights = [GAP + scale * sample.shape[2] for sample in samples]
+    sheet = Image.new("RGB", (width, heading + sum(heights) + GAP + line * -(-len(legend) // entries_in_line)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, name in enumerate(panels):
+        draw.text((GAP + index * column, GAP // 2), name, "black", font)
+    top = heading + GAP
+    for sample, height in zip(samples, heights, strict=True):
+        for index, panel in enumerate(sample):
+            image = Image.fromarray(panel.permute(1, 2, 0).cpu().numpy())
+            sheet.paste(image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST), (GAP + index * column, top))
+        top += height
+    for index, (name, color) in enumerate(legend.items()):
+        x, y = GAP + index % entries_in_line * entry, top + index // entries_in_line * line
+        draw.rectangle((x, y, x + TEXT, y + TEXT), color, "black")
+        draw.text((x + TEXT + GAP, y - 1), name, "black", font)
+    sheet.save(file)
 
 
 def _series(lines: list[Line], split: str) -> dict[str, Points]:

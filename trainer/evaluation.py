@@ -18,7 +18,7 @@ ToDevice = Callable[[Batch], Batch]
 @torch.no_grad()
 def evaluate(
     task: Task, model: nn.Module, forward: Callable[..., Any], data: Data, to_device: ToDevice, may_go_on: Callable[[], bool]
-) -> dict[str, float] | None:
+) -> dict[str, Any] | None:
     """Metrics of the whole validation set from sums over unpadded shards; None where `may_go_on` ended it.
 
     Args:
@@ -42,7 +42,7 @@ def evaluate(
     if not sums:  # an empty share has nothing to add, but must know what is added
         found = task.evaluation_sums(forward, to_device(data.validation.__getitems__([0])))
         sums = {key: torch.zeros_like(value) for key, value in found.items()}
-    sums = total(sums)
+    sums = {key: value.cpu() for key, value in total(sums).items()}  # metrics are many small figures: the host would wait for each
     size = len(data.validation)
     assert int(sums["samples"]) == size, f"evaluated {int(sums['samples'])} samples of {size}"
     return task.metrics(sums)

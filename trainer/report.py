@@ -10,8 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from trainer.curves import MAX_LABELLED, row_shares
 from trainer.recipe import flatten
-from trainer.tracking import RunFolder, lower_is_better, metrics_of
+from trainer.tracking import Line, RunFolder, lower_is_better, metrics_of
 
 MAX_PICTURES = 3  # of each run: the first, one in the middle, the last
 STYLE = """
@@ -40,6 +43,12 @@ class Run:
         points = [(line["epoch"], line[metric]) for line in self.lines if line["split"] == split and metric in metrics_of(line)]
         return [epoch for epoch, _ in points], [value for _, value in points]
 
+    def best_validation(self) -> Line:
+        """The validation line at the best value of `evaluate.best`; the last one where there is no best, empty without any."""
+        lines = [line for line in self.lines if line["split"] == "validation"]
+        best = self.summary.get("best", {}).get(self.recipe["evaluate"]["best"], {}).get("step")
+        return next((line for line in lines if line["step"] == best), lines[-1] if lines else {})
+
     def sheets(self) -> list[Path]:
         """A few of its validation pictures, oldest first."""
         files = sorted(self.folder.pictures.glob("validation_step_*.png"))
@@ -53,6 +62,7 @@ def report(folders: Sequence[RunFolder]) -> str:
     sections = [
         ("Figures", _figures(runs)),
         ("Curves", _curves(runs)),
+        ("Confusion", "".join(_confusion(run) for run in runs)),
         ("Pictures", "".join(_pictures(run) for run in runs)),
         ("Recipes", _recipes(runs)),
         ("Environment", _environments(runs)),
@@ -106,6 +116,35 @@ def _curves(runs: list[Run]) -> str:
     return "".join(parts)
 
 
+def _confusion(run: Run) -> str:
+    """The confusion matrix at the best step, in figures and, by hovering, in counts; drawn by the library that the curves brought along."""
+    import plotly.graph_objects as go
+    from plotly.io import to_html
+
+    line = run.best_validation()
+    if "confusion" not in line:
+        return ""
+    names, counts = list(line["confusion"]), list(line["confusion"].values())
+    matrix = go.Heatmap(
+        x=names,
+        y=names,
+        z=row_shares(np.array(counts)),
+        customdata=counts,
+        texttemplate="%{z:.1%}" if len(names) <= MAX_LABELLED else None,
+        hovertemplate="%{y}, predicted as %{x}:<br>%{customdata:,}, %{z:.2%} of %{y}<extra></extra>",
+        hoverongaps=False,
+        colorscale="Blues",
+        zmin=0,
+        zmax=1,
+        showscale=False,
+    )
+    side = 200 + min(700, 60 * len(names))
+    layout = {"template": "plotly_white", "width": side, "height": side, "margin": {"t": 30}}
+    layout |= {"xaxis_title": "prediction", "yaxis": {"title": "truth", "autorange": "reversed"}}
+    figure = to_html(go.Figure(matrix, layout), full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+    return f"<figure>{figure}<figcaption>{escape(run.name)}, step {line['step']}, each row as shares of the true class</figcaption></figure>"
+
+
 def _pictures(run: Run) -> str:
     figures = [
         f'<figure><img alt="{escape(file.stem)}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
@@ -141,6 +180,6 @@ def _cell(value: Any) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    head = "".join(f"<th>{escape(name).replace('_', '_<wbr>')}</th>" for name in heads)  # long names may break there
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
-from trainer.curves import draw_curves, save_sheet
+from trainer.curves import draw_confusion, draw_curves, save_sheet
 from trainer.progress import Progress
 from trainer.recipe import Recipe
+from trainer.tasks.task import Color
 from trainer.trackers import Mirrors
 from trainer.tracking import Line, RunFolder, Status, environment
 
@@ -54,24 +55,25 @@ class Reporter:
             self.display.train(line)
 
     def validation(self, line: Line, names: Sequence[str], improved: bool) -> None:
-        """A validation line; `names` are the metrics for the terminal."""
+        """A validation line; `names` are the metrics for the terminal. A confusion matrix is drawn, for `pictures` to show."""
         self._log(line)
         figures = "  ".join(f"{name} {line[name]:.4f}" for name in names if name in line)
         self.say(f"step {line['step']:6d}  validation: {figures}{'  (best so far)' if improved else ''}")
         if self.enabled and time.monotonic() - self._curves_drawn > CURVES_EVERY_S:
             self._draw_curves()
+        if self.enabled and self.recipe.evaluate.pictures and "confusion" in line:
+            draw_confusion(line["confusion"], self.folder.pictures / f"confusion_step_{line['step']:08d}.png")
 
     def _log(self, line: Line) -> None:
         if self.enabled and self.mirrors:
             self.folder.log(line)
             self.mirrors.log(line, line["step"], line["split"])
 
-    def pictures(self, rows: list[Tensor], step: int) -> None:
-        """Samples of the validation set: uint8 (3, H, W) each."""
+    def pictures(self, samples: list[Tensor], step: int, panels: Sequence[str] = (), legend: Mapping[str, Color] = {}) -> None:
+        """Draws samples of the validation set, uint8 (P, 3, H, W) each, and shows all pictures of this step."""
         if self.enabled and self.mirrors:
-            file = self.folder.pictures / f"validation_step_{step:08d}.png"
-            save_sheet(rows, file)
-            self.mirrors.pictures([file], step)
+            save_sheet(samples, self.folder.pictures / f"validation_step_{step:08d}.png", panels, legend)
+            self.mirrors.pictures(self.folder.pictures_of(step), step)
 
     def summary(self, status: Status, **facts: Any) -> dict[str, Any]:
         """Writes and returns summary.json."""

@@ -411,7 +411,7 @@ class Trainer:
         if count:
             # One by one, since they may differ in size.
             batches = (self._to_device(self.data.validation.__getitems__([i * size // count])) for i in range(count))
-            self.report.pictures([self.task.pictures(forward, batch)[0] for batch in batches], self.step)
+            self.report.pictures([self.task.pictures(forward, batch)[0] for batch in batches], self.step, self.task.panels, self.task.legend)
 
     # ------------------------------------------------------------ saving and restoring
 
@@ -425,7 +425,8 @@ class Trainer:
             raise TrainingFailed(f"weights are not finite after step {self.step} and aren't saved; lower optimizer.lr or set train.clip_norm=1.0")
         if not self.is_main:
             return
-        counters: Any = {name: getattr(self, name) for name in COUNTERS} | self.best.state() | {
+        counters: Any = {name: getattr(self, name) for name in COUNTERS}
+        counters |= self.best.state() | {
             "fingerprint": fingerprint,
             "means": self.means.state(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,

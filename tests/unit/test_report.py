@@ -25,6 +25,11 @@ reference: {miou: 0.75}
 """
 
 
+def confusion(name: str, step: int) -> dict[str, dict[str, list[int]]]:
+    """Of one run alone; nothing of the second class is there."""
+    return {"confusion": {"background": [95 + step, 100 - step], "square": [0, 0]}} if name == "first" else {}
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> list[RunFolder]:
     """Two runs that differ in their learning rate; the name of one is made to break the page."""
@@ -36,7 +41,7 @@ def runs(tmp_path: Path) -> list[RunFolder]:
         run.write_recipe(load_recipe(tmp_path / "r.yaml", [f"optimizer.lr={lr}"]).resolved())
         for step in range(1, 6):
             run.log({"step": step, "epoch": step / 2, "split": "train", "loss": 1 / step, "learning_rate": lr})
-            run.log({"step": step, "epoch": step / 2, "split": "validation", "loss": 1.1 / step, "miou": step / 6, "iou/square": 0.5})
+            run.log({"step": step, "epoch": step / 2, "split": "validation", "loss": 1.1 / step, "miou": step / 6, "iou/square": 0.5} | confusion(name, step))
         run.write_summary("finished", step=5, seconds=3.25, samples_per_second=10.0)
         run.write_environment({"python": "3.11"})
         Image.new("RGB", (90, 30), "tomato").save(run.pictures / "validation_step_00000005.png")
@@ -54,6 +59,14 @@ def test_it_has_the_figures_beside_the_reference_and_the_keys_that_differ(runs: 
     assert text.count('class="number better" title="step 5">0.8333 (0.7500)') == 2
     assert "<td>optimizer.lr</td><td class=number>0.001</td><td class=number>0.002</td>" in text and "<td>optimizer.name</td>" not in text
     assert text.count('5" src="data:image/png;base64,') == 2 and "&lt;b&gt;second&amp;" in text and "<td><b>second" not in text
+
+
+def test_it_has_the_confusion_matrix_of_the_best_step(runs: list[RunFolder], tmp_path: Path) -> None:
+    text = page(runs, tmp_path / "report.html")
+    assert text.count('"customdata":[[100,95],[0,0]]') == text.count("each row as shares of the true class") == 1
+    runs[0].log({"step": 6, "epoch": 3, "split": "validation", "loss": 1.0, "miou": 0.1} | confusion("first", 6))
+    runs[0].write_summary("finished", step=6)
+    assert '"customdata":[[100,95],[0,0]]' in page(runs, tmp_path / "report.html")
 
 
 def test_it_loads_nothing_from_elsewhere(runs: list[RunFolder], tmp_path: Path) -> None:

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
+    from torch import Tensor
+
     from trainer.recipe import Recipe
 
 HELP = "validate recipes and their data; print the resolved recipe"
+SHOWN_SAMPLES, SHOWN_EPOCHS = 4, 4
+OPACITY = 0.65  # of the class colours over the image
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipes", nargs="+", metavar="RECIPE | key.path=value", help="recipe files, and overrides for all of them")
     parser.add_argument("--num_processes", "--num-processes", type=int, help="check the recipe for this many processes (default: the launch file's)")
     parser.add_argument("--config_file", type=Path, default=None, help="the launch file to compare with (default: accelerate_config.yaml)")
+    parser.add_argument("--show-samples", type=Path, metavar="OUT.png", help="draw training samples as they are and as the recipe augments them")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -38,6 +43,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("name at least one recipe file")
     if options.config_file and not options.config_file.is_file():
         raise UserError(f"--config_file {options.config_file}: no such file")
+    if options.show_samples and (options.show_samples.suffix != ".png" or len(paths) > 1):
+        raise UserError(f"--show-samples {options.show_samples}: name a .png file, and one recipe")
     launch = Launch.read(file=options.config_file or LAUNCH_FILE)
     launch = replace(launch, processes=options.num_processes or max(launch.processes, launch.file_processes))
     recipes: list[Recipe] = []
@@ -54,6 +61,8 @@ def run(options: argparse.Namespace) -> None:
         YAML().dump(recipe.resolved(), text)
         print("---\n" * (len(recipes) > 1) + text.getvalue(), end="")
         print(f"{recipe.path}: ok", _data_line(recipe, launch.processes), sep="; ", file=sys.stderr)
+    if options.show_samples:
+        _show_samples(recipes[0], options.show_samples)
 
 
 def _data_line(recipe: Recipe, processes: int) -> str:
@@ -64,10 +73,11 @@ def _data_line(recipe: Recipe, processes: int) -> str:
     from trainer.data.prepare import data_dir
     from trainer.durations import Clock
 
-    folder = data_dir() / recipe.build("data").name
+    source = recipe.build("data")
+    folder = data_dir() / source.name
     if not (folder / CARD).exists():
-        return f"{recipe.data.name} is not prepared yet: training does it, or `trainer prepare {recipe.data.name}`"
-    card = Card.load(folder)
+        return f"{source.name} is not prepared yet: training does it, or `trainer prepare {source.command or source.name}`"
+    card = Card.load(folder, source.command)
     card.verify(folder, everything=False)
     order = Order(card.row_groups("train"), recipe.train.seed, recipe.data.window)
     clock = Clock(recipe.train.duration, recipe.data.batch_size, order.size)
@@ -78,3 +88,64 @@ def _data_line(recipe: Recipe, processes: int) -> str:
         f"{card.name}: {rows} rows; {clock.total_steps or 'a number of'} steps; "
         f"the first epoch reads {amplification:.1f} rows for each one used ({processes} processes, {workers} workers)"
     )
+
+
+# ---------------------------------------------------------------- --show-samples
+
+
+def _show_samples(recipe: Recipe, file: Path) -> None:
+    """Draws a few training samples: as they are, and as each of the first epochs sees them; below, the same with their masks."""
+    import copy
+    from dataclasses import replace
+
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from trainer.data.build import Data
+    from trainer.data.card import Card
+    from trainer.data.prepare import data_dir
+    from trainer.errors import UserError
+    from trainer.tasks.segmentation import class_colors
+
+    source = recipe.build("data")
+    Card.load(data_dir() / source.name, source.command)
+    uncached = recipe.data.model_copy(update={"cache": "off"})  # the cache would be made for all samples
+    data = Data(replace(recipe, sections=recipe.sections | {"data": uncached}), 0, 1)
+    plain = copy.copy(data.train)
+    plain.transform = None
+    size = data.order.size
+    positions = [{data.order.sample(p)[1]: p for p in range(epoch * size, (epoch + 1) * size)} for epoch in range(SHOWN_EPOCHS)]  # of each sample
+    shown = list(positions[0])[:SHOWN_SAMPLES]
+    rows: list[list[Tensor]] = []
+    seen_classes: set[int] = set()
+    for sample_id in shown:
+        views = [plain.__getitems__([positions[0][sample_id]]), *(data.train.__getitems__([epoch[sample_id]]) for epoch in positions)]
+        rows.append([view["image"][0] for view in views])
+        if "mask" in views[0]:
+            rows.append([_painted(view["image"][0], view["mask"][0], data.info.num_classes) for view in views])
+            seen_classes |= set(views[0]["mask"].unique().tolist()) - {data.info.ignore_index}
+
+    figure = Figure(figsize=(2.4 * len(rows[0]), 2 * len(rows) + 0.6), layout="constrained")
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for axis, heading in zip(axes[0], ["as it is", *(f"epoch {epoch + 1}" for epoch in range(SHOWN_EPOCHS))], strict=True):
+        axis.set_title(heading)
+    for axis, image in zip(axes.flat, (image for row in rows for image in row), strict=True):
+        axis.imshow(image.movedim(0, -1).numpy())
+        axis.set_axis_off()
+    colors = [f"#{bytes(color).hex()}" for color in class_colors(data.info.num_classes)]
+    figure.legend(handles=[Patch(color=colors[c], label=data.info.classes[c]) for c in sorted(seen_classes)], loc="outside lower center", ncols=8)
+    try:
+        figure.savefig(file)
+    except OSError as error:
+        raise UserError(f"--show-samples {file} can't be written: {error.strerror or error}") from error
+    print(f"{len(shown)} training samples in {file}", file=sys.stderr)
+
+
+def _painted(image: Tensor, mask: Tensor, num_classes: int) -> Tensor:
+    """The class colours of a mask (1, H, W) over its image uint8 (3, H, W); ignored pixels stay as they are."""
+    import torch
+    from torchvision.utils import draw_segmentation_masks
+
+    from trainer.tasks.segmentation import class_colors
+
+    return draw_segmentation_masks(image, mask == torch.arange(num_classes).view(-1, 1, 1), alpha=OPACITY, colors=class_colors(num_classes))

@@ -74,7 +74,8 @@ def run(options: argparse.Namespace) -> None:
     where = [f"--{key}={getattr(options, key)}" for key in ("partition", "account") if getattr(options, key)]
     about = [f"--job-name={name}-table", f"--output={log}-table.txt", f"--export=ALL,TRAINER_HOME={ROOT}"]
     _sbatch(["sbatch", "--parsable", f"--dependency=afterany:{job}", *about, *where, str(ROOT / "launch" / "sweep_status.sbatch"), str(sweep)])
-    print(f"submitted {len(runs)} runs as job array {job}; `trainer status --sweep {sweep}` says how they are, {log}-table.txt and {log}.png how they ended", file=sys.stderr)
+    how = f"`trainer status --sweep {sweep}` says how they are, {log}-table.txt and {log}.png how they ended"
+    print(f"submitted {len(runs)} runs as job array {job}; {how}", file=sys.stderr)
 
 
 def job_script(options: argparse.Namespace, name: str, num_variants: int) -> str:

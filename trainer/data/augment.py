@@ -10,27 +10,41 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from trainer.components import augmentation
 
+
+def _in_order(interval: list[float]) -> list[float]:
+    if interval[0] > interval[1]:
+        raise ValueError("must be the smallest and the largest, in this order")
+    return interval
+
+
 Size = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 """Height and width in pixels."""
-Interval = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
+Interval = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
+"""The smallest and the largest."""
+Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
 
 
 @augmentation()
 def random_crop(ignore_index: int | None, /, *, size: Size) -> v2.Transform:
-    """Cuts `size` (height, width) out at a random place; a smaller image is padded, its mask with the ignored label."""
-    return v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: ignore_index or 0, "others": 0})
+    """Cuts `size` (height, width) out at a random place; a smaller image is padded, its mask with the ignored label.
+
+    Where no label is ignored, the padding repeats what stands at the edges: black with the label of a class would be learnt.
+    """
+    if ignore_index is None:
+        return v2.RandomCrop(size, pad_if_needed=True, padding_mode="edge")
+    return v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: ignore_index, "others": 0})
 
 
 @augmentation()
-def random_resized_crop(*, size: Size, scale: Interval = [0.08, 1.0], ratio: Interval = [3 / 4, 4 / 3]) -> v2.Transform:  # noqa: B006
+def random_resized_crop(*, size: Size, scale: Shares = [0.08, 1.0], ratio: Interval = [3 / 4, 4 / 3]) -> v2.Transform:  # noqa: B006
     """Cuts out a random share `scale` of the area with a random aspect `ratio` and resizes it to `size`."""
     return v2.RandomResizedCrop(size, scale=tuple(scale), ratio=tuple(ratio))
 

@@ -69,7 +69,10 @@ class Card:
         splits: `train` and `validation`.
         archives: SHA-256 of each archive the rows were read from.
         notes: sentences for people, e.g. how the set was split.
-        statistics: what was measured when it was prepared, e.g. colour centres.
+        statistics: what was measured when it was prepared: `class_pixels` (list of int, the pixels of each class in the training split;
+            ignored ones left out) where there is a column `mask`, and what the set adds, e.g. colour centres.
+        command: what follows `trainer prepare` to make it again; "" is the name alone.
+        version: of the files it was made from, where these are no archives.
         format: version of this layout.
     """
 
@@ -81,6 +84,8 @@ class Card:
     archives: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     statistics: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    version: str = ""
     format: int = FORMAT
 
     @property
@@ -90,9 +95,14 @@ class Card:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 in hex over everything but the notes: two sets that share it hold the same rows."""
-        content = asdict(self) | {"notes": None}
+        """SHA-256 in hex over everything but how it came about: two sets that share it hold the same rows."""
+        content = asdict(self) | dict.fromkeys(("notes", "command", "version"))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def again(self) -> str:
+        """What to do about a damaged set."""
+        return f"`trainer prepare {self.command or self.name}` makes it again"
 
     def row_groups(self, split: str) -> list[int]:
         """Rows in each row group of a split, over all its files in order."""
@@ -103,34 +113,38 @@ class Card:
         return [folder / shard.name for shard in self.splits[split].files]
 
     @classmethod
-    def load(cls, folder: Path) -> Card:
+    def load(cls, folder: Path, command: str = "") -> Card:
         """Reads the card in `folder` and checks that every file is there in its full size.
+
+        Args:
+            folder: of the set.
+            command: what follows `trainer prepare` to make it, where there is no card to say so; "" is the folder's name.
 
         Raises:
             UserError: there is no card, it is damaged or of another format, or a file is missing or cut short.
         """
-        again = f"`trainer prepare {folder.name}` makes it again"
+        makes = f"`trainer prepare {command or folder.name}` makes it"
         try:
             text = (folder / CARD).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{folder} holds no prepared data set; `trainer prepare {folder.name}` makes it") from None
+            raise UserError(f"{folder} holds no prepared data set; {makes}") from None
         except OSError as error:
             raise UserError(f"{folder / CARD} can't be read: {error.strerror}") from error
         try:
             found = json.loads(text).get("format")
             if found != FORMAT:
-                raise UserError(f"{folder / CARD} has format {found}, this version reads format {FORMAT}; {again}")
+                raise UserError(f"{folder / CARD} has format {found}, this version reads format {FORMAT}; {makes} again")
             card = _reader.validate_json(text)
             if not card._is_sound():
                 raise ValueError
         except (ValueError, AttributeError, RecursionError, ValidationError) as error:
-            raise UserError(f"{folder / CARD} is damaged; {again}") from error
+            raise UserError(f"{folder / CARD} is damaged; {makes} again") from error
         for shard in card._shards():
             path = folder / shard.name
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
-                raise UserError(f"{path} {state}; {again}")
+                raise UserError(f"{path} {state}; {card.again}")
         return card
 
     def save(self, folder: Path) -> None:
@@ -157,7 +171,7 @@ class Card:
             except OSError as error:
                 raise UserError(f"{path} can't be read: {error.strerror or error}") from error
             if not same:
-                raise UserError(f"{path} has changed since it was prepared; delete {folder}, then `trainer prepare {self.name}` makes it again")
+                raise UserError(f"{path} has changed since it was prepared; delete {folder}, then {self.again}")
         if states != noted:
             with suppress(OSError):
                 _write_noted(folder, states)

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from trainer.data.archives import Member, locate, locked
 from trainer.data.card import CARD, Card, Shard, Split, sha256
 from trainer.data.png import check_png
-from trainer.data.source import Role, Row, Source
+from trainer.data.source import DataInfo, Role, Row, Source
 from trainer.errors import UserError
 from trainer.signals import STOP
 
@@ -34,7 +35,11 @@ GROUP_BYTES = 2**20
 MIN_GROUPS = 8
 FILE_BYTES = 256 * 2**20
 
+MASK = "mask"  # the column of class indices
+DEPTH_BYTE = 24  # of a PNG, where it says how many bits a channel has
+
 Say = Callable[[str], None]
+Counts = npt.NDArray[np.int64]
 
 
 def data_dir() -> Path:
@@ -110,8 +115,13 @@ def _ready(source: Source, folder: Path, say: Say = lambda line: None) -> Card |
         return None
     if (card.info, card.columns) != (source.info, source.columns):
         say(f"{folder} was prepared with other classes or columns")
-        return None
-    return card
+    elif card.version != source.version:
+        say(f"{folder} was prepared from other files")
+    elif MASK in card.columns and "class_pixels" not in card.statistics:
+        say(f"{folder} was prepared without class frequencies")
+    else:
+        return card
+    return None
 
 
 @contextmanager
@@ -135,60 +145,98 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def _open(data: bytes) -> Image.Image:
+    """Opens an image of any format that Pillow reads, but for PostScript: Pillow would have Ghostscript run it."""
+    image = Image.open(io.BytesIO(data))
+    if image.format == "EPS":
+        raise ValueError("a PostScript file is a program")
+    return image
+
+
 def read_indices(data: bytes) -> np.ndarray:
     """Decodes a one-channel image to its indices, uint8 (H, W); of a palette image they are not the colours.
 
     Raises:
         ValueError: the image has several channels, or more than 8 bits.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         if image.mode not in ("P", "L", "1"):
             raise ValueError(f"a mask has one channel of 8 bits, this image has mode {image.mode}")
         return np.asarray(image).astype(np.uint8)
 
 
 def _checked_image(data: bytes) -> tuple[bytes, tuple[int, int]]:
-    """Decodes an image fully; returns its own bytes, or a PNG where they need rotating or aren't JPEG or PNG, and (width, height)."""
-    with Image.open(io.BytesIO(data)) as image:
+    """Decodes an image fully; returns its own bytes, or a PNG where they need rotating or aren't 8-bit JPEG or PNG, and (width, height)."""
+    with _open(data) as image:
         image.load()
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"it has mode {image.mode}, not 8 bits a channel")  # Pillow would cut off at 255
         rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        if image.format in ("JPEG", "MPO", "PNG") and not rotated:  # MPO: a camera's JPEG with a second picture behind it
+        deep = image.format == "PNG" and data[DEPTH_BYTE] == 16
+        if image.format in ("JPEG", "MPO", "PNG") and not rotated and not deep:  # MPO: a camera's JPEG with a second picture behind it
             return data, image.size
         upright = ImageOps.exif_transpose(image).convert("RGB")
         return encode_png(np.asarray(upright)), upright.size
 
 
-def _checked_mask(data: bytes) -> tuple[bytes, tuple[int, int]]:
-    """Decodes a mask fully; returns it as one-channel index PNG, and (width, height)."""
+def _checked_mask(data: bytes) -> tuple[bytes, npt.NDArray[np.uint8]]:
+    """Decodes a mask fully; returns it as one-channel index PNG, and its indices (H, W)."""
     indices = read_indices(data)
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         ready = image.format == "PNG" and image.mode == "L"
-        return data if ready else encode_png(indices), image.size
+    return data if ready else encode_png(indices), indices
 
 
-def _checked_row(columns: Mapping[str, Role], row: Row, place: str) -> Row:
-    """A row as it is written: `{"bytes", "path"}` for images and masks, and `height` and `width`."""
+def _count_classes(indices: npt.NDArray[np.uint8], info: DataInfo) -> Counts:
+    """How many pixels of a mask (H, W) each class has, int64 (C,).
+
+    Raises:
+        ValueError: there is a label that is no class, and isn't ignored.
+    """
+    counts = np.bincount(indices.ravel(), minlength=256)
+    ignored = "none is ignored"
+    if info.ignore_index is not None:
+        counts[info.ignore_index] = 0
+        ignored = f"{info.ignore_index} is ignored"
+    unknown = [str(label) for label in np.flatnonzero(counts) if label >= info.num_classes]
+    if unknown:
+        raise ValueError(f"this mask holds the labels {', '.join(unknown[:5])}; classes are 0 to {info.num_classes - 1}, and {ignored}")
+    return counts[: info.num_classes]
+
+
+def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts]:
+    """A row as it is written: `{"bytes", "path"}` for images and masks, and `height` and `width`; and the pixels of each class in its `mask`."""
     checked: Row = {}
     sizes: dict[str, tuple[int, int]] = {}
-    for column, role in columns.items():
+    class_pixels = np.zeros(source.info.num_classes, np.int64)
+    for column, role in source.columns.items():
         value = row[column]
         if role == "label":
             checked[column] = value
             continue
         name, data = value if isinstance(value, Member) else (None, value)
+        place = name or place
         try:
             check_png(data)
-            data, sizes[column] = _checked_image(data) if role == "image" else _checked_mask(data)
+            if role == "image":
+                data, sizes[column] = _checked_image(data)
+            else:
+                data, indices = _checked_mask(data)
+                sizes[column] = indices.shape[1], indices.shape[0]
         except Exception as error:  # decoders raise all kinds of errors on damaged data
-            raise UserError(f"{name or place}: this {role} can't be decoded ({error}); replace the archive it comes from") from error
+            raise UserError(f"{place}: this {role} can't be decoded ({error}); {source.remedy}") from error
+        if column == MASK:
+            try:
+                class_pixels = _count_classes(indices, source.info)
+            except ValueError as error:
+                raise UserError(f"{place}: {error}; {source.remedy}") from error
         checked[column] = {"bytes": data, "path": name}
-        place = name or place
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{column} {width} x {height}" for column, (width, height) in sizes.items())
-        raise UserError(f"{place}: sizes differ: {listed}; replace the archive it comes from")
+        raise UserError(f"{place}: sizes differ: {listed}; {source.remedy}")
     for width, height in list(sizes.values())[:1]:
         checked |= {"height": height, "width": width}
-    return checked
+    return checked, class_pixels
 
 
 # ---------------------------------------------------------------- Parquet
@@ -198,11 +246,15 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
     """Writes all rows and the card into `folder`."""
     schema = _schema(source.columns)
     writers = {split: _SplitWriter(folder, split, schema) for split in ("train", "validation")}
+    class_pixels = np.zeros(source.info.num_classes, np.int64)
     try:
         for split, row in source.rows(paths):
             STOP.raise_if_asked()
             writer = writers[split]
-            writer.add(_checked_row(source.columns, row, f"{source.name}, {split} sample {writer.rows}"))
+            checked, pixels = _checked_row(source, row, f"{source.name}, {split} sample {writer.rows}")
+            writer.add(checked)
+            if split == "train":
+                class_pixels += pixels
         splits = {split: writer.close() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
@@ -210,7 +262,10 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
         raise
     for split, written in splits.items():
         if not written.rows:
-            raise UserError(f"{', '.join(map(str, paths.values())) or source.name}: no {split} samples; replace the archives by the official ones")
+            raise UserError(f"{', '.join(map(str, paths.values())) or source.name}: no {split} samples; {source.remedy}")
+    statistics = source.statistics(paths)
+    if MASK in source.columns:
+        statistics |= {"class_pixels": class_pixels.tolist()}
     card = Card(
         name=source.name,
         classes=source.info.classes,
@@ -219,7 +274,9 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
         splits=splits,
         archives={name: sha256(path) for name, path in paths.items()},
         notes=tuple((inspect.getdoc(source.rows) or "").splitlines()),
-        statistics=source.statistics(paths),
+        statistics=statistics,
+        command=source.command,
+        version=source.version,
     )
     card.save(folder)
     card.note_verified(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,11 +56,14 @@ class Source:
     Attributes:
         name: folder below `$TRAINER_DATA`.
         info: classes and ignored label.
-        columns: role of each column.
+        columns: role of each column; one called `mask` holds class indices.
         rows: given the local path of each archive, yields `(split, row)` for every sample, always the same
             rows in the same order; splits are `train` and `validation`.
         archives: what `rows` reads; none for generated sets.
-        statistics: measures the set (JSON) for the card, given the path of each archive.
+        statistics: measures the set (JSON) for the card, given the path of each archive; `class_pixels` comes by itself.
+        command: what follows `trainer prepare` to make the set; "" is its name alone.
+        version: of the files it is read from where these are no archives; a set that was prepared from another one is made again.
+        remedy: what to do about a row that can't be used.
     """
 
     name: str
@@ -68,3 +72,11 @@ class Source:
     rows: Callable[[Mapping[str, Path]], Iterator[tuple[str, Row]]]
     archives: tuple[Archive, ...] = field(default=())
     statistics: Callable[[Mapping[str, Path]], dict[str, Any]] = field(default=lambda paths: {})
+    command: str = ""
+    version: str = ""
+    remedy: str = "replace the archive it comes from"
+
+
+def in_validation(key: bytes, share: float) -> bool:
+    """Whether a sample is one of the `share` that validate: drawn by a hash of `key`, so for ever, and whatever else is in the set."""
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") < share * 2**64

@@ -1,43 +1,101 @@
-"""Cross entropy: the mean over valid pixels of -log p(true class)."""
+"""Cross entropy: the mean over valid pixels of -log p(true class), weighted by class or not."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from trainer.components import loss
+from trainer.errors import UserError
 from trainer.losses.loss import Loss
+
+ClassWeights = Literal["none", "inverse_frequency"]
+MaxWeight = Annotated[float, Field(ge=1)]
+
+
+def weigh_classes(kind: ClassWeights, max_weight: float, num_classes: int, statistics: Mapping[str, Any]) -> Tensor:
+    """Weights of the classes.
+
+    Args:
+        kind: `none` for equal ones, or `inverse_frequency`: inverse to how many pixels of the training set a class has.
+        max_weight: the largest weight, as a multiple of the median of the classes that occur. One that never occurs gets it.
+        num_classes: C.
+        statistics: of the data set: `class_pixels` (C,), pixels of the training set.
+
+    Returns:
+        float64 (C,), 1 for the median class; nan before the set is prepared, as nothing can be trained then.
+
+    Raises:
+        UserError: the pixels of the data set were not counted.
+    """
+    if kind == "none":
+        return torch.ones(num_classes, dtype=torch.float64)
+    if not statistics:
+        return torch.full((num_classes,), torch.nan, dtype=torch.float64)
+    if "class_pixels" not in statistics:
+        raise UserError(f"loss.class_weights: {kind} needs a data set with class masks, whose pixels are counted when it is prepared; set it to none")
+    pixels = torch.tensor(statistics["class_pixels"], dtype=torch.float64)
+    weights = 1 / pixels
+    return (weights / weights[pixels > 0].quantile(0.5)).clamp(max=max_weight)
 
 
 @loss(name="cross_entropy", interface="dense")
 class CrossEntropy(Loss):
     """Cross entropy of logits (B, C, H, W) against class indices (B, H, W), long or uint8.
 
-    The mean is taken over all valid pixels of the micro-batch, not image by image; without one, the loss is 0.
+    The mean is taken over all valid pixels of the micro-batch, not image by image; without one, the loss is 0. With weights of
+    the classes (see `weigh_classes`) it is the sum of weight · nll, divided by the sum of the weights of the valid pixels.
+
+    Raises:
+        UserError: the weights can't be known.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int | None, /) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int | None,
+        statistics: Mapping[str, Any],
+        /,
+        *,
+        class_weights: ClassWeights = "none",
+        max_weight: MaxWeight = 10.0,
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.ignore_index = ignore_index
+        self.weights: Tensor  # of the classes, and at the end the 0 of ignored pixels
+        self.register_buffer("weights", F.pad(weigh_classes(class_weights, max_weight, num_classes, statistics), (0, 1)))
 
     def forward(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Local sums, float64 scalars: `nll` in nats over valid pixels, and their number, `pixels`."""
-        valid = torch.ones_like(targets, dtype=torch.bool) if self.ignore_index is None else targets != self.ignore_index
+        """Local sums, float64 scalars: weighted `nll` in nats over valid pixels, and their `weight`."""
+        labels = self.labels(targets)
         if outputs.is_cuda and torch.are_deterministic_algorithms_enabled():
-            nll = self._nll_without_scatter(outputs, targets, valid)
+            nll = self._nll_without_scatter(outputs, labels)
         else:
-            ignored = -100 if self.ignore_index is None else self.ignore_index
-            nll = F.cross_entropy(outputs, targets.long(), ignore_index=ignored, reduction="sum").double()
-        return {"nll": nll, "pixels": valid.sum(dtype=torch.float64)}
+            weights = self.weights[:-1].to(outputs.dtype)
+            nll = F.cross_entropy(outputs, labels, weights, ignore_index=self.num_classes, reduction="sum").double()
+        return {"nll": nll, "weight": self.pixel_weights(labels).sum()}
 
-    def _nll_without_scatter(self, outputs: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    def labels(self, targets: Tensor) -> Tensor:
+        """Class indices as long, C for ignored pixels."""
+        labels = targets.long()
+        return labels if self.ignore_index is None else torch.where(targets == self.ignore_index, self.num_classes, labels)
+
+    def pixel_weights(self, labels: Tensor) -> Tensor:
+        """The weight of each pixel: float64, 0 for ignored ones."""
+        return self.weights.index_select(0, labels.flatten()).view_as(labels)
+
+    def _nll_without_scatter(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The same sum by a mask; torch's own kernel for images is faster, but adds with atomics on GPUs."""
-        classes = torch.arange(self.num_classes, dtype=targets.dtype, device=targets.device).view(1, -1, 1, 1)
-        is_true = (targets[:, None] == classes) & valid[:, None]
-        return -torch.where(is_true, outputs.log_softmax(1), 0).sum(dtype=torch.float64)
+        classes = torch.arange(self.num_classes, device=labels.device).view(1, -1, 1, 1)
+        nll = -torch.where(labels[:, None] == classes, outputs.log_softmax(1), 0).sum((0, 2, 3), dtype=torch.float64)
+        return (nll * self.weights[:-1]).sum()
 
     def combine(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The mean: `loss`."""
-        return {"loss": sums["nll"] / sums["pixels"].clamp(min=1)}
+        return {"loss": sums["nll"] / torch.where(sums["weight"] > 0, sums["weight"], 1)}

@@ -94,12 +94,16 @@ def check_loss(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem("loss", str(error))
 
 
-def check_best(recipe: Recipe) -> Iterator[Problem]:
-    """`evaluate.best` is a metric that the task computes."""
-    names = recipe.components["task"].factory.metric_names  # type: ignore[attr-defined]
-    if recipe.evaluate.best not in names:
-        yield recipe.problem("evaluate.best", f"unknown metric; {nearest(recipe.evaluate.best, names)}", recipe.evaluate.best)
+def check_task(recipe: Recipe) -> Iterator[Problem]:
+    """Builds the task, with nothing in the place of model and loss, to see that its settings fit the data and that it has `evaluate.best`."""
+    try:
+        task: Task = recipe.build("task", model=nn.Module(), loss=nn.Module(), **_context(recipe.build("data").info))
+    except (ValueError, UserError) as error:
+        yield recipe.problem("task", str(error))
+        return
+    if recipe.evaluate.best not in task.metric_names:
+        yield recipe.problem("evaluate.best", f"unknown metric; {nearest(recipe.evaluate.best, task.metric_names)}", recipe.evaluate.best)
 
 
-TASK_CHECKS = ((("data", "model"), check_model), (("data", "loss"), check_loss), (("task", "evaluate"), check_best))
+TASK_CHECKS = ((("data", "model"), check_model), (("data", "loss"), check_loss), (("data", "task", "evaluate"), check_task))
 """For `load_recipe`."""

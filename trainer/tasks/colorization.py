@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer.components import task
 from trainer.losses.loss import Loss
+from trainer.metrics.confusion import most_likely
 from trainer.tasks.task import Batch, Forward, Task
 
 SCALE = 256  # pixels are divided by it, so grey is in [0, 1)
@@ -26,38 +27,31 @@ class Colorization(Task):
     """
 
     metric_names = ("loss", "accuracy")
+    panels = ("grey", "true colours", "predicted colours")
 
     def __init__(self, model: nn.Module, loss: Loss, statistics: Mapping[str, Any], /) -> None:
         super().__init__(model, loss)
         self.centres = torch.tensor(statistics.get("colour_centres", ()), dtype=torch.float64)  # none before the set is prepared
 
-    def loss_sums(self, model: Forward, batch: Batch) -> dict[str, Tensor]:
-        """The sums of `loss` on a batch."""
-        return self.loss(model(self.inputs(batch["image"])), batch["mask"][:, 0])
+    def run(self, model: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (B, C, H, W) and the true classes uint8 (B, H, W)."""
+        return model(self.inputs(batch["image"])), batch["mask"][:, 0]
 
-    def evaluation_sums(self, model: Forward, batch: Batch) -> dict[str, Tensor]:
-        """`correct`, `pixels` and `samples`, int64, and the sums of the loss as `loss/…`."""
-        targets = batch["mask"][:, 0]
-        logits = model(self.inputs(batch["image"]))
-        sums = {
-            "correct": (logits.max(1).indices == targets).sum(),
-            "pixels": torch.tensor(targets.numel(), device=targets.device),
-            "samples": torch.tensor(len(targets), device=targets.device),
-        }
-        return sums | {f"loss/{name}": value for name, value in self.loss(logits, targets).items()}
+    def counts(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """`correct` and `pixels`, int64."""
+        return {"correct": (most_likely(outputs) == targets).sum(), "pixels": torch.tensor(targets.numel(), device=targets.device)}
 
-    def metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """The loss and its terms over the whole set, and `accuracy`: the share of pixels whose colour is right."""
-        terms = self.loss.combine({name.removeprefix("loss/"): value for name, value in sums.items() if name.startswith("loss/")})
-        return {name: float(value) for name, value in terms.items()} | {"accuracy": float(sums["correct"] / sums["pixels"])}
+    def measure(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+        """`accuracy`: the share of pixels whose colour is right."""
+        return {"accuracy": float(sums["correct"] / sums["pixels"])}
 
     def pictures(self, model: Forward, batch: Batch) -> Tensor:
-        """Rows of grey | true colours | predicted colours: uint8 (N, 3, H, 3W)."""
+        """The grey image, the true colours, and each pixel in the centre of the colour class predicted for it."""
         image = batch["image"]
-        grey = (self.inputs(image) * SCALE).round().to(torch.uint8).expand(-1, 3, -1, -1)
-        predicted = model(self.inputs(image)).max(1).indices
+        grey = self.inputs(image)
         palette = (self.centres.to(image.device) * SCALE).round().clamp(0, 255).to(torch.uint8)
-        return torch.cat([grey, image, palette[predicted].movedim(-1, 1)], dim=-1)
+        predicted = palette[most_likely(model(grey))].movedim(-1, 1)
+        return torch.stack([(grey * SCALE).round().to(torch.uint8).expand_as(image), image, predicted], dim=1)
 
     def inputs(self, image: Tensor) -> Tensor:
         """The grey image in [0, 1), (B, 1, H, W) in the dtype of the weights."""

@@ -63,6 +63,18 @@ def test_a_folder_without_card_is_an_error(tmp_path: Path) -> None:
         Card.load(tmp_path / "toy")
 
 
+def test_advice_says_the_command_where_it_is_known(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no prepared data set; `trainer prepare toy size=3` makes it"):
+        Card.load(tmp_path / "nothing", "toy size=3")
+    replace(Card.load(folder), command="toy size=4").save(folder)
+    (folder / "train/00001.parquet").write_bytes(b"tWo" * 20)
+    with pytest.raises(UserError, match=r"has changed since it was prepared; delete .*toy, then `trainer prepare toy size=4` makes it again"):
+        Card.load(folder).verify(folder)
+    (folder / "train/00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"is missing; `trainer prepare toy size=4` makes it again"):
+        Card.load(folder, "toy size=3")
+
+
 @pytest.mark.parametrize("how", ["missing", "cut"])
 def test_loading_notices_a_file_that_is_missing_or_cut(folder: Path, how: str) -> None:
     path = folder / "train/00001.parquet"
@@ -147,7 +159,7 @@ def test_a_card_that_names_other_files_or_impossible_rows_is_damaged(folder: Pat
 def test_the_fingerprint_follows_the_content_and_nothing_else(folder: Path) -> None:
     card = Card.load(folder)
     assert card.fingerprint == Card.load(folder).fingerprint
-    assert card.fingerprint == replace(card, notes=()).fingerprint
+    assert card.fingerprint == replace(card, notes=(), command="toy size=3", version="2").fingerprint
     changed = replace(card.splits["train"].files[0], sha256="0")
     assert card.fingerprint != replace(card, splits=card.splits | {"train": Split(20, (changed,))}).fingerprint
     assert card.fingerprint != replace(card, classes=("yes", "no")).fingerprint

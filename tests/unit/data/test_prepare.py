@@ -4,12 +4,16 @@ import argparse
 import dataclasses
 import errno
 import io
+import json
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
+import sys
+import tarfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,13 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from tests.unit.data.test_cifar_batches import official
 from trainer.commands import prepare as command
 from trainer.data import prepare as module
 from trainer.data.archives import Member
 from trainer.data.card import Card
 from trainer.data.prepare import archives_dir, data_dir, encode_png, ensure_prepared, prepare, read_indices
+from trainer.data.sets import cifar10
 from trainer.data.source import Archive, DataInfo, Role, Row, Source
 from trainer.errors import UserError
 from trainer.signals import STOP, Stopped
@@ -124,10 +130,34 @@ def test_a_palette_mask_keeps_its_indices_not_its_colours(tmp_path: Path) -> Non
     palette.putpalette([200 - i % 100 for i in range(768)])
     file = io.BytesIO()
     palette.save(file, "PNG")
-    row = prepared_row(tmp_path, {"image": picture(1, size=(3, 2)), "mask": file.getvalue()})
-    stored = Image.open(io.BytesIO(row["mask"]["bytes"]))
+    four = dataclasses.replace(one({"image": picture(1, size=(3, 2)), "mask": file.getvalue()}), info=DataInfo(("a", "b", "c", "d"), 255))
+    prepare(four, tmp_path, None)
+    stored = Image.open(io.BytesIO(read(tmp_path / "toy")[0]["mask"]["bytes"]))
     assert stored.mode == "L"
     assert np.array_equal(np.asarray(stored), indices)
+
+
+def test_images_of_16_bits_are_stored_with_8_or_refused_but_never_cut_off(tmp_path: Path) -> None:
+    """What Pillow shows of 16 bits of colour is their upper 8; of 16 bits of grey it would show white from 256 on."""
+    header = b"\0\0\0\x06\0\0\0\x04\x10\x02\0\0\0"  # 6 x 4, 16 bits, RGB
+    lines = b"".join(b"\0" + np.full((6, 3), 0x8001, ">u2").tobytes() for _ in range(4))
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    deep = b"\x89PNG\r\n\x1a\n" + b"".join(len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in chunks)
+    row = prepared_row(tmp_path, {"image": deep, "mask": mask(1)})
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))), np.full((4, 6, 3), 0x80))
+    assert row["image"]["bytes"][24] == 8
+    grey = io.BytesIO()
+    Image.fromarray(np.full((4, 6), 4000, np.uint16)).save(grey, "PNG")
+    with pytest.raises(UserError, match=r"set/deep\.png: this image can't be decoded \(it has mode I;16, not 8 bits a channel\); replace the archive"):
+        prepare(one({"image": Member("set/deep.png", grey.getvalue()), "mask": mask(1)}), tmp_path / "other", None)
+
+
+@pytest.mark.parametrize("column", ["image", "mask"])
+def test_postscript_is_a_program_and_not_run(tmp_path: Path, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("it was run"))
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n%%EndComments\nshowpage\n"
+    with pytest.raises(UserError, match=rf"this {column} can't be decoded \(a PostScript file is a program\)"):
+        prepare(one({"image": picture(1), "mask": mask(1)} | {column: program}), tmp_path, None)
 
 
 def test_a_coloured_mask_is_an_error(tmp_path: Path) -> None:
@@ -188,6 +218,68 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     first, second = (prepare(source(), tmp_path / name, None) for name in "ab")
     assert first == second
     assert first.fingerprint == second.fingerprint
+
+
+# ---------------------------------------------------------------- class frequencies
+
+
+def masks(*values: list[int]) -> Callable[[], Iterator[tuple[str, Row]]]:
+    """Training samples whose masks have one row each, the last one for validation."""
+
+    def make() -> Iterator[tuple[str, Row]]:
+        for i, row in enumerate(values):
+            size = (len(row), 1)
+            yield "train" if i + 1 < len(values) else "validation", {"image": picture(i, size=size), "mask": encode_png(np.array([row], np.uint8))}
+
+    return make
+
+
+def test_the_card_counts_the_pixels_of_each_class_in_training_but_for_ignored_ones(tmp_path: Path) -> None:
+    card = prepare(source(masks([0, 0, 1, 255], [0, 255, 255, 255], [1, 1, 1, 1])), tmp_path, None)
+    assert card.statistics == {"class_pixels": [3, 1]}
+    assert Card.load(tmp_path / "toy").info.statistics == {"class_pixels": [3, 1]}
+
+
+def test_counts_stand_beside_what_the_set_measures(tmp_path: Path) -> None:
+    measured = dataclasses.replace(source(masks([0, 1], [1, 1])), statistics=lambda paths: {"mean": 0.5})
+    assert prepare(measured, tmp_path, None).statistics == {"mean": 0.5, "class_pixels": [1, 1]}
+
+
+def test_a_set_without_masks_has_no_counts(tmp_path: Path) -> None:
+    labelled = source(lambda: iter([(split, {"label": 1}) for split in ("train", "validation")]), {"label": "label"})
+    assert prepare(labelled, tmp_path, None).statistics == {}
+    assert prepare(labelled, tmp_path, None) == Card.load(tmp_path / "toy")
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_label_that_is_no_class_is_an_error_that_names_the_file(tmp_path: Path, split: str) -> None:
+    def make() -> Iterator[tuple[str, Row]]:
+        yield from rows()
+        yield split, {"image": picture(1), "mask": Member("set/m.png", encode_png(np.full((4, 6), 2, np.uint8)))}
+
+    with pytest.raises(UserError, match=r"set/m\.png: this mask holds the labels 2; classes are 0 to 1, and 255 is ignored; replace the archive"):
+        prepare(source(make), tmp_path, None)
+    unignored = dataclasses.replace(source(masks([0, 255], [0, 0])), info=DataInfo(("no", "yes")))
+    with pytest.raises(UserError, match="toy, train sample 0: this mask holds the labels 255; classes are 0 to 1, and none is ignored"):
+        prepare(unignored, tmp_path, None)
+
+
+def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path: Path) -> None:
+    card = prepare(source(), tmp_path, None)
+    tree = json.loads((tmp_path / "toy/card.json").read_text())
+    del tree["statistics"], tree["command"], tree["version"]  # as it was written before there were any
+    (tmp_path / "toy/card.json").write_text(json.dumps(tree))
+    said: list[str] = []
+    assert ensure_prepared(source(), tmp_path, None, said.append) == card
+    assert said == [f"{tmp_path / 'toy'} was prepared without class frequencies", f"preparing toy in {tmp_path / 'toy'}"]
+
+
+def test_a_set_of_files_in_another_version_is_made_again(tmp_path: Path) -> None:
+    prepare(dataclasses.replace(source(), version="1"), tmp_path, None)
+    said: list[str] = []
+    card = ensure_prepared(dataclasses.replace(source(), version="2"), tmp_path, None, said.append)
+    assert card.version == "2" and said[0] == f"{tmp_path / 'toy'} was prepared from other files"
+    assert ensure_prepared(dataclasses.replace(source(refuse), version="2"), tmp_path, None) == card
 
 
 # ---------------------------------------------------------------- once, whole, by one process
@@ -487,3 +579,45 @@ def test_the_command_prepares_tells_and_verifies(tmp_path: Path, monkeypatch: py
 def test_the_command_names_the_nearest_data_set() -> None:
     with pytest.raises(UserError, match="unknown data set 'flowers'; did you mean 'flowers17'"):
         call("flowers")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["cifar10", "categry=ship"], "command line: categry: unknown key; did you mean 'category'?"),
+        (["cifar10", "category=shipp"], r"command line: category: must be 'airplane', .* or 'truck' \(got 'shipp'\)"),
+        (["cifar10", "num_colours=1", "category=3"], r"(?s)command line: category: .*command line: num_colours: must be greater than or equal to 2"),
+        (["cifar10", "ship"], r"command line: an override is key\.path=value"),
+        (["shapes", "batch_size=3"], "command line: batch_size: unknown key; there are none"),
+        (["hub", "image=a", "mask=b"], "command line: path: this key is required"),
+        (["cifar10_horses", "num_colours=16"], "cifar10_horses: the course has 24 colour centres, not 16"),
+        (["shapes", "--name", "mine"], "--name belongs to `trainer prepare folder`, not to shapes"),
+        (["folder", "set=mine"], "trainer prepare folder --name NAME --images DIR"),
+    ],
+)
+def test_the_command_takes_the_keys_of_the_data_set_and_refuses_others(words: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        call(*words)
+
+
+def test_the_command_prepares_what_its_keys_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
+    (tmp_path / "archives").mkdir()
+    with tarfile.open(tmp_path / "archives/cifar-10-python.tar.gz", "w:gz") as archive:
+        for name in names:
+            batch = official(pixels, [8, 8])  # ships
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(batch)
+            archive.addfile(info, io.BytesIO(batch))
+    monkeypatch.setattr(cifar10, "OFFICIAL", dataclasses.replace(cifar10.OFFICIAL, sha256=None))
+    assert call("cifar10", "category=ship", "num_colours=3", "--archives", str(tmp_path / "archives")) == 0
+    card = Card.load(data_dir() / "cifar10_ship_kmeans3")
+    assert card.command == "cifar10 category=ship num_colours=3" and len(card.statistics["colour_centres"]) == 3
+    assert sum(card.statistics["class_pixels"]) == 10 * 32 * 32
+    assert "colour 2 " in capsys.readouterr().out
+
+
+def test_the_package_is_the_command(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "trainer", "prepare", "shape"], capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    assert done.returncode == 2 and "unknown data set 'shape'; did you mean 'shapes'?" in done.stderr

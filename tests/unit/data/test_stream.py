@@ -37,7 +37,7 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
         yield "train" if index < COUNT else "validation", {"image": encode_png(image), "mask": encode_png(red), "label": index}
 
 
-SOURCE = Source("paired", DataInfo(("a", "b"), 255), {"image": "image", "mask": "mask", "label": "label"}, _rows)
+SOURCE = Source("paired", DataInfo(tuple(map(str, range(255))), 255), {"image": "image", "mask": "mask", "label": "label"}, _rows)
 
 
 @pytest.fixture

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from trainer.components import catalogue
-from trainer.losses.cross_entropy import CrossEntropy
+from trainer.errors import UserError
+from trainer.losses.cross_entropy import CrossEntropy, weigh_classes
+from trainer.losses.dice import Dice
+from trainer.losses.focal import Focal
 from trainer.losses.loss import Loss
 from trainer.losses.soft_iou import SoftIoU
 
 IGNORED = 255
+STATISTICS = {"class_pixels": [600, 30, 200]}
+WEIGHTED = {"class_weights": "inverse_frequency"}
+LOSSES = [
+    *(("cross_entropy", {}), ("cross_entropy", WEIGHTED), ("soft_iou", {}), ("dice", {})),
+    *(("focal", {}), ("focal", WEIGHTED), ("focal", {"gamma": 0.5}), ("focal", {"gamma": 1})),
+]
 
 
 def sample(batch: int = 4, classes: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -27,15 +38,96 @@ def value(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     return loss.combine(loss(logits, targets))["loss"]
 
 
-@pytest.fixture(params=["cross_entropy", "soft_iou"])
+@pytest.fixture(params=LOSSES, ids=lambda param: "-".join([param[0], *map(str, param[1].values())]))
 def loss(request: pytest.FixtureRequest) -> Loss:
-    return catalogue("loss")[request.param].build({}, num_classes=3, ignore_index=IGNORED)
+    name, settings = request.param
+    return catalogue("loss")[name].build(settings, num_classes=3, ignore_index=IGNORED, statistics=STATISTICS)
 
 
 def test_cross_entropy_is_the_mean_over_valid_pixels() -> None:
     logits, targets = sample()
     expected = torch.nn.functional.cross_entropy(logits, targets.long(), ignore_index=IGNORED)
-    torch.testing.assert_close(value(CrossEntropy(3, IGNORED), logits, targets), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(value(CrossEntropy(3, IGNORED, {}), logits, targets), expected, rtol=1e-12, atol=0)
+
+
+def test_weighted_cross_entropy_is_divided_by_the_weights_of_the_valid_pixels() -> None:
+    logits, targets = sample()
+    weights = torch.tensor([200 / 600, 200 / 30, 1.0], dtype=torch.float64)
+    expected = torch.nn.functional.cross_entropy(logits, targets.long(), weights, ignore_index=IGNORED)
+    found = value(CrossEntropy(3, IGNORED, STATISTICS, class_weights="inverse_frequency"), logits, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(each, logits)[0] for each in (found, expected)), rtol=1e-12, atol=1e-15)
+
+
+def test_weights_are_inverse_to_the_pixels_and_clipped_at_a_multiple_of_their_median() -> None:
+    pixels = [7_000_000, 6_000_000, 9_000_000, 3_000_000, 2_000_000, 9_500_000, 600_000, 5_000_000, 9_000]
+    found = weigh_classes("inverse_frequency", 10.0, 9, {"class_pixels": pixels})
+    expected = [5_000_000 / each for each in pixels]
+    assert found.tolist() == pytest.approx([*expected[:-1], 10.0])
+    assert expected[-1] > 500
+    assert weigh_classes("inverse_frequency", 3.0, 9, {"class_pixels": pixels}).max() == 3
+    assert weigh_classes("none", 10.0, 9, {"class_pixels": pixels}).tolist() == [1] * 9
+
+
+def test_a_class_that_the_training_set_lacks_has_the_largest_weight_and_no_part_in_the_median() -> None:
+    found = weigh_classes("inverse_frequency", 10.0, 4, {"class_pixels": [0, 100, 400, 0]})
+    assert found.tolist() == pytest.approx([10.0, 1 / (1 + 1 / 4) * 2, 1 / (1 + 1 / 4) / 2, 10.0])
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal"])
+def test_weights_of_a_set_whose_pixels_nobody_counted_are_an_error_that_says_what_to_do(name: str) -> None:
+    with pytest.raises(UserError, match=r"loss.class_weights: inverse_frequency needs .* set it to none"):
+        catalogue("loss")[name].build(WEIGHTED, num_classes=3, ignore_index=IGNORED, statistics={"colour_centres": []})
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal"])
+def test_before_the_set_is_prepared_a_recipe_with_weights_can_be_checked_but_not_trained(name: str) -> None:
+    loss = catalogue("loss")[name].build(WEIGHTED, num_classes=3, ignore_index=IGNORED, statistics={})
+    assert value(loss, *sample()).isnan()
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_loss_is_its_formula(gamma: float) -> None:
+    logits, targets = sample()
+    loss = Focal(3, IGNORED, STATISTICS, gamma=gamma, class_weights="inverse_frequency")
+    probabilities = logits.detach().softmax(1)
+    total = weight = 0.0
+    for b, row, column in (targets != IGNORED).nonzero().tolist():
+        true = int(targets[b, row, column])
+        alpha, p = 200 / STATISTICS["class_pixels"][true], float(probabilities[b, true, row, column])
+        total -= alpha * (1 - p) ** gamma * math.log(p)
+        weight += alpha
+    assert value(loss, logits, targets).item() == pytest.approx(total / weight, rel=1e-12)
+
+
+def test_focal_loss_without_focus_is_cross_entropy() -> None:
+    logits, targets = sample()
+    for settings in ({}, {"class_weights": "inverse_frequency", "max_weight": 4.0}):
+        focal, entropy = Focal(3, IGNORED, STATISTICS, gamma=0.0, **settings), CrossEntropy(3, IGNORED, STATISTICS, **settings)  # type: ignore[arg-type]
+        torch.testing.assert_close(value(focal, logits, targets), value(entropy, logits, targets), rtol=1e-12, atol=0)
+
+
+def test_dice_is_its_formula() -> None:
+    logits, targets = sample()
+    probabilities = logits.detach().softmax(1)
+    overlap, areas = [0.0] * 3, [0.0] * 3
+    for b, row, column in (targets != IGNORED).nonzero().tolist():
+        for label in range(3):
+            x, y = float(probabilities[b, label, row, column]), float(targets[b, row, column] == label)
+            overlap[label] += x * y
+            areas[label] += x + y
+    expected = sum(1 - 2 * o / a for o, a in zip(overlap, areas, strict=True)) / 3
+    assert value(Dice(3, IGNORED), logits, targets).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_class_that_is_nowhere_true_has_no_term_in_dice_but_costs_where_it_is_predicted() -> None:
+    logits, targets = sample()
+    targets = torch.where(targets == 1, IGNORED, targets)
+    terms = Dice(3, IGNORED)(logits, targets)
+    expected = 1 - 2 * terms["overlap"] / (terms["predicted"] + terms["true"])
+    torch.testing.assert_close(value(Dice(3, IGNORED), logits, targets), expected[[0, 2]].mean(), rtol=1e-12, atol=0)
+    raised = logits.detach() + torch.tensor([0.0, 5.0, 0.0]).view(1, 3, 1, 1)
+    assert value(Dice(3, IGNORED), raised, targets) > value(Dice(3, IGNORED), logits, targets) + 0.1
 
 
 def test_soft_iou_is_its_formula() -> None:
@@ -81,22 +173,26 @@ def test_a_batch_without_valid_pixels_costs_nothing_and_keeps_gradients_finite(l
 
 def test_no_image_at_all_gives_sums_of_zero(loss: Loss) -> None:
     sums = loss(torch.zeros(0, 3, 4, 4), torch.zeros(0, 4, 4, dtype=torch.uint8))
-    assert all(total == 0 for total in sums.values())
+    assert not any(total.any() for total in sums.values())
 
 
 def test_without_an_ignored_label_every_pixel_counts() -> None:
     logits, targets = sample()
     targets = targets.clamp(max=2)
     expected = torch.nn.functional.cross_entropy(logits, targets.long())
-    torch.testing.assert_close(value(CrossEntropy(3, None), logits, targets), expected)
-    torch.testing.assert_close(value(SoftIoU(3, None), logits, targets), value(SoftIoU(3, IGNORED), logits, targets), rtol=0, atol=0)
+    torch.testing.assert_close(value(CrossEntropy(3, None, {}), logits, targets), expected)
+    for kind in (SoftIoU, Dice):
+        torch.testing.assert_close(value(kind(3, None), logits, targets), value(kind(3, IGNORED), logits, targets), rtol=0, atol=0)
 
 
 def test_an_ignored_label_may_be_one_of_the_classes() -> None:
     logits, targets = sample()
     targets = targets.clamp(max=2)
     expected = torch.nn.functional.cross_entropy(logits, targets.long(), ignore_index=0)
-    torch.testing.assert_close(value(CrossEntropy(3, 0), logits, targets), expected)
+    torch.testing.assert_close(value(CrossEntropy(3, 0, {}), logits, targets), expected)
+    others = torch.where(targets == 0, IGNORED, targets)
+    for kind in (SoftIoU, Dice):
+        torch.testing.assert_close(value(kind(3, 0), logits, targets), value(kind(3, IGNORED), logits, others), rtol=0, atol=0)
 
 
 def test_sums_are_double_precision_for_single_precision_logits(loss: Loss) -> None:
@@ -134,12 +230,9 @@ def test_soft_iou_of_a_class_the_data_has_not_says_which_there_are() -> None:
 
 
 def test_the_form_for_deterministic_gpus_is_the_same_loss() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 3, (2, 5, 4), dtype=torch.uint8)
-    targets[0, 0] = 255
-    loss = CrossEntropy(3, 255)
+    logits, targets = sample()
+    loss = CrossEntropy(3, IGNORED, STATISTICS, class_weights="inverse_frequency")
     usual = loss(logits, targets)["nll"]
-    masked = loss._nll_without_scatter(logits, targets, targets != 255)
+    masked = loss._nll_without_scatter(logits, loss.labels(targets))
     torch.testing.assert_close(masked, usual, rtol=1e-12, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (masked, usual)), rtol=1e-12, atol=1e-15)

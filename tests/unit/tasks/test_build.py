@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from trainer.data.source import DataInfo
 from trainer.errors import UserError
 from trainer.recipe import load_recipe
-from trainer.tasks.build import build_task
+from trainer.recipe_file import RecipeError
+from trainer.tasks.build import TASK_CHECKS, build_task
 
 INFO = DataInfo(("background", "flower"), 255)
 TEXT = """task: segmentation
@@ -50,3 +51,23 @@ def test_a_file_gives_all_layers_but_those_that_start_new(tmp_path: Path) -> Non
     save_file({**theirs, "classifier.4.weight": torch.zeros(21, 256, 1, 1)}, file)
     with pytest.raises(UserError, match=r"to start these layers new, set model.reset_layers=\[classifier.4\]"):
         weights(tmp_path, f"model.weights={file}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["task.exclude=[flowr]"], r"task: exclude: the data set has no class 'flowr'; did you mean 'flower'\?"),
+        (["evaluate.best=map"], "evaluate.best: unknown metric; known: loss, miou, pixel_accuracy, class_accuracy"),
+        (["task.exclude=[background]", "evaluate.best=miou_without_flower"], "did you mean 'miou_without_background'"),
+    ],
+)
+def test_what_the_task_of_this_data_set_cannot_measure_is_a_mistake_in_the_recipe(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    (tmp_path / "r.yaml").write_text(TEXT, encoding="utf-8")
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(tmp_path / "r.yaml", overrides, TASK_CHECKS)
+
+
+def test_the_best_checkpoint_may_be_that_of_any_metric_that_the_recipe_asks_for(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(TEXT, encoding="utf-8")
+    for metric in ("map", "map_without_flower", "class_accuracy_without_flower"):
+        load_recipe(tmp_path / "r.yaml", ["task.average_precision=true", "task.exclude=[flower]", f"evaluate.best={metric}"], TASK_CHECKS)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +26,10 @@ def batch(size: int = 6) -> dict[str, Tensor]:
     return {"image": image, "mask": mask}
 
 
-def segmentation(model: nn.Module | None = None) -> Segmentation:
+def segmentation(model: nn.Module | None = None, **keys: Any) -> Segmentation:
     torch.manual_seed(0)
     model = model or nn.Conv2d(3, 3, 3, padding=1)
-    return Segmentation(model, SoftIoU(3, IGNORED), 3, IGNORED, CLASSES)
+    return Segmentation(model, SoftIoU(3, IGNORED), 3, IGNORED, CLASSES, **keys)
 
 
 def test_images_are_normalised_as_torchvision_does() -> None:
@@ -53,13 +54,15 @@ def test_training_sums_carry_gradients_to_the_model() -> None:
 
 @torch.no_grad()
 def test_evaluation_in_parts_gives_the_metrics_of_the_whole_set() -> None:
-    task, whole = segmentation(), batch()
+    task, whole = segmentation(average_precision=True, exclude=["leaf"]), batch()
     parts = [{name: field[part] for name, field in whole.items()} for part in (slice(0, 1), slice(1, 6), slice(6, 6))]
     sums = [task.evaluation_sums(task.model, part) for part in parts]
     total = {name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]}
     assert total["samples"] == 6
     assert total["confusion"].dtype == torch.int64
-    assert task.metrics(total) == pytest.approx(task.metrics(task.evaluation_sums(task.model, whole)), rel=1e-9)
+    found, expected = task.metrics(total), task.metrics(task.evaluation_sums(task.model, whole))
+    assert found.pop("confusion") == expected.pop("confusion")
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 @torch.no_grad()
@@ -84,7 +87,7 @@ class Oracle(nn.Module):
 
 @torch.no_grad()
 def test_metrics_of_a_known_answer() -> None:
-    task = Segmentation(Oracle(), CrossEntropy(3, IGNORED), 3, IGNORED, CLASSES)
+    task = Segmentation(Oracle(), CrossEntropy(3, IGNORED, {}), 3, IGNORED, CLASSES)
     image = torch.zeros(1, 3, 1, 6, dtype=torch.uint8)
     image[..., :3] = 255  # predicted flower
     mask = torch.tensor([1, 1, 0, 0, 0, IGNORED], dtype=torch.uint8).view(1, 1, 1, 6)
@@ -95,47 +98,77 @@ def test_metrics_of_a_known_answer() -> None:
     assert metrics["class_accuracy"] == pytest.approx((1 + 2 / 3) / 2)
     assert metrics["miou"] == pytest.approx(2 / 3)
     assert metrics["num_classes_present"] == 2
-    assert "iou/leaf" not in metrics
+    assert metrics["class_accuracy/background"] == pytest.approx(2 / 3) and metrics["class_accuracy/flower"] == 1
+    assert metrics["confusion"] == {"background": [2, 1, 0], "flower": [0, 2, 0], "leaf": [0, 0, 0]}
+    assert not any(name.endswith("/leaf") or "map" in name or name.startswith("ap/") for name in metrics)
     assert set(task.metric_names) <= set(metrics)
 
 
 @torch.no_grad()
+def test_average_precision_and_means_without_some_classes_are_measured_where_asked_for() -> None:
+    task = Segmentation(Oracle(), CrossEntropy(3, IGNORED, {}), 3, IGNORED, CLASSES, average_precision=True, exclude=["background", "leaf"])
+    image = torch.tensor([9, 8, 7, 6, 5, 4], dtype=torch.uint8).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    mask = torch.tensor([1, 0, 1, 0, 0, IGNORED], dtype=torch.uint8).view(1, 1, 1, 6)
+    metrics = task.metrics(task.evaluation_sums(task.model, {"image": image, "mask": mask}))
+    assert metrics["ap/flower"] == pytest.approx((1 + 2 / 3) / 2)
+    assert metrics["ap/background"] == pytest.approx((1 + 1 + 3 / 4) / 3)
+    assert metrics["map"] == pytest.approx((metrics["ap/flower"] + metrics["ap/background"]) / 2)
+    for mean, name in (("miou", "iou"), ("class_accuracy", "class_accuracy"), ("map", "ap")):
+        assert metrics[f"{mean}_without_background_leaf"] == metrics[f"{name}/flower"]
+    assert set(task.metric_names) <= set(metrics)
+
+
+@torch.no_grad()
+def test_metrics_under_autocast_are_those_of_the_logits_as_they_are() -> None:
+    task, data = segmentation(nn.Conv2d(3, 3, 3, padding=1), average_precision=True), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = task.model(task.inputs(data["image"]))
+    assert logits.dtype == torch.bfloat16
+    found, expected = (task.metrics(task.evaluation_sums(lambda _, dtype=dtype: logits.to(dtype), data)) for dtype in (torch.float32, torch.float64))
+    assert found.pop("confusion") == expected.pop("confusion")
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@torch.no_grad()
 def test_metrics_are_finite_numbers_that_json_can_hold() -> None:
-    task, data = segmentation(), batch()
+    task, data = segmentation(average_precision=True), batch()
     data["mask"][:] = IGNORED
     metrics = task.metrics(task.evaluation_sums(task.model, data))
-    assert all(math.isfinite(value) for value in metrics.values())
+    assert all(math.isfinite(value) for name, value in metrics.items() if name != "confusion")
     json.dumps(metrics, allow_nan=False)
 
 
 @torch.no_grad()
-def test_pictures_show_image_truth_and_prediction_side_by_side() -> None:
+def test_pictures_show_image_truth_and_prediction() -> None:
     task, data = segmentation(), batch(size=2)
     pictures = task.pictures(task.model, data)
     assert pictures.dtype == torch.uint8
-    assert pictures.shape == (2, 3, 8, 27)
-    assert torch.equal(pictures[..., :9], data["image"])
+    assert pictures.shape == (2, len(task.panels), 3, 8, 9)
+    assert torch.equal(pictures[:, 0], data["image"])
 
 
 @torch.no_grad()
-def test_pictures_colour_classes_always_the_same_and_ignored_pixels_like_no_class() -> None:
-    task = Segmentation(Oracle(), CrossEntropy(3, IGNORED), 3, IGNORED, CLASSES)
+def test_pictures_colour_classes_as_the_legend_says_and_ignored_pixels_like_no_class() -> None:
+    task = Segmentation(Oracle(), CrossEntropy(3, IGNORED, {}), 3, IGNORED, CLASSES)
     image = torch.full((1, 3, 4, 8), 255, dtype=torch.uint8)
     mask = torch.ones(1, 1, 4, 8, dtype=torch.uint8)
     mask[..., 4:] = IGNORED
-    truth, prediction = task.pictures(task.model, {"image": image, "mask": mask})[0, :, :, 8:].split(8, dim=-1)
-    assert torch.equal(truth[..., 2:4], prediction[..., 2:4])  # both flower
+    _, truth, prediction = task.pictures(task.model, {"image": image, "mask": mask})[0]
+    assert torch.equal(truth[..., :4], prediction[..., :4])  # both flower
+    assert truth[:, 0, 0].tolist() == [round(0.65 * value + 0.35 * 255) for value in task.legend["flower"]]
     grey = truth[..., 4:]
     assert (grey == grey[:1]).all()
     assert len(set(class_colors(40))) == 40
-    assert class_colors(40)[:3] == class_colors(3)
+    assert class_colors(40)[:3] == class_colors(3) == list(task.legend.values())
 
 
-def test_recipes_set_mean_and_deviation_of_three_channels() -> None:
+def test_recipes_set_mean_and_deviation_of_three_channels_and_which_metrics() -> None:
     component = catalogue("task")["segmentation"]
     assert component.fields == ("image", "mask")
     assert component.context == ("model", "loss", "num_classes", "ignore_index", "classes")
-    assert component.schema.model_validate({}).model_dump() == {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    for wrong in ({"mean": [0.5]}, {"std": [0.2, 0.2, 0.0]}):
+    defaults = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "average_precision": False, "exclude": ()}
+    assert component.schema.model_validate({}).model_dump() == defaults
+    assert component.schema.model_validate({"exclude": ["leaf"]}).model_dump(mode="json")["exclude"] == ["leaf"]
+    for wrong in ({"mean": [0.5]}, {"std": [0.2, 0.2, 0.0]}, {"exclude": "leaf"}, {"average_precision": 1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             component.schema.model_validate(wrong)

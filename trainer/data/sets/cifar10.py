@@ -45,20 +45,21 @@ def cifar10_horses(*, centres: Literal["course", "kmeans"] = "course", num_colou
     if centres == "course" and num_colours != 24:
         raise ValueError(f"the course has 24 colour centres, not {num_colours}: set data.centres=kmeans")
     name = "cifar10_horses" if centres == "course" else f"cifar10_horses_kmeans{num_colours}"
-    return _source(name, (HORSES, COURSE_CENTRES) if centres == "course" else (HORSES,), num_colours, "horse")
+    command = "" if centres == "course" else f"cifar10_horses centres=kmeans num_colours={num_colours}"
+    return _source(name, (HORSES, COURSE_CENTRES) if centres == "course" else (HORSES,), num_colours, "horse", command)
 
 
 @dataset(fields=("image", "mask", "colour_centres"))
 def cifar10(*, category: Literal[CLASSES] = "horse", num_colours: NumColours = 24) -> Source:  # type: ignore[valid-type]
     """One class of the official archive, with `num_colours` colour centres of its own."""
-    return _source(f"cifar10_{category}_kmeans{num_colours}", (OFFICIAL,), num_colours, category)
+    return _source(f"cifar10_{category}_kmeans{num_colours}", (OFFICIAL,), num_colours, category, f"cifar10 category={category} num_colours={num_colours}")
 
 
-def _source(name: str, archives: tuple[Archive, ...], num_colours: int, category: str) -> Source:
+def _source(name: str, archives: tuple[Archive, ...], num_colours: int, category: str, command: str) -> Source:
     info = DataInfo(tuple(f"colour {index}" for index in range(num_colours)))
     rows, statistics = partial(_rows, num_colours=num_colours, category=category), partial(_statistics, num_colours=num_colours, category=category)
     rows.__doc__ = _rows.__doc__
-    return Source(name, info, {"image": "image", "mask": "mask"}, rows, archives, statistics)
+    return Source(name, info, {"image": "image", "mask": "mask"}, rows, archives, statistics, command)
 
 
 def _rows(archives: Mapping[str, Path], num_colours: int, category: str) -> Iterator[tuple[str, Row]]:
@@ -97,12 +98,13 @@ def _centres(archives: tuple[tuple[str, Path], ...], num_colours: int, category:
     if COURSE_CENTRES.name in paths:
         path = paths[COURSE_CENTRES.name]
         try:
-            centres = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            centres = np.asarray(np.load(path, allow_pickle=False), np.float64)
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} can't be read: {error}; replace it, or set data.centres=kmeans") from error
         if centres.shape != (num_colours, 3) or not np.isfinite(centres).all():
-            raise UserError(f"{path} holds an array of shape {centres.shape}, not ({num_colours}, 3); replace it, or set data.centres=kmeans")
-        return np.asarray(centres, np.float64)
+            found = "numbers that aren't finite" if centres.shape == (num_colours, 3) else f"an array of shape {centres.shape}, not ({num_colours}, 3)"
+            raise UserError(f"{path} holds {found}; replace it, or set data.centres=kmeans")
+        return centres
     pixels = np.concatenate([_decode(name, data).reshape(-1, 3) for split, name, data in _images(paths, category) if split == "train"])
     return _kmeans(pixels, num_colours)
 

@@ -1,0 +1,320 @@
+"""Image and mask files of one's own become a set that recipes name, without a line of code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.processes import run_processes, train, write_recipe
+from trainer.commands import main
+from trainer.data.card import Card
+from trainer.data.prepare import data_dir, ensure_prepared, read_indices
+from trainer.data.sets.folder import from_files
+from trainer.recipe import RecipeError, load_recipe
+from trainer.tasks.build import TASK_CHECKS
+
+CLASSES = ["road", "sky", "pavement"]
+SIZE = (12, 8)
+
+
+def pixels(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
+
+
+def labels(seed: int) -> np.ndarray:
+    found = np.random.default_rng(seed).integers(0, 3, (SIZE[1], SIZE[0]), dtype=np.uint8)
+    found[0] = 255
+    return found
+
+
+def save(file: Path, array: np.ndarray, **options: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(file, **options)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """24 pairs, in folders below, of several formats; half of the masks are palette images."""
+    folder = tmp_path / "mine"
+    for i in range(24):
+        suffix = ("jpg", "PNG", "bmp", "webp")[i % 4]
+        save(folder / f"photos/town {i % 3}/{i:02d}.{suffix}", pixels(i))
+        mask = Image.fromarray(labels(i))
+        if i % 2:
+            mask.putpalette([(7 * j) % 256 for j in range(768)])
+        (folder / f"masks/town {i % 3}").mkdir(parents=True, exist_ok=True)
+        mask.save(folder / f"masks/town {i % 3}/{i:02d}.png")
+    (folder / "photos/readme.txt").write_text("not read")
+    (folder / "photos/.hidden.jpg").write_text("not read")
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    return folder
+
+
+def options(folder: Path, name: str = "mine", **changed: Any) -> list[str]:
+    given = {"name": name, "images": folder / "photos", "masks": folder / "masks", "classes": folder / "classes.txt", "ignore": 255} | changed
+    return ["prepare", "folder", *(str(word) for key, value in given.items() if value is not None for word in (f"--{key}", value))]
+
+
+def prepared(name: str = "mine") -> Card:
+    return Card.load(data_dir() / name)
+
+
+def rows(split: str, name: str = "mine") -> dict[str, dict[str, Any]]:
+    """Stored rows by the name of their image's file."""
+    stored = [row for file in prepared(name).files(data_dir() / name, split) for row in pq.read_table(file).to_pylist()]
+    return {Path(row["image"]["path"]).stem: row for row in stored}
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The message of a command that ends with 2."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+def nothing_half_written() -> bool:
+    return not data_dir().exists() or not [path for path in data_dir().iterdir() if path.is_dir()]
+
+
+# ---------------------------------------------------------------- what is prepared
+
+
+def test_every_pair_is_stored_and_counted(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options(files)) == 0
+    card, stored = prepared(), rows("train") | rows("validation")
+    assert list(rows("train")) != sorted(rows("train"))  # neighbours in a folder are none in the set
+    assert sorted(stored) == [f"{i:02d}" for i in range(24)]
+    for name, row in stored.items():
+        assert np.array_equal(read_indices(row["mask"]["bytes"]), labels(int(name)))
+        if row["image"]["path"].endswith(("PNG", "bmp")):
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))), pixels(int(name)))
+    assert stored["00"]["mask"]["path"] == "masks/town 0/00.png"
+    counts = np.bincount(np.concatenate([labels(int(name)) for name in rows("train")]).ravel(), minlength=256)[:3]
+    assert card.statistics["class_pixels"] == counts.tolist()
+    said = capsys.readouterr().out
+    for expected in ("24 rows", f"{len(rows('validation'))} validation", f"road {counts[0] / counts.sum():.2%}", "ignored: 255"):
+        assert expected in said
+
+
+def test_the_share_that_validates_is_drawn_once_and_for_ever(files: Path) -> None:
+    assert main(options(files, validation=0.5)) == 0
+    before = sorted(rows("validation"))
+    assert 6 <= len(before) <= 18
+    for i in range(24, 40):
+        save(files / f"photos/{i}.png", pixels(i))
+        save(files / f"masks/{i}.png", labels(i))
+    assert main(options(files, validation=0.5)) == 0
+    assert [name for name in sorted(rows("validation")) if int(name) < 24] == before
+
+
+def test_equal_images_are_on_one_side(files: Path) -> None:
+    for i in range(100, 120):
+        save(files / f"photos/{i}.png", pixels(0))
+        save(files / f"masks/{i}.png", labels(i))
+    assert main(options(files, validation=0.5)) == 0
+    assert len([name for name in rows("validation") if int(name) >= 100]) in (0, 20)
+
+
+def test_a_folder_can_validate(files: Path) -> None:
+    for i in range(3):
+        save(files / f"held out/photos/{i}.png", pixels(90 + i))
+        save(files / f"held out/masks/{i}.png", labels(90 + i))
+    assert main(options(files, validation=files / "held out")) == 0
+    assert len(rows("train")) == 24 and sorted(rows("validation")) == ["0", "1", "2"]
+
+
+def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options(files)) == 0
+    capsys.readouterr()
+    assert main(options(files)) == 0
+    assert "preparing" not in capsys.readouterr().out
+    save(files / "masks/town 0/00.png", labels(50))
+    assert main(options(files)) == 0
+    assert "was prepared from other files" in capsys.readouterr().out
+    assert np.array_equal(read_indices((rows("train") | rows("validation"))["00"]["mask"]["bytes"]), labels(50))
+    assert main(options(files, validation=0.4)) == 0
+    assert "was prepared from other files" in capsys.readouterr().out
+
+
+def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
+    assert main(options(files, validation=0.5)) == 0
+    card = prepared()
+    (data_dir() / "mine/card.json").unlink()
+    (data_dir() / "mine").rename(data_dir().parent / "away")
+    assert main(["prepare", *shlex.split(card.command)]) == 0
+    assert prepared() == card
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def missing_mask(folder: Path) -> None:
+    (folder / "masks/town 0/00.png").unlink()
+
+
+def missing_image(folder: Path) -> None:
+    (folder / "photos/town 1/01.PNG").unlink()
+
+
+def two_alike(folder: Path) -> None:
+    save(folder / "photos/town 0/00.png", pixels(0))
+
+
+def another_size(folder: Path) -> None:
+    save(folder / "masks/town 0/00.png", labels(0)[:-1])
+
+
+def unknown_label(folder: Path) -> None:
+    save(folder / "masks/town 0/00.png", labels(0) // 2 * 2 + 1)
+
+
+def coloured_mask(folder: Path) -> None:
+    save(folder / "masks/town 0/00.png", pixels(0))
+
+
+def cut_image(folder: Path) -> None:
+    file = folder / "photos/town 1/01.PNG"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def no_image(folder: Path) -> None:
+    (folder / "photos/town 0/00.jpg").write_text("words")
+
+
+def sixteen_bits(folder: Path) -> None:
+    (folder / "photos/town 0/00.jpg").unlink()
+    save(folder / "photos/town 0/00.tif", np.full((SIZE[1], SIZE[0]), 4000, np.uint16))
+
+
+def no_masks(folder: Path) -> None:
+    for file in (folder / "masks").rglob("*.png"):
+        file.rename(file.with_suffix(".gif"))
+
+
+def a_program(folder: Path) -> None:
+    (folder / "photos/town 0/00.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 8\n%%EndComments\n(evil) run\n")
+
+
+def two_names(folder: Path) -> None:
+    (folder / "classes.txt").write_text("road\nroad\nsky\n")
+
+
+def no_name(folder: Path) -> None:
+    (folder / "classes.txt").write_text("road\n\nsky\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (missing_mask, "photos/town 0/00.jpg has no mask"),
+        (missing_image, "masks/town 1/01.png has no image"),
+        (two_alike, "photos/town 0/00.png are called alike"),
+        (another_size, "masks/town 0/00.png: sizes differ: image 12 x 8, mask 12 x 7; correct it"),
+        (unknown_label, "masks/town 0/00.png: this mask holds the labels 3; classes are 0 to 2, and 255 is ignored; correct it"),
+        (coloured_mask, "masks/town 0/00.png: this mask can't be decoded (a mask has one channel"),
+        (cut_image, "photos/town 1/01.PNG: this image can't be decoded"),
+        (no_image, "photos/town 0/00.jpg: this image can't be decoded"),
+        (sixteen_bits, "photos/town 0/00.tif: this image can't be decoded (it has mode I;16, not 8 bits a channel)"),
+        (no_masks, "masks holds no masks (index or palette PNG)"),
+        (a_program, "photos/town 0/00.jpg: this image can't be decoded (a PostScript file is a program)"),
+        (two_names, "classes.txt: a line for each class, with its name, all different"),
+        (no_name, "classes.txt: a line for each class, with its name, all different"),
+    ],
+)
+def test_a_bad_file_is_named_and_nothing_half_written_stays(files: Path, damage: Any, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(files)
+    assert expected in refused(capsys, options(files))
+    assert nothing_half_written()
+
+
+def test_a_bad_file_leaves_the_set_that_was_there(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options(files)) == 0
+    before = prepared()
+    cut_image(files)
+    refused(capsys, options(files))
+    assert prepared() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"name": "flowers17"}, "--name flowers17: there is a data set of that name already"),
+        ({"name": "../mine"}, "--name ../mine: a set's name is made of letters"),
+        ({"name": "downloads"}, "--name downloads: a set's name"),
+        ({"images": "nowhere"}, "no folder nowhere, which should hold images"),
+        ({"classes": "nothing.txt"}, "--classes nothing.txt can't be read"),
+        ({"ignore": 256}, "--ignore 256: labels are 0 to 255"),
+        ({"validation": "1.5"}, "--validation 1.5: a share is between 0 and 1"),
+        ({"validation": "0.0001"}, "--validation 0.0001: of 24 images all or none were drawn"),
+        ({"validation": "held out"}, "no folder held out/photos, which should hold images"),
+        ({"masks": None}, "trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE [--ignore LABEL] [--validation SHARE|DIR]"),
+    ],
+    ids=str,
+)
+def test_an_option_that_cannot_be_so_is_a_mistake(files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert expected in refused(capsys, options(files, **changed))
+    assert nothing_half_written()
+
+
+# ---------------------------------------------------------------- in a recipe
+
+RECIPE = """
+task: segmentation
+data: {name: folder, set: mine, batch_size: 4, workers: 0}
+model: {name: unet, width: 4, depth: 2}
+loss: cross_entropy
+optimizer: {name: adamw, lr: 1e-2}
+train: {duration: 1 epoch, threads: 1}
+evaluate: {best: miou, pictures: 2}
+"""
+
+
+def test_a_recipe_trains_on_it(files: Path, tmp_path: Path) -> None:
+    assert main(options(files)) == 0
+    run_processes(1, train, write_recipe(tmp_path, RECIPE))
+    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert {"iou/road", "iou/sky", "iou/pavement"} <= lines[-1].keys()
+
+
+def test_where_it_is_not_prepared_a_recipe_that_names_it_is_one_mistake(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(write_recipe(tmp_path, RECIPE), (), TASK_CHECKS)
+    (problem,) = raised.value.problems
+    assert "run.yaml:3:" in problem.place and problem.path == ("data", "set")
+    assert "`trainer prepare folder --name mine --images DIR --masks DIR --classes FILE` makes it" in problem.what
+
+
+def test_a_recipe_never_makes_it_again(files: Path, tmp_path: Path) -> None:
+    """Whatever becomes of the files it was made from, and of the classes in the file."""
+    assert main(options(files)) == 0
+    card = prepared()
+    (files / "photos").rename(files / "gone")
+    (files / "classes.txt").write_text("a\nb\nc\n")
+    recipe = load_recipe(write_recipe(tmp_path, RECIPE), (), TASK_CHECKS)
+    assert ensure_prepared(recipe.build("data"), data_dir(), None) == card
+    (data_dir() / "mine/train/00000.parquet").unlink()
+    with pytest.raises(RecipeError, match=r"data\.set: .*00000\.parquet is missing; `trainer prepare folder --name mine --images \S+photos "):
+        load_recipe(write_recipe(tmp_path, RECIPE), (), TASK_CHECKS)
+
+
+def test_a_path_is_no_set(files: Path, tmp_path: Path) -> None:
+    assert main(options(files)) == 0
+    with pytest.raises(RecipeError, match=r"data\.set: '\.\./data/mine' is no name of a set"):
+        load_recipe(write_recipe(tmp_path, RECIPE), ["data.set=../data/mine"])
+
+
+def test_times_of_files_count_and_names_of_folders_do_not(files: Path) -> None:
+    arguments = {"name": "mine", "masks": files / "masks", "classes": files / "classes.txt"}
+    before = from_files(images=files / "photos", **arguments).version
+    assert from_files(images=files / "photos" / ".." / "photos", **arguments).version == before
+    os.utime(files / "photos/town 0/00.jpg", ns=(0, 0))
+    assert from_files(images=files / "photos", **arguments).version != before

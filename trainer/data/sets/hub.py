@@ -1,0 +1,163 @@
+"""A data set in Parquet on the Hugging Face Hub, read once and kept as training reads it.
+
+data: {name: hub, path: owner/set, image: image, mask: annotation, classes: [road, sky], batch_size: 16}
+
+Address, token, cache and offline mode are huggingface_hub's own: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import AfterValidator, Field
+
+from trainer.components import dataset
+from trainer.data.archives import Member
+from trainer.data.card import Card
+from trainer.data.prepare import data_dir, encode_png
+from trainer.data.source import DataInfo, Row, Source, in_validation
+from trainer.errors import UserError
+from trainer.recipe_file import nearest
+
+Names = Annotated[list[str], Field(min_length=2, max_length=256)]
+Label = Annotated[int, Field(ge=0, le=255)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _owner_and_name(path: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ValueError("must be the owner and the name of a repository, e.g. zhoubolei/scene_parse_150")
+    return path
+
+
+@dataset(fields=("image", "mask"))
+def hub(
+    *,
+    path: Annotated[str, AfterValidator(_owner_and_name)],
+    image: str,
+    mask: str,
+    classes: Names | None = None,
+    ignore_index: Label | None = None,
+    config: str | None = None,
+    revision: str = "main",
+    train: str = "train",
+    validation: str | Share = "validation",
+) -> Source:
+    """Two columns of the repository `path`: encoded images, and masks, which may be lists of lists of labels as well.
+
+    Without `classes` they are those that the features of the column `mask` name. `validation` is the name of a split, or a
+    share of `train`. What a branch such as `main` is, is looked up when the set is prepared, and then no more.
+    """
+    keys: dict[str, Any] = {"path": path, "image": image, "mask": mask, "classes": classes, "ignore_index": ignore_index}
+    keys |= {"config": config, "revision": revision, "train": train, "validation": validation}
+    name = f"hub--{path.replace('/', '--')}--{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]}"
+    words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items() if value is not None]
+    repository = _Repository(path, config, revision)
+    share = validation if isinstance(validation, float) else 0.0
+
+    def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
+        for split, theirs in {"train": train, **({} if share else {"validation": validation})}.items():
+            for index, (picture, labels) in enumerate(repository.read(theirs, image, mask)):
+                place = f"{path}, {theirs} row {index}, column"
+                row = {"image": _encoded(f"{place} {image}", picture), "mask": _encoded(f"{place} {mask}", labels)}
+                yield "validation" if in_validation(row["image"].data, share) else split, row
+
+    rows.__doc__ = f"Read from {path} on the Hugging Face Hub; its commit is `revision` of the card's statistics."
+    return Source(
+        name,
+        DataInfo(tuple(classes) if classes else _known_classes(name) or repository.class_names(train, mask), ignore_index),
+        {"image": "image", "mask": "mask"},
+        rows,
+        statistics=lambda paths: {"revision": repository.commit},
+        command=shlex.join(["hub", *words]),
+        remedy="choose other columns, or another revision",
+    )
+
+
+def _known_classes(name: str) -> tuple[str, ...]:
+    """The classes on the set's card, so that a set that is prepared needs no network."""
+    with suppress(UserError):
+        return Card.load(data_dir() / name).classes
+    return ()
+
+
+@dataclass
+class _Repository:
+    """A repository, at the commit that `revision` names when it is first asked for something."""
+
+    path: str
+    config: str | None
+    revision: str
+
+    @cached_property
+    def _builder(self) -> Any:
+        import datasets
+
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
+        with self._errors_told():
+            builder = datasets.load_dataset_builder(f"hf://datasets/{self.path}", self.config, revision=self.revision)  # hf: never a folder of that name
+        if builder.name != "parquet":  # `datasets` reads other formats too, not all of which are mere data
+            raise UserError(f"{self.path} is not in Parquet but {builder.name}; many sets have a copy that is: revision=refs/convert/parquet")
+        return builder
+
+    @property
+    def commit(self) -> str:
+        """SHA of the commit, in hex."""
+        return str(self._builder.hash)
+
+    def class_names(self, split: str, column: str) -> tuple[str, ...]:
+        """What the features of a column call its classes."""
+        feature = self._stream(split, column).features[column]
+        while hasattr(feature, "feature"):  # of a list's entries
+            feature = feature.feature
+        if not hasattr(feature, "names"):
+            raise UserError(f"{self.path}: the features of column {column} name no classes; list them, e.g. data.classes=[road, sky]")
+        return tuple(feature.names)
+
+    def read(self, split: str, *columns: str) -> Iterator[list[Any]]:
+        """The cells of these columns, undecoded, row by row."""
+        stream = self._stream(split, *columns).select_columns(list(columns)).decode(False)
+        with self._errors_told():
+            for row in stream:
+                yield [row[column] for column in columns]
+
+    def _stream(self, split: str, *columns: str) -> Any:
+        builder = self._builder
+        with self._errors_told():
+            stream = builder.as_streaming_dataset(split=split)
+        for column in columns:
+            if column not in stream.features:
+                raise UserError(f"{self.path} has no column {column!r}; {nearest(column, stream.features)}")
+        return stream
+
+    @contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of datasets, huggingface_hub, httpx and Arrow, which have no base in common
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise UserError(f"{self.path} can't be read from the Hugging Face Hub: {reason} (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say how)") from error
+
+
+def _encoded(place: str, cell: Any) -> Member:
+    """The encoded image in a cell; a list of lists of labels becomes one."""
+    data = cell["bytes"] if isinstance(cell, dict) else cell
+    if not isinstance(data, bytes):
+        try:
+            labels = np.asarray(data)
+            if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 255:
+                raise ValueError
+        except ValueError:  # numpy's own, where rows differ in length
+            raise UserError(f"{place}: neither an encoded image nor a list of lists of labels from 0 to 255; choose another column") from None
+        data = encode_png(labels.astype(np.uint8))
+    return Member(place, data)

@@ -1,0 +1,70 @@
+"""Stanford Background: outdoor scenes in nine classes (Gould, Fulton & Koller, "Decomposing a Scene into Geometric and Semantically
+Consistent Regions", ICCV 2009).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from trainer.components import dataset
+from trainer.data.archives import Member, members
+from trainer.data.prepare import encode_png
+from trainer.data.source import Archive, DataInfo, Row, Source, in_validation
+from trainer.errors import UserError
+
+ARCHIVE = Archive("iccv09Data.tar.gz", tuple(f"{scheme}://dags.stanford.edu/data/iccv09Data.tar.gz" for scheme in ("https", "http")))
+CLASSES = ("sky", "tree", "road", "grass", "water", "building", "mountain", "foreground", "misc")
+UNKNOWN = -1  # in the label files; the ninth class
+VALIDATION_SHARE = 0.2
+IMAGE, LABELS = ".jpg", ".regions.txt"
+REMEDY = "replace it by the official archive"
+
+
+@dataset(fields=("image", "mask"))
+def stanford_background() -> Source:
+    """All images that the archive holds, 715 in the official one; pixels of no class are the class `misc`, so none is ignored."""
+    return Source("stanford_background", DataInfo(CLASSES), {"image": "image", "mask": "mask"}, _rows, (ARCHIVE,))
+
+
+def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
+    """Split: fixed, by a hash of the image's name: 80 % train and 20 % validation, give or take; an image stays where it is
+    whatever others the archive holds. Byte-equal images are on one side.
+    """
+    archive = archives[ARCHIVE.name]
+    images: dict[str, Member] = {}
+    masks: dict[str, Member] = {}
+    for member in members(archive, (IMAGE, LABELS)):
+        number = PurePosixPath(member.name).name.partition(".")[0]
+        if member.name.endswith(IMAGE):
+            images[number] = member
+        else:
+            masks[number] = _mask(archive, member)
+    if images.keys() != masks.keys():
+        raise UserError(f"{archive} holds images without labels, or labels without image: {sorted(images.keys() ^ masks.keys())[:10]}; {REMEDY}")
+    first: dict[bytes, str] = {}
+    for number in sorted(images):
+        first.setdefault(images[number].data, number)
+    for number in sorted(images, key=_draw):  # kinds of scenes mixed, so that neighbours in a file are not alike
+        split = "validation" if in_validation(_draw(first[images[number].data]), VALIDATION_SHARE) else "train"
+        yield split, {"image": images[number], "mask": masks[number]}
+
+
+def _mask(archive: Path, labels: Member) -> Member:
+    """The index image of a text file with a line of numbers for each row of pixels."""
+    try:
+        indices = np.loadtxt(io.BytesIO(labels.data), np.int64, ndmin=2)
+        if not indices.size or indices.min() < UNKNOWN or indices.max() > CLASSES.index("foreground"):
+            raise ValueError("labels are -1 to 7")
+    except ValueError as error:
+        raise UserError(f"{archive}: {labels.name} can't be read as labels ({error}); {REMEDY}") from error
+    return Member(labels.name, encode_png(np.where(indices == UNKNOWN, CLASSES.index("misc"), indices).astype(np.uint8)))
+
+
+def _draw(number: str) -> bytes:
+    """A random key that is the same for ever, on any machine and version."""
+    return hashlib.sha256(f"stanford_background image {number}".encode()).digest()

@@ -1,0 +1,1 @@
+"""Geometry of boxes that models, losses and tasks of detection share."""

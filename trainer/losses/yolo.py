@@ -1,0 +1,195 @@
+"""The loss of an anchor-based detector: where boxes are, whether there is one, and what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import pi
+from typing import Annotated, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from trainer.components import loss
+from trainer.detection.boxes import Level, Targets, decode
+from trainer.losses.loss import Loss
+
+EPS = 1e-9
+"""Sides below this many pixels count as this long; far below what training reaches."""
+
+Factor = Annotated[float, Field(ge=0)]
+
+
+class Matches(NamedTuple):
+    """Which predictions of a level answer for which boxes: P pairs, each field int64 (P,).
+
+    Attributes:
+        image, anchor, row, column: the prediction.
+        target: the box.
+    """
+
+    image: Tensor
+    anchor: Tensor
+    row: Tensor
+    column: Tensor
+    target: Tensor
+
+
+def assign(level: Level, targets: Targets, max_ratio: float) -> Matches:
+    """Assigns boxes to the anchors that fit them, in the three cells nearest to their centre.
+
+    An anchor fits if width and height differ from the box's by less than the factor `max_ratio`. The cells are the one
+    that the centre is in, and of its neighbours the nearer one in the row and the nearer one in the column: a decoded
+    centre reaches half a cell beyond its own cell.
+
+    Args:
+        level: one scale of the output.
+        targets: the true boxes of the batch.
+        max_ratio: above 1; at most 4 can be learnt, since a side decodes to at most four times its anchor's.
+    """
+    height, width = level.logits.shape[2:4]
+    boxes = targets.boxes.double()
+    ratios = (boxes[:, 2:] - boxes[:, :2])[:, None] / level.anchors.double()
+    fits = torch.maximum(ratios, 1 / ratios).amax(dim=2) < max_ratio  # (M, A)
+
+    centres = (boxes[:, :2] + boxes[:, 2:]) / (2 * level.stride)
+    last = boxes.new_tensor([width - 1, height - 1])
+    own = centres.floor().clamp(torch.zeros_like(last), last)
+    towards = (centres - own - 0.5).sign()  # the nearer neighbours: -1, 1, or 0 where both are as near
+    cells = torch.cat([own[:, None], own[:, None] + torch.diag_embed(towards)], dim=1)  # (M, 3, 2)
+    exists = ((cells >= 0) & (cells <= last)).all(dim=2)
+    exists[:, 1:] &= towards != 0
+
+    target, anchor, cell = (fits[:, :, None] & exists[:, None]).nonzero(as_tuple=True)
+    column, row = cells[target, cell].long().unbind(dim=1)
+    return Matches(targets.image_index[target], anchor, row, column, target)
+
+
+def complete_iou(predicted: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and complete IoU of pairs of boxes (Zheng et al., "Distance-IoU Loss", 2020, equations 8 to 11).
+
+    The complete IoU is smaller by the squared distance of the centres over the squared diagonal of the smallest box
+    around both, and by α · v for different aspects, with α a constant in the backward pass.
+
+    Args:
+        predicted: (P, 4) as (centre x, centre y, width, height).
+        true: (P, 4), likewise, with sides above 0.
+
+    Returns:
+        Two tensors (P,): in [0, 1], and in (-1.5, 1].
+    """
+    centres, sizes = predicted[:, :2], predicted[:, 2:].clamp(min=EPS)
+    true_centres, true_sizes = true[:, :2], true[:, 2:]
+    low, high, true_low, true_high = centres - sizes / 2, centres + sizes / 2, true_centres - true_sizes / 2, true_centres + true_sizes / 2
+
+    overlap = _area((torch.minimum(high, true_high) - torch.maximum(low, true_low)).clamp(min=0))
+    iou = overlap / (_area(sizes) + _area(true_sizes) - overlap)
+    around = torch.maximum(high, true_high) - torch.minimum(low, true_low)
+    distance = (centres - true_centres).square().sum(dim=1) / around.square().sum(dim=1)
+    aspect = 4 / pi**2 * (_angle(true_sizes) - _angle(sizes)).square()
+    with torch.no_grad():
+        alpha = aspect / (1 - iou + aspect).clamp(min=EPS)
+    return iou, iou - distance - alpha * aspect
+
+
+def _area(sizes: Tensor) -> Tensor:
+    return sizes[:, 0] * sizes[:, 1]
+
+
+def _angle(sizes: Tensor) -> Tensor:
+    """arctan(width / height)."""
+    return torch.atan2(sizes[:, 0], sizes[:, 1])
+
+
+@loss(name="yolo", interface="boxes")
+class YoloLoss(Loss):
+    """The weighted sum of three terms, each of which is a mean over the predictions of a scale, summed over the scales.
+
+    - `box_loss`: 1 - complete IoU, of the predictions that answer for a box (see `assign`).
+    - `objectness_loss`: binary cross entropy, of all predictions. The target is the IoU with the box that a prediction
+      answers for (Redmon et al., "You Only Look Once", 2016, section 2), the largest where it does for several, and 0
+      where it does for none.
+    - `class_loss`: binary cross entropy, of the predictions that answer for a box, a mean over the classes too. The
+      target is 1 - ε / 2 for the true class and ε / 2 for the others. With a single class there is no such term.
+
+    Takes `Level`s and `Targets`. Without a box only the objectness counts.
+
+    Args:
+        num_classes: C.
+        box_gain, obj_gain, cls_gain: weights of the terms in the loss.
+        obj_pw, cls_pw: how much more the positive part of a cross entropy weighs.
+        label_smoothing: ε.
+        max_ratio: by which a side of a box and of an anchor that answers for it may differ.
+        balance: weights of the scales in the objectness, the finest first. Fine ones have many cells and few boxes.
+    """
+
+    balance: Tensor
+    obj_pw: Tensor
+    cls_pw: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        /,
+        *,
+        box_gain: Factor = 0.05,
+        obj_gain: Factor = 1.0,
+        cls_gain: Factor = 0.5,
+        obj_pw: Annotated[float, Field(gt=0)] = 1.0,
+        cls_pw: Annotated[float, Field(gt=0)] = 1.0,
+        label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        max_ratio: Annotated[float, Field(gt=1, le=4)] = 4.0,
+        balance: Annotated[list[Factor], Field(min_length=3, max_length=3)] = [4.0, 1.0, 0.4],  # noqa: B006
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.gains = {"box_loss": box_gain, "objectness_loss": obj_gain, "class_loss": cls_gain}
+        self.label_smoothing = label_smoothing
+        self.max_ratio = max_ratio
+        # Buffers, so that they are on the device that they are needed on.
+        for name, value in (("obj_pw", obj_pw), ("cls_pw", cls_pw), ("balance", balance)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+
+    def forward(self, outputs: Sequence[Level], targets: Targets) -> dict[str, Tensor]:  # type: ignore[override]
+        """Local sums of each scale, float64 (3,).
+
+        `box`, `objectness` and `classes`, which become the terms; how many predictions answer for a box, `positives`, and
+        how many there are, `cells`.
+        """
+        scales = [self._scale_sums(level, targets) for level in outputs]
+        return {name: torch.stack([sums[name] for sums in scales]) for name in scales[0]}
+
+    def _scale_sums(self, level: Level, targets: Targets) -> dict[str, Tensor]:
+        """In double precision, which costs little: these are few numbers beside those of the network."""
+        matches = assign(level, targets, self.max_ratio)
+        found = level.logits[matches.image, matches.anchor, matches.row, matches.column].double()  # (P, 5 + C)
+        cells = torch.stack([matches.column, matches.row], dim=1)
+        predicted = decode(found, cells, level.anchors.double()[matches.anchor], level.stride)
+        iou, ciou = complete_iou(predicted, box_convert(targets.boxes.double(), "xyxy", "cxcywh")[matches.target])
+
+        objectness = level.logits[..., 4].double()
+        _, anchors, height, width = objectness.shape
+        place = ((matches.image * anchors + matches.anchor) * height + matches.row) * width + matches.column
+        expected = torch.zeros_like(objectness).flatten().scatter_reduce(0, place, iou.detach(), "amax").view_as(objectness)
+        labels = F.one_hot(targets.labels[matches.target], self.num_classes).double()
+        smoothed = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+        return {
+            "box": (1 - ciou).sum(),
+            "objectness": F.binary_cross_entropy_with_logits(objectness, expected, pos_weight=self.obj_pw, reduction="sum"),
+            "classes": F.binary_cross_entropy_with_logits(found[:, 5:], smoothed, pos_weight=self.cls_pw, reduction="sum"),
+            "positives": torch.full_like(self.obj_pw, len(matches.target)),
+            "cells": torch.full_like(self.obj_pw, objectness.numel()),
+        }
+
+    def combine(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The `loss`, and the terms that it is the weighted sum of."""
+        positives = sums["positives"].clamp(min=1)
+        terms = {
+            "box_loss": (sums["box"] / positives).sum(),
+            "objectness_loss": (self.balance * sums["objectness"] / sums["cells"].clamp(min=1)).sum(),
+        }
+        if self.num_classes > 1:
+            terms["class_loss"] = (sums["classes"] / positives).sum() / self.num_classes
+        return {"loss": torch.stack([self.gains[name] * term for name, term in terms.items()]).sum(), **terms}
