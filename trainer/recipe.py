@@ -384,6 +384,14 @@ def _check_interfaces(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem("data", f"task {task.name} needs {', '.join(lacking)}, which {data.name} has not; data sets that fit: {', '.join(fits)}")
 
 
+def _check_augmentations(recipe: Recipe) -> Iterator[Problem]:
+    for index, (component, chosen) in enumerate(recipe.augmentations):
+        try:
+            build(component, chosen, ignore_index=None, resize=recipe.data.resize)
+        except ValueError as error:
+            yield recipe.problem(f"data.augment.{index}", str(error))
+
+
 def _check_batch(recipe: Recipe) -> Iterator[Problem]:
     batch, accumulate = recipe.data.batch_size, recipe.train.accumulate
     if batch % accumulate:
@@ -412,6 +420,7 @@ def _check_durations(recipe: Recipe) -> Iterator[Problem]:
 
 CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("task", "data", "model", "loss"), _check_interfaces),
+    (("data",), _check_augmentations),
     (("data", "train"), _check_batch),
     (("data", "train", "schedule"), _check_durations),
 )

@@ -213,4 +213,4 @@ def test_a_plugin_file_beside_the_recipe_adds_components(tmp_path: Path) -> None
         "@loss(interface='dense')\nclass Mine(CrossEntropy):\n    pass\n"
     )
     recipe = check(tmp_path, "plugins: [my_loss.py]\nloss: mine")
-    assert type(recipe.build("loss", num_classes=4, ignore_index=255)).__name__ == "Mine"
+    assert type(recipe.build("loss", num_classes=4, ignore_index=255, statistics={})).__name__ == "Mine"

@@ -8,6 +8,7 @@ neighbour) and draws from torch's generator, which the stream seeds for every sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, PositiveInt
@@ -44,9 +45,22 @@ def random_crop(ignore_index: int | None, /, *, size: Size) -> v2.Transform:
 
 
 @augmentation()
-def random_resized_crop(*, size: Size, scale: Shares = [0.08, 1.0], ratio: Interval = [3 / 4, 4 / 3]) -> v2.Transform:  # noqa: B006
-    """Cuts out a random share `scale` of the area with a random aspect `ratio` and resizes it to `size`."""
-    return v2.RandomResizedCrop(size, scale=tuple(scale), ratio=tuple(ratio))
+def random_resized_crop(
+    resize: Sequence[int] | None,
+    /,
+    *,
+    size: Size | None = None,
+    scale: Shares = [0.08, 1.0],  # noqa: B006
+    ratio: Interval = [3 / 4, 4 / 3],  # noqa: B006
+) -> v2.Transform:
+    """Cuts out a random share `scale` of the area with a random aspect `ratio` and resizes it to `size`, by default that of `data.resize`.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if not size and not resize:
+        raise ValueError("random_resized_crop needs a size: set its size=[H,W], or data.resize")
+    return v2.RandomResizedCrop(size or resize, scale=tuple(scale), ratio=tuple(ratio))
 
 
 @augmentation()

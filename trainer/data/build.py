@@ -42,7 +42,8 @@ class Data:
         self.info = card.info
         self.order = Order(card.row_groups("train"), recipe.train.seed, settings.window)
         self.workers = num_workers(settings.workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        augmentations = [build(component, chosen, ignore_index=card.ignore_index) for component, chosen in recipe.augmentations]
+        context = {"ignore_index": card.ignore_index, "resize": settings.resize}
+        augmentations = [build(component, chosen, **context) for component, chosen in recipe.augmentations]
         cache = settings.cache == "auto"
         self.train = Samples(folder, card, "train", self.order, settings.resize, augmentations, cache, settings.window, settings.max_unreadable)
         self.validation = Samples(folder, card, "validation", None, settings.resize, [], cache, settings.window)

@@ -81,7 +81,7 @@ def chosen(data: st.DataObject, component: Component) -> Any:
 def test_image_and_mask_stay_aligned_and_labels_are_never_mixed(
     name: str, data: st.DataObject, height: int, width: int, seed: int, ignore_index: int | None
 ) -> None:
-    transform = build(AUGMENTATIONS[name], chosen(data, AUGMENTATIONS[name]), ignore_index=ignore_index)
+    transform = build(AUGMENTATIONS[name], chosen(data, AUGMENTATIONS[name]), ignore_index=ignore_index, resize=None)
     torch.manual_seed(seed)
     check(transform, sample(height, width, seed), ignore_index)
 
@@ -89,14 +89,14 @@ def test_image_and_mask_stay_aligned_and_labels_are_never_mixed(
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data(), seed=st.integers(0, 2**16))
 def test_they_stay_aligned_under_all_augmentations_together(data: st.DataObject, seed: int) -> None:
-    transforms = [build(component, chosen(data, component), ignore_index=IGNORE) for component in AUGMENTATIONS.values()]
+    transforms = [build(component, chosen(data, component), ignore_index=IGNORE, resize=None) for component in AUGMENTATIONS.values()]
     torch.manual_seed(seed)
     check(v2.Compose(transforms), sample(48, 64, seed), IGNORE)
 
 
 def test_most_pixels_can_tell() -> None:
     assert check(v2.Identity(), sample(64, 64, 0), None) > 2000
-    resized = build(AUGMENTATIONS["random_resized_crop"], AUGMENTATIONS["random_resized_crop"].schema(size=[96, 96]))
+    resized = build(AUGMENTATIONS["random_resized_crop"], AUGMENTATIONS["random_resized_crop"].schema(size=[96, 96]), resize=None)
     assert check(resized, sample(64, 64, 0), None) > 2000
 
 
@@ -128,7 +128,7 @@ def test_a_mask_is_shifted_by_not_even_one_pixel() -> None:
 def test_padding_is_ignored_or_where_no_label_is_repeats_the_edges() -> None:
     component = AUGMENTATIONS["random_crop"]
     white = {"image": tv_tensors.Image(torch.full((3, 4, 4), 255, dtype=torch.uint8)), "mask": tv_tensors.Mask(torch.full((1, 4, 4), 7, dtype=torch.uint8))}
-    ignored, repeated = (build(component, component.schema(size=[4, 20]), ignore_index=index)(white) for index in (IGNORE, None))
+    ignored, repeated = (build(component, component.schema(size=[4, 20]), ignore_index=index, resize=None)(white) for index in (IGNORE, None))
     assert torch.equal(ignored["mask"][0] == 7, ignored["image"][0] == 255) and set(ignored["mask"].unique().tolist()) == {7, IGNORE}
     assert (repeated["mask"] == 7).all() and (repeated["image"] == 255).all()
 
@@ -147,3 +147,11 @@ def test_padding_is_ignored_or_where_no_label_is_repeats_the_edges() -> None:
 def test_impossible_values_are_mistakes_of_the_recipe(name: str, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         AUGMENTATIONS[name].schema(**wrong)
+
+
+def test_a_crop_keeps_the_size_of_data_resize_unless_it_says_another() -> None:
+    component, image = AUGMENTATIONS["random_resized_crop"], tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8))
+    assert build(component, component.schema(), resize=[20, 30])(image).shape == (3, 20, 30)
+    assert build(component, component.schema(size=[8, 9]), resize=[20, 30])(image).shape == (3, 8, 9)
+    with pytest.raises(ValueError, match=r"data\.resize"):
+        build(component, component.schema(), resize=None)

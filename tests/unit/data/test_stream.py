@@ -75,7 +75,7 @@ def test_batches_depend_neither_on_workers_nor_on_the_cache_nor_on_where_they_be
 def test_masks_move_with_their_images_and_are_never_interpolated(prepared: tuple[Path, Card]) -> None:
     """The mask is the red channel: after crops and flips it must still be; resizing may only repeat its values."""
     crops = [
-        catalogue("augmentation")[name].build(settings, ignore_index=255)
+        catalogue("augmentation")[name].build(settings, ignore_index=255, resize=None)
         for name, settings in (("random_crop", {"size": [14, 18]}), ("horizontal_flip", {"p": 0.5}))
     ]
     flipped = set()
@@ -84,7 +84,7 @@ def test_masks_move_with_their_images_and_are_never_interpolated(prepared: tuple
         assert torch.equal(batch["label"], batch["sample_id"])
         flipped |= {batch["mask"].float().mean().item()}
     assert len(flipped) == 10
-    resized = catalogue("augmentation")["random_resized_crop"].build({"size": [33, 33], "scale": [0.5, 1.0], "ratio": [0.75, 1.33]})
+    resized = catalogue("augmentation")["random_resized_crop"].build({"size": [33, 33], "scale": [0.5, 1.0], "ratio": [0.75, 1.33]}, resize=None)
     for batch in islice(Batches(samples(prepared, transforms=[resized]), Slices(6, 1, 0, 1, 0), 0), 5):
         for sample_id, mask in zip(batch["sample_id"].tolist(), batch["mask"], strict=True):
             red = np.random.default_rng(sample_id).integers(0, 255, (20, 24), dtype=np.uint8)
