@@ -74,8 +74,8 @@ def _input_size(recipe: Recipe, given: str | None) -> tuple[int, int]:
             raise UserError(f"--input-size {given}: give height and width, e.g. 224x288")
         return int(match[1]), int(match[2])
     for _, settings in reversed(recipe.augmentations):
-        if getattr(settings, "size", None):
-            return tuple(settings.size)
+        if size := getattr(settings, "size", None):
+            return int(size[0]), int(size[1])
     if recipe.data.resize:
         return tuple(recipe.data.resize)
     folder = data_dir() / recipe.build("data").name

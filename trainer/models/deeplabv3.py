@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum, segmentation
+from torchvision.models import segmentation
 
 from trainer.components import model
-from trainer.models.layers import is_below
-from trainer.models.weights import weights_field
+from trainer.models.weights import load_published, weights_field
 
 BACKBONES = {
     "resnet50": (segmentation.deeplabv3_resnet50, segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1),
@@ -57,7 +54,7 @@ def deeplabv3(
     build, published = BACKBONES[backbone]
     if weights == "coco":
         net = build(weights=None, weights_backbone=None, num_classes=COCO_CLASSES, aux_loss=False)
-        _load_published(net, published)
+        load_published(net, published, DeepLabV3.unused_layers)
         net.classifier[4] = nn.Conv2d(256, num_classes, kernel_size=1)
     else:
         net = build(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False)
@@ -67,17 +64,3 @@ def deeplabv3(
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.1
     return DeepLabV3(net.backbone, net.classifier)
-
-
-def _load_published(net: nn.Module, published: WeightsEnum) -> None:
-    try:
-        # weights_only: torchvision's own builders would unpickle the file, and with it any code it may hold.
-        state = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        net.load_state_dict({name: tensor for name, tensor in state.items() if not is_below(name, DeepLabV3.unused_layers)})
-    except Exception as error:  # sockets, HTTP, checksums, truncated files: they have no narrower base in common
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
-        what = f"{file} is damaged; delete it" if file.exists() else f"could not download {published.url}"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(
-            f"{what} ({reason}); or set model.weights=none to start from scratch, or model.weights=FILE.safetensors, or put {file.name} into {file.parent}"
-        ) from error

@@ -10,8 +10,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from trainer.components import model
 from trainer.models.base_conv import Decoder
-from trainer.models.deeplabv3 import _load_published
-from trainer.models.weights import weights_field
+from trainer.models.weights import load_published, weights_field
 
 # Kind of block, how many of them at each level, published weights.
 BACKBONES = {
@@ -78,7 +77,7 @@ def resnet_unet(
     net = ResNetUNet(num_classes, block, depths, skips)
     if weights == "imagenet":
         trunk = ResNet(block, depths)
-        _load_published(trunk, published)
+        load_published(trunk, published)
         del trunk.fc
         net.load_state_dict(trunk.state_dict(), strict=False)
     return net

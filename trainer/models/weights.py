@@ -6,10 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from pydantic import AfterValidator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 
 from trainer.models.layers import check_layers, is_below
 
@@ -57,6 +59,25 @@ def load_safetensors(model: nn.Module, file: str | Path, reset_layers: Sequence[
     if problems:
         raise ValueError(f"{file} doesn't fit the model: {'; '.join(problems)}")
     model.load_state_dict(loaded, strict=False)  # names and shapes were compared above
+
+
+def load_published(net: nn.Module, published: WeightsEnum, unused_layers: Sequence[str] = ()) -> None:
+    """Loads torchvision's weights, downloaded at first use, into one of its networks, all but those below `unused_layers`.
+
+    Raises:
+        ConnectionError: the weights can't be downloaded, or the downloaded file is damaged.
+    """
+    try:
+        # weights_only: torchvision's own builders would unpickle the file, and with it any code it may hold.
+        state = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        net.load_state_dict({name: tensor for name, tensor in state.items() if not is_below(name, unused_layers)})
+    except Exception as error:  # sockets, HTTP, checksums, truncated files: they have no narrower base in common
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
+        what = f"{file} is damaged; delete it" if file.exists() else f"could not download {published.url}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(
+            f"{what} ({reason}); or set model.weights=none to start from scratch, or model.weights=FILE{SUFFIX}, or put {file.name} into {file.parent}"
+        ) from error
 
 
 def _read(file: Path) -> dict[str, Tensor]:

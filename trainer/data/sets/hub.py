@@ -66,7 +66,7 @@ def hub(
     share = validation if isinstance(validation, float) else 0.0
 
     def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-        for split, theirs in {"train": train, **({} if share else {"validation": validation})}.items():
+        for split, theirs in {"train": train, **({} if share else {"validation": str(validation)})}.items():
             for index, (picture, labels) in enumerate(repository.read(theirs, image, mask)):
                 place = f"{path}, {theirs} row {index}, column"
                 row = {"image": _encoded(f"{place} {image}", picture), "mask": _encoded(f"{place} {mask}", labels)}
