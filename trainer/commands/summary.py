@@ -87,8 +87,8 @@ def _input_size(recipe: Recipe, given: str | None) -> tuple[int, int]:
 
 
 def _input_channels(model: nn.Module) -> int:
-    """What the first layer with a kernel takes."""
-    return next(parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 4)
+    """What the first layer with a kernel takes; 3 where there is none."""
+    return next((parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 4), 3)
 
 
 def _totals(found: list[Layer]) -> dict[str, int]:

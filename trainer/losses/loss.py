@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ class Loss(nn.Module):
     """
 
     @abstractmethod
-    def forward(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def forward(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Local sums: float64 scalars or vectors, differentiable with respect to `outputs`."""
 
     @abstractmethod

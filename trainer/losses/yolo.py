@@ -152,7 +152,7 @@ class YoloLoss(Loss):
         for name, value in (("obj_pw", obj_pw), ("cls_pw", cls_pw), ("balance", balance)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
 
-    def forward(self, outputs: Sequence[Level], targets: Targets) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, outputs: Sequence[Level], targets: Targets) -> dict[str, Tensor]:
         """Local sums of each scale, float64 (3,).
 
         `box`, `objectness` and `classes`, which become the terms; how many predictions answer for a box, `positives`, and

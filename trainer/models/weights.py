@@ -24,7 +24,7 @@ def weights_field(*names: str) -> AfterValidator:
 
     Allowed are `names`, `none`, and the path of a .safetensors file that exists.
     """
-    allowed = f"must be {', '.join(names)}, none or an existing {SUFFIX} file"
+    allowed = f"must be {', '.join((*names, 'none'))} or an existing {SUFFIX} file"
 
     def check(weights: str) -> str:
         if weights.endswith(SUFFIX) and not os.path.isfile(weights):  # Path.is_file() raises where the name can't be one

