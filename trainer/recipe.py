@@ -168,15 +168,19 @@ def build(component: Component, settings: Settings, **context: Any) -> Any:
 # ---------------------------------------------------------------- validation
 
 
-class _Validator:
+class Validator:
+    """Validates the parts of a recipe; what is wrong is reported to its reader."""
+
     def __init__(self, reader: Reader, path: Path) -> None:
         self.reader, self.path = reader, path
 
     def report(self, path: KeyPath, what: str, got: Any = None) -> None:
+        """Adds a mistake, with the place where the key stands."""
         place = place_of(self.reader.places, path, self.path)
         self.reader.problems.append(Problem(place, path, what, None if got is None else short(got)))
 
     def component(self, kind: str, value: Any, path: KeyPath) -> Component | None:
+        """The component of this kind that a section names; None where there is none, which is reported."""
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             self.report(path, f"must be the name of a {kind}, or a mapping with its name; known: {', '.join(catalogue(kind))}", value)
             return None
@@ -279,7 +283,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), checks: Iterabl
         raise RecipeError(reader.problems)
     top, places = reader.overrides(overrides)
     tree = reader.merge(tree, top, places)
-    validator = _Validator(reader, path)
+    validator = Validator(reader, path)
     recipe = Recipe(name=path.stem, path=path, places=reader.places)
     _top_level(tree, recipe, validator)
     data = tree.get("data")
@@ -318,7 +322,7 @@ def _join(shared: type[Settings], component: Component) -> type[Settings]:
     return create_model(component.schema.__name__, __base__=shared, **keys)
 
 
-def _top_level(tree: dict[str, Any], recipe: Recipe, validator: _Validator) -> None:
+def _top_level(tree: dict[str, Any], recipe: Recipe, validator: Validator) -> None:
     known = ["name", "inherit", "plugins", "track", "reference", *SECTIONS]
     for key in tree:
         if key not in known:

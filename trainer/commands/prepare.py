@@ -11,7 +11,7 @@ from trainer.data.prepare import archives_dir, data_dir, ensure_prepared
 from trainer.data.sets.folder import VALIDATION, from_files
 from trainer.data.source import Source
 from trainer.errors import UserError
-from trainer.recipe import RecipeError, _Validator, build
+from trainer.recipe import RecipeError, Validator, build
 from trainer.recipe_file import COMMAND_LINE, Reader, nearest
 
 HELP = "turn a data set's official archives, or files of your own, into Parquet files"
@@ -75,7 +75,7 @@ def _source(args: argparse.Namespace) -> Source:
         raise UserError(f"--{next(iter(given))} belongs to `trainer prepare folder`, not to {args.dataset}")
     component = datasets[args.dataset]
     reader = Reader(named=())
-    settings = _Validator(reader, Path(COMMAND_LINE)).section(component.schema, reader.overrides(args.settings)[0], ())
+    settings = Validator(reader, Path(COMMAND_LINE)).section(component.schema, reader.overrides(args.settings)[0], ())
     if reader.problems:
         raise RecipeError(reader.problems)
     try:

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _make_again(folder: Path) -> str:
-    return f"delete {folder}, then `trainer prepare {folder.name}` makes it again"
+    again = f"`trainer prepare {folder.name}` makes it again"
+    with suppress(UserError):  # the card may be damaged, too
+        again = Card.load(folder).again
+    return f"delete {folder}, then {again}"
 
 
 def _keep(batch: Any) -> Any:

@@ -68,6 +68,15 @@ def build_on_meta(recipe: Recipe) -> nn.Module:
         return _build_model(recipe, recipe.build("data").info, "none")
 
 
+def check_data(recipe: Recipe) -> Iterator[Problem]:
+    """Describes the data set, to see that it can be. Sections whose checks need it are in `TASK_CHECKS` after it: they have nothing to add then."""
+    try:
+        recipe.build("data")
+    except (ValueError, UserError) as error:
+        del recipe.sections["data"]
+        yield recipe.problem("data", str(error))
+
+
 def check_model(recipe: Recipe) -> Iterator[Problem]:
     """Builds the model without memory, to see that it can be built and that the layers the recipe names exist."""
     try:
@@ -105,5 +114,10 @@ def check_task(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem("evaluate.best", f"unknown metric; {nearest(recipe.evaluate.best, task.metric_names)}", recipe.evaluate.best)
 
 
-TASK_CHECKS = ((("data", "model"), check_model), (("data", "loss"), check_loss), (("data", "task", "evaluate"), check_task))
+TASK_CHECKS = (
+    (("data",), check_data),
+    (("data", "model"), check_model),
+    (("data", "loss"), check_loss),
+    (("data", "task", "evaluate"), check_task),
+)
 """For `load_recipe`."""

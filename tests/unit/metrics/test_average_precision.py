@@ -70,6 +70,12 @@ def test_log_odds_are_exact_where_probabilities_are_one_but_for_rounding(gap: fl
     np.testing.assert_allclose(log_odds(logits).flatten(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_log_odds_are_computed_in_single_precision_whatever_the_type_of_the_logits(dtype: torch.dtype) -> None:
+    logits = sample(4)[0].to(dtype)
+    assert torch.equal(log_odds(logits), log_odds(logits.float()))
+
+
 def test_scores_are_counted_in_their_order_with_one_place_for_both_zeros() -> None:
     first = torch.tensor([-80.0, -3.0, -1e-9, 0.0, 1e-9, 3.0, 80.0])
     logits = torch.stack([first, torch.zeros_like(first)]).view(1, 2, 1, -1)
