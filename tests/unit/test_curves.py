@@ -94,6 +94,12 @@ def test_samples_stand_in_rows_and_their_panels_in_columns_small_ones_enlarged(t
     assert (found == 10).sum() == 2 * 24 * 32**2 and (found == 20).sum() == (found == 30).sum() == 18 * 32**2
 
 
+def test_enlarged_samples_have_the_colours_of_the_small_ones_and_no_others(tmp_path: Path) -> None:
+    pixels = torch.randint(100, (1, 3, 8, 8), dtype=torch.uint8)
+    found = sheet([pixels], tmp_path / "s.png")[GAP:-GAP, GAP:-GAP]
+    assert (found[::16, ::16] == pixels[0].permute(1, 2, 0).numpy()).all() and (found == found[::16, ::16].repeat(16, 0).repeat(16, 1)).all()
+
+
 def test_a_sheet_says_what_its_panels_and_colours_are(tmp_path: Path) -> None:
     sample = torch.full((2, 3, 128, 128), 200, dtype=torch.uint8)
     plain = sheet([sample], tmp_path / "plain.png")
