@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -141,6 +143,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    _keep_freed_memory()
     precision = resolve_precision(recipe.train.precision)
     accelerator = Accelerator(
         # Without a GPU a bare Accelerator() ignores the launcher: every process would be rank 0 of 1.
@@ -171,6 +174,15 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     elif torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
     return accelerator
+
+
+def _keep_freed_memory() -> None:
+    """Has the C library keep what a step frees: else it goes back to the system and comes again page by page, in every step on a CPU."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+    with suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that it takes
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def as_in_training(accelerator: Accelerator, model: nn.Module) -> Callable[..., Any]:
