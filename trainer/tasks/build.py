@@ -69,7 +69,7 @@ def build_on_meta(recipe: Recipe) -> nn.Module:
 
 
 def check_data(recipe: Recipe) -> Iterator[Problem]:
-    """Describes the data set, to see that it can be. Sections whose checks need it are in `TASK_CHECKS` after it: they have nothing to add then."""
+    """Asks the data set what it holds. Where it can't say, that is the one problem: its section is taken out, and checks that need it don't run."""
     try:
         recipe.build("data")
     except (ValueError, UserError) as error:

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -16,21 +14,6 @@ from trainer.models.deeplabv3 import BACKBONES, deeplabv3
 from trainer.models.weights import load_safetensors
 
 MOBILENET_FILE = Path(BACKBONES["mobilenet_v3_large"][1].url).name
-
-
-@pytest.fixture
-def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder torchvision downloads to, on a machine without a network."""
-
-    def unreachable(*_: object, **__: object) -> None:
-        raise URLError("no network here")
-
-    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    yield tmp_path / "checkpoints"
-    torch.hub.set_dir(before)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
