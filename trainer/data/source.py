@@ -6,12 +6,28 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-Role = Literal["image", "mask", "label"]
-"""What a column holds: an encoded RGB image, an encoded one-channel index image, an integer."""
+Role = Literal["image", "mask", "label", "boxes", "instances"]
+"""What a column holds: an encoded RGB image, an encoded one-channel index image, an integer, a list of `Instance`, or one of those with masks."""
 Row = dict[str, Any]
-"""One sample: encoded bytes for images and masks, an int for labels; keys are column names."""
+"""One sample: encoded bytes for images and masks, an int for labels, a list for boxes and instances; keys are column names."""
+
+
+class Instance(NamedTuple):
+    """One object in an image.
+
+    Attributes:
+        box: left, top, right, bottom in pixels.
+        label: class index.
+        mask: its pixels as the counts of COCO's compressed run-length encoding, at the size of the image; b"" where none are known.
+        crowd: whether it is a group that can't be told apart: such objects aren't learnt, and predictions within them count neither way.
+    """
+
+    box: tuple[float, float, float, float]
+    label: int
+    mask: bytes = b""
+    crowd: bool = False
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,13 @@ class Detections(NamedTuple):
         boxes: float (D, 4); they may reach beyond the image.
         scores: float (D,) in [0, 1].
         labels: int64 (D,), class indices.
+        masks: bool (D, H, W) at the size of the image, or None where only boxes are looked for.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None
 
 
 def decode(logits: Tensor, cells: Tensor, anchors: Tensor, stride: int) -> Tensor:
