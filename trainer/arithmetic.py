@@ -64,7 +64,9 @@ def layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
     def before(module: nn.Module, inputs: Any) -> None:
         flops_before[module] = counter.get_total_flops()
 
-    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        if not isinstance(output, Tensor):  # e.g. anchors: nothing that is computed from weights
+            return
         own = [] if module in seen else list(module.parameters(recurse=False))  # a layer that is used twice has its weights once
         seen.add(module)
         found.append(

@@ -85,6 +85,32 @@ def draw_confusion(table: Mapping[str, Sequence[int]], file: Path) -> None:
     figure.savefig(file, format="png")
 
 
+def draw_precision_recall(table: Mapping[str, Sequence[float]], file: Path) -> None:
+    """Draws precision against recall, for each class and as the mean over the classes.
+
+    Args:
+        table: for each class the precision at recalls evenly spaced from 0 to 1.
+        file: the PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    curves = np.array(list(table.values()))
+    recalls = np.linspace(0, 1, curves.shape[1])
+    figure = Figure(figsize=(6, 4.5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    few = len(table) <= MAX_LABELLED
+    for name, curve in zip(table, curves, strict=True):
+        label = f"{name} ({curve.mean():.2f})" if few else None
+        axes.plot(recalls, curve, linewidth=1, label=label, **({} if few else {"color": "0.8"}))
+    if len(table) > 1:
+        axes.plot(recalls, curves.mean(0), color="black", linewidth=2, label=f"mean of {len(table)} classes ({curves.mean():.2f})")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, fontsize="small")
+    figure.savefig(file, format="png")
+
+
 def row_shares(counts: np.ndarray) -> np.ndarray:
     """Each count as a share of its row; nan in a row that has none."""
     totals = counts.sum(1, keepdims=True)

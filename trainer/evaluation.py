@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.build import Data
-from trainer.reduce import total
-from trainer.tasks.task import Batch, Task
+from trainer.reduce import joined, total
+from trainer.tasks.task import ROWS, Batch, Task
 
 ToDevice = Callable[[Batch], Batch]
 
@@ -38,11 +38,13 @@ def evaluate(
         batch = next(batches, None)
         if batch is not None:
             found = task.evaluation_sums(forward, to_device(batch))
-            sums = {key: sums[key] + value for key, value in found.items()} if sums else found
+            sums = {key: torch.cat([sums[key], value]) if key.startswith(ROWS) else sums[key] + value for key, value in found.items()} if sums else found
     if not sums:  # an empty share has nothing to add, but must know what is added
         found = task.evaluation_sums(forward, to_device(data.validation.__getitems__([0])))
-        sums = {key: torch.zeros_like(value) for key, value in found.items()}
-    sums = {key: value.cpu() for key, value in total(sums).items()}  # metrics are many small figures: the host would wait for each
+        sums = {key: value[:0] if key.startswith(ROWS) else torch.zeros_like(value) for key, value in found.items()}
+    rows = joined({key: value for key, value in sums.items() if key.startswith(ROWS)})
+    sums = total({key: value for key, value in sums.items() if key not in rows}) | rows
+    sums = {key: value.cpu() for key, value in sums.items()}  # metrics are many small figures: the host would wait for each
     size = len(data.validation)
     assert int(sums["samples"]) == size, f"evaluated {int(sums['samples'])} samples of {size}"
     return task.metrics(sums)

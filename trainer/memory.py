@@ -90,9 +90,9 @@ def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, wid
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def forward(images: Any) -> Any:
+    def forward(*inputs: Any) -> Any:
         with torch.autocast(device.type, MIXED.get(precision), enabled=precision in MIXED):
-            return convert_to_fp32(model(images))
+            return convert_to_fp32(model(*inputs))
 
     def loss_of_micro_batch() -> Tensor:
         return task.loss.combine(task.loss_sums(forward, batch))["loss"]
@@ -127,14 +127,28 @@ def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, wid
 
 
 def _made_up(recipe: Recipe, info: DataInfo, height: int, width: int, device: torch.device) -> dict[str, Any]:
-    """A micro-batch of noise with the fields that the task needs."""
+    """A micro-batch of noise with the fields that the task needs; with objects, of which each image has four, one in each quarter."""
     size = recipe.data.batch_size // recipe.train.accumulate
+    quarters = torch.tensor([[x * width, y * height, (x + 1) * width, (y + 1) * height] for y in (0, 1) for x in (0, 1)], device=device) / 2
+    rows, columns = (torch.arange(side, device=device) for side in (height, width))
+    inside = [(columns >= left) & (columns < right) & (rows[:, None] >= top) & (rows[:, None] < bottom) for left, top, right, bottom in quarters]
+    objects = {
+        "boxes": quarters.repeat(size, 1),
+        "labels": torch.randint(0, info.num_classes, (4 * size,), device=device),
+        "crowd": torch.zeros(4 * size, dtype=torch.bool, device=device),
+        "image_index": torch.arange(size, device=device).repeat_interleave(4),
+        "height": torch.full((size,), height),
+        "width": torch.full((size,), width),
+    }
     makers = {
         "image": lambda: torch.randint(0, 256, (size, 3, height, width), dtype=torch.uint8, device=device),
         "mask": lambda: torch.randint(0, info.num_classes, (size, 1, height, width), dtype=torch.uint8, device=device),
         "label": lambda: torch.randint(0, info.num_classes, (size,), device=device),
+        "masks": lambda: torch.stack(inside).to(torch.uint8).repeat(size, 1, 1),
     }
-    return {name: makers[name]() for name in recipe.components["task"].fields if name in makers}
+    fields = recipe.components["task"].fields
+    batch = {name: makers[name]() for name in fields if name in makers}
+    return batch | (objects if "boxes" in fields else {})
 
 
 def _timed(step: Any, device: torch.device) -> float:

@@ -31,6 +31,8 @@ class DataSettings(Settings):
 
     `max_unreadable` training samples may be unreadable, as each process counts: the next sample of the set takes the place of each.
     A validation sample that can't be read is always an error: metrics over another set can't be compared.
+    `resize_mode: letterbox` keeps the aspect and pads what is left; it is for sets of boxes, whose padding has none.
+    `overfit: N` trains and validates on the first N training samples: what can't learn these by heart can't learn.
     """
 
     name: str
@@ -39,7 +41,9 @@ class DataSettings(Settings):
     cache: Literal["auto", "off"] = "auto"
     window: PositiveInt = 8
     resize: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    resize_mode: Literal["stretch", "letterbox"] = "stretch"
     max_unreadable: Annotated[int, Field(ge=0)] = 0
+    overfit: PositiveInt | None = None
 
 
 class ModelSettings(Settings):
@@ -57,13 +61,14 @@ class NamedSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """`train:`, how the loop runs."""
+    """`train:`, how the loop runs. `freeze: N` keeps the first N layers of a model that numbers them (`model.0`, `model.1`, …) as they are."""
 
     duration: Duration
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     accumulate: PositiveInt = 1
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    freeze: Annotated[int, Field(ge=0)] = 0
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     channels_last: bool = True
     compile: bool = False
@@ -391,9 +396,19 @@ def _check_interfaces(recipe: Recipe) -> Iterator[Problem]:
 def _check_augmentations(recipe: Recipe) -> Iterator[Problem]:
     for index, (component, chosen) in enumerate(recipe.augmentations):
         try:
-            build(component, chosen, ignore_index=None, resize=recipe.data.resize)
+            build(component, chosen, ignore_index=None, resize=recipe.data.resize, has_objects=False)
         except ValueError as error:
             yield recipe.problem(f"data.augment.{index}", str(error))
+        if component.name == "mosaic" and index:
+            yield recipe.problem(f"data.augment.{index}", "must be the first augmentation: those after it see the mosaic", component.name)
+
+
+def _check_resize(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.data.resize_mode == "letterbox":
+        if not recipe.data.resize:
+            yield recipe.problem("data.resize_mode", "needs data.resize, the size to pad to", recipe.data.resize_mode)
+        if "mask" in recipe.components["data"].fields:
+            yield recipe.problem("data.resize_mode", "is for sets of boxes: what it pads with has no class", recipe.data.resize_mode)
 
 
 def _check_batch(recipe: Recipe) -> Iterator[Problem]:
@@ -425,6 +440,7 @@ def _check_durations(recipe: Recipe) -> Iterator[Problem]:
 CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("task", "data", "model", "loss"), _check_interfaces),
     (("data",), _check_augmentations),
+    (("data",), _check_resize),
     (("data", "train"), _check_batch),
     (("data", "train", "schedule"), _check_durations),
 )

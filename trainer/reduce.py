@@ -62,6 +62,26 @@ def total(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: out[key] for key in sums}
 
 
+def joined(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Joins each tensor along its first dimension over all processes, in the order of their ranks; all of it on every one of them."""
+    if world_size() == 1:
+        return rows
+    out: dict[str, Tensor] = {}
+    for key, value in rows.items():
+        local = torch.tensor([len(value)], device=value.device)
+        lengths = torch.empty(world_size(), dtype=torch.int64, device=value.device)
+        dist.all_gather_into_tensor(lengths, local)
+        longest = int(lengths.max())
+        padded = value.new_zeros(longest, *value.shape[1:])
+        padded[: len(value)] = value
+        gathered = value.new_empty(world_size() * longest, *value.shape[1:])
+        if longest:
+            dist.all_gather_into_tensor(gathered, padded)
+        parts = gathered.split(longest) if longest else [value]
+        out[key] = torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=False)])
+    return out
+
+
 class _Normalize(torch.autograd.Function):
     """Batch norm with the mean and variance of all processes' elements (Ioffe & Szegedy, 2015, over N processes)."""
 

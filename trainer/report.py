@@ -50,9 +50,10 @@ class Run:
         return next((line for line in lines if line["step"] == best), lines[-1] if lines else {})
 
     def sheets(self) -> list[Path]:
-        """A few of its validation pictures, oldest first."""
+        """A few of its validation pictures, oldest first, and the last precision-recall curves where there are any."""
         files = sorted(self.folder.pictures.glob("validation_step_*.png"))
-        return [files[i] for i in sorted({0, len(files) // 2, len(files) - 1})][:MAX_PICTURES] if files else []
+        chosen = [files[i] for i in sorted({0, len(files) // 2, len(files) - 1})][:MAX_PICTURES] if files else []
+        return chosen + sorted(self.folder.pictures.glob("precision_recall_step_*.png"))[-1:]
 
 
 def report(folders: Sequence[RunFolder]) -> str:

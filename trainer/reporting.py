@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.curves import draw_confusion, draw_curves, save_sheet
+from trainer.curves import draw_confusion, draw_curves, draw_precision_recall, save_sheet
 from trainer.progress import Progress
 from trainer.recipe import Recipe
 from trainer.tasks.task import Color
@@ -55,14 +55,16 @@ class Reporter:
             self.display.train(line)
 
     def validation(self, line: Line, names: Sequence[str], improved: bool) -> None:
-        """A validation line; `names` are the metrics for the terminal. A confusion matrix is drawn, for `pictures` to show."""
+        """A validation line; `names` are the metrics for the terminal. A confusion matrix and curves in it are drawn, for `pictures` to show."""
         self._log(line)
         figures = "  ".join(f"{name} {line[name]:.4f}" for name in names if name in line)
         self.say(f"step {line['step']:6d}  validation: {figures}{'  (best so far)' if improved else ''}")
         if self.enabled and time.monotonic() - self._curves_drawn > CURVES_EVERY_S:
             self._draw_curves()
-        if self.enabled and self.recipe.evaluate.pictures and "confusion" in line:
-            draw_confusion(line["confusion"], self.folder.pictures / f"confusion_step_{line['step']:08d}.png")
+        if self.enabled and self.recipe.evaluate.pictures:
+            for name, draw in (("confusion", draw_confusion), ("precision_recall", draw_precision_recall)):
+                if line.get(name):
+                    draw(line[name], self.folder.pictures / f"{name}_step_{line['step']:08d}.png")
 
     def _log(self, line: Line) -> None:
         if self.enabled and self.mirrors:

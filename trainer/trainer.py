@@ -495,5 +495,5 @@ class Trainer:
 
     def _to_device(self, batch: Batch) -> Batch:
         """Moves what the model sees; ids stay where they are."""
-        stay = ("sample_id", "epoch", "unreadable")
+        stay = ("sample_id", "epoch", "unreadable", "height", "width")
         return {key: value.to(self.device, non_blocking=True) if key not in stay else value for key, value in batch.items()}

@@ -34,6 +34,22 @@ def test_any_number_of_processes_and_workers_sees_the_same_samples_and_losses(tm
             assert math.isclose(line["loss"], expected["loss"], rel_tol=1e-9), (name, line, expected)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    ["dice", "{name: focal, class_weights: inverse_frequency}", "{name: cross_entropy, class_weights: inverse_frequency}"],
+    ids=["dice", "focal", "weighted-cross-entropy"],
+)
+def test_losses_of_overlaps_and_of_weighted_pixels_are_the_same_on_any_number_of_processes(tmp_path: Path, loss: str) -> None:
+    recipe = write_recipe(tmp_path)
+    for world_size in (1, 2, 4):
+        run_processes(world_size, train, recipe, (f"name=p{world_size}", f"loss={loss}", "train.duration=8 steps"))
+    one, two, four = (lines(tmp_path / "runs" / f"p{n}") for n in (1, 2, 4))
+    assert [line["split"] for line in one].count("train") == 8
+    for other in (two, four):
+        for line, expected in zip(other, one, strict=True):
+            assert math.isclose(line["loss"], expected["loss"], rel_tol=1e-9), (line, expected)
+
+
 def test_single_precision_losses_agree_over_the_first_steps(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     for world_size in (1, 2, 4):

@@ -213,7 +213,7 @@ def test_a_parquet_file_whose_type_is_a_pickle_runs_nothing(tmp_path: Path, sent
     pq.write_table(table, tmp_path / "00000.parquet")
     rows = RowGroups({tmp_path / "00000.parquet": (2,)}, keep=1)
     assert rows.row(0, 1) == {"label": 2}
-    assert rows.column("label").tolist() == [1, 2]
+    assert rows.integers("label").tolist() == [1, 2]
 
 
 # ---------------------------------------------------------------- secrets

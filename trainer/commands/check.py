@@ -105,7 +105,7 @@ def _show_samples(recipe: Recipe, file: Path) -> None:
     from trainer.data.card import Card
     from trainer.data.prepare import data_dir
     from trainer.errors import UserError
-    from trainer.tasks.segmentation import class_colors
+    from trainer.tasks.drawing import class_colors
 
     source = recipe.build("data")
     Card.load(data_dir() / source.name, source.command)
@@ -146,6 +146,6 @@ def _painted(image: Tensor, mask: Tensor, num_classes: int) -> Tensor:
     import torch
     from torchvision.utils import draw_segmentation_masks
 
-    from trainer.tasks.segmentation import class_colors
+    from trainer.tasks.drawing import class_colors
 
     return draw_segmentation_masks(image, mask == torch.arange(num_classes).view(-1, 1, 1), alpha=OPACITY, colors=class_colors(num_classes))

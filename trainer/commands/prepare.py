@@ -3,38 +3,53 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from trainer.components import catalogue
+from trainer.data.card import Card
+from trainer.data.files import VALIDATION
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared
-from trainer.data.sets.folder import VALIDATION, from_files
+from trainer.data.sets import coco, folder, yolo
 from trainer.data.source import Source
 from trainer.errors import UserError
 from trainer.recipe import RecipeError, Validator, build
 from trainer.recipe_file import COMMAND_LINE, Reader, nearest
 
+SHOWN = 10  # classes of objects, those with most of them
 HELP = "turn a data set's official archives, or files of your own, into Parquet files"
-FILES = {"name": True, "images": True, "masks": True, "classes": True, "ignore": False, "validation": False}  # option of a set of files: is it needed?
+# What makes each set of files; its parameters are the options of the command.
+OF_FILES: dict[str, tuple[Callable[..., Source], str]] = {
+    "folder": (folder.from_files, folder.USAGE),
+    "yolo": (yolo.from_yolo, yolo.USAGE),
+    "coco": (coco.from_coco, coco.USAGE),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("dataset", metavar="DATASET", help="name of the data set, as in a recipe's data.name; or `folder`")
+    parser.add_argument("dataset", metavar="DATASET", help=f"name of the data set, as in a recipe's data.name; or one of {', '.join(OF_FILES)}")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the data set's own keys, as in a recipe's data, e.g. category=ship")
     parser.add_argument("--archives", type=Path, metavar="DIR", help="folder with the archives (default: $TRAINER_ARCHIVES); what it lacks is downloaded")
     parser.add_argument("--verify", action="store_true", help="recompute the checksums of what is prepared")
-    files = parser.add_argument_group("trainer prepare folder", "a set of your own image and mask files; a recipe says data: {name: folder, set: NAME, …}")
+    usages = "; ".join(f"trainer prepare {usage}" for _, usage in OF_FILES.values())
+    files = parser.add_argument_group("files of your own", f"{usages}. A recipe says data: {{name: folder, set: NAME, …}}, and likewise for yolo and coco")
     files.add_argument("--name", help="of the set")
     files.add_argument("--images", type=Path, metavar="DIR", help="images, in this folder and below")
-    files.add_argument("--masks", type=Path, metavar="DIR", help="index or palette PNG of the same names")
+    files.add_argument("--masks", type=Path, metavar="DIR", help="folder: index or palette PNG of the same names")
+    files.add_argument("--labels", type=Path, metavar="DIR", help="yolo: text files of the same names; an image without one has no objects")
+    files.add_argument("--annotations", type=Path, metavar="FILE", help="coco: a COCO file of instances (JSON)")
     files.add_argument("--classes", type=Path, metavar="FILE", help="text file: the name of a class in each line, in the order of their index")
-    files.add_argument("--ignore", type=int, metavar="LABEL", help="the label that counts nowhere (default: none)")
+    files.add_argument("--ignore", type=int, metavar="LABEL", help="folder: the label that counts nowhere (default: none)")
     files.add_argument(
         "--validation",
-        metavar="SHARE | DIR",
-        help=f"share of the images that validate, or a folder with two called like those of --images and --masks (default: {VALIDATION})",
+        metavar="SHARE | DIR | FILE",
+        help=f"share of the images that validate (default: {VALIDATION}); folder, yolo: or a folder with two called like those of --images and of "
+        "--masks or --labels (where these are called alike, the name of the folders beside them); coco: or a COCO file of those that do",
     )
+    files.add_argument("--invalid", choices=("refuse", "drop"), help="yolo, coco: what becomes of an object that can't be so (default: refuse)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,13 +67,23 @@ def run(args: argparse.Namespace) -> int:
         print("every file is as it was written")
     counts = {split: written.rows for split, written in card.splits.items()}
     print(f"{card.name}: {sum(counts.values())} rows, " + ", ".join(f"{rows} {split}" for split, rows in counts.items()))
+    print(describe_classes(card))
+    print("\n".join([*card.notes, f"in {folder} ({time.monotonic() - start:.1f} s)"]))
+    return 0
+
+
+def describe_classes(card: Card) -> str:
+    """The classes, and how much of each there is to train on."""
+    objects = card.statistics.get("class_objects")
+    if objects is not None:
+        found = sorted(((count, name) for count, name in zip(objects, card.classes, strict=True) if count), key=lambda each: -each[0])
+        listed = ", ".join([f"{name} {count}" for count, name in found[:SHOWN]] + ["…"] * (len(found) > SHOWN))
+        return f"{sum(objects)} training objects, of {len(found)} of {len(objects)} classes: {listed or 'none'}"
     pixels = card.statistics.get("class_pixels", [])
     shares = [f" {count / max(1, sum(pixels)):.2%}" for count in pixels] or [""] * len(card.classes)
     classes = ", ".join(name + share for name, share in zip(card.classes, shares, strict=True))
     ignored = "" if card.ignore_index is None else f" (ignored: {card.ignore_index})"
-    print(f"classes{', of the training pixels' * bool(pixels)}: {classes}{ignored}")
-    print("\n".join([*card.notes, f"in {folder} ({time.monotonic() - start:.1f} s)"]))
-    return 0
+    return f"classes{', of the training pixels' * bool(pixels)}: {classes}{ignored}"
 
 
 def _source(args: argparse.Namespace) -> Source:
@@ -66,13 +91,18 @@ def _source(args: argparse.Namespace) -> Source:
     datasets = catalogue("dataset")
     if args.dataset not in datasets:
         raise UserError(f"unknown data set {args.dataset!r}; {nearest(args.dataset, datasets)}")
-    given = {option: value for option in FILES if (value := getattr(args, option)) is not None}
-    if args.dataset == "folder":
-        if args.settings or not all(option in given for option, needed in FILES.items() if needed):
-            raise UserError("trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE [--ignore LABEL] [--validation SHARE|DIR]")
-        return from_files(**given)
-    if given:
-        raise UserError(f"--{next(iter(given))} belongs to `trainer prepare folder`, not to {args.dataset}")
+    options = {kind: inspect.signature(make).parameters for kind, (make, _) in OF_FILES.items()}
+    given = {option: value for of_kind in options.values() for option in of_kind if (value := getattr(args, option)) is not None}
+    own = dict(options.get(args.dataset, {}))
+    for option in given:
+        if option not in own:
+            owners = " or ".join(f"`trainer prepare {kind}`" for kind, of_kind in options.items() if option in of_kind)
+            raise UserError(f"--{option} belongs to {owners}, not to {args.dataset}")
+    if own:
+        make, usage = OF_FILES[args.dataset]
+        if args.settings or any(parameter.default is parameter.empty and option not in given for option, parameter in own.items()):
+            raise UserError(f"trainer prepare {usage}")
+        return make(**given)
     component = datasets[args.dataset]
     reader = Reader(named=())
     settings = Validator(reader, Path(COMMAND_LINE)).section(component.schema, reader.overrides(args.settings)[0], ())

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait f
 HELP = "count weights, outputs, connections and FLOPs of a network, layer by layer, and measure its memory"
 COUNTS = ("weights", "outputs", "connections", "flops", "trainable")
 # Sizes at which counts are taken to write them as polynomials.
+MAX_NAMED = 4
 VARIABLES = {"NIC": (1, 2, 3), "NF": (4, 8, 12), "NC": (3, 5, 9)}
 
 
@@ -38,12 +39,13 @@ def run(options: argparse.Namespace) -> None:
     from trainer.arithmetic import layers
     from trainer.models.freeze import train_only
     from trainer.recipe import load_recipe
-    from trainer.tasks.build import TASK_CHECKS, build_on_meta
+    from trainer.tasks.build import TASK_CHECKS, build_on_meta, learning_layers
 
     recipe = load_recipe(options.recipe, options.overrides, TASK_CHECKS)
     height, width = _input_size(recipe, options.input_size)
     model = build_on_meta(recipe)
-    train_only(model, recipe.model.train_only)
+    learning = learning_layers(recipe, model)
+    train_only(model, learning)
     channels = _input_channels(model)
     found = layers(model, (channels, height, width))
     doubled = layers(model, (channels, 2 * height, 2 * width))
@@ -57,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     if {"num_filters", "num_in_channels"} <= recipe.components["model"].schema.model_fields.keys():
         report["polynomials"] = _polynomials(recipe, height, width)
     if not options.no_measure:
-        report["training"] = _measure(recipe, height, width)
+        report["training"] = _measure(recipe, learning, height, width)
     print(json.dumps(report, indent=2) if options.json else _text(report))
 
 
@@ -83,7 +85,7 @@ def _input_size(recipe: Recipe, given: str | None) -> tuple[int, int]:
         raise UserError(f"{recipe.data.name} isn't prepared, so the size of its images isn't known: give --input-size HxW")
     card = Card.load(folder)
     rows = RowGroups({file: shard.row_groups for file, shard in zip(card.files(folder, "train"), card.splits["train"].files, strict=True)}, keep=1)
-    return int(rows.column("height")[0]), int(rows.column("width")[0])
+    return int(rows.integers("height")[0]), int(rows.integers("width")[0])
 
 
 def _input_channels(model: nn.Module) -> int:
@@ -113,8 +115,8 @@ def _polynomials(recipe: Recipe, height: int, width: int) -> dict[str, str]:
     return polynomial(count, VARIABLES)
 
 
-def _measure(recipe: Recipe, height: int, width: int) -> list[dict[str, Any]]:
-    """Cost of training everything and of training what `model.train_only` leaves, at this size and at twice the height and width."""
+def _measure(recipe: Recipe, learning: list[str], height: int, width: int) -> list[dict[str, Any]]:
+    """Cost of training everything and of training the layers that the recipe has learn, at this size and at twice the height and width."""
     from trainer.data.card import CARD, Card
     from trainer.data.prepare import data_dir
     from trainer.memory import measure
@@ -122,8 +124,8 @@ def _measure(recipe: Recipe, height: int, width: int) -> list[dict[str, Any]]:
     source = recipe.build("data")
     info = Card.load(data_dir() / source.name).info if (data_dir() / source.name / CARD).exists() else source.info
     kinds: dict[str, list[str]] = {"everything": []}
-    if recipe.model.train_only:
-        kinds[f"only {', '.join(recipe.model.train_only)}"] = recipe.model.train_only
+    if learning:
+        kinds[f"only {', '.join(learning)}" if len(learning) <= MAX_NAMED else f"only {learning[0]} to {learning[-1]}"] = learning
     costs = []
     for size in ((height, width), (2 * height, 2 * width)):
         for kind, layers in kinds.items():

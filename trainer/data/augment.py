@@ -9,13 +9,16 @@ neighbour) and draws from torch's generator, which the stream seeds for every sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 from pydantic import AfterValidator, Field, PositiveInt
+from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from trainer.components import augmentation
+from trainer.data.objects import Letterbox
 
 
 def _in_order(interval: list[float]) -> list[float]:
@@ -34,11 +37,13 @@ Strength = Annotated[float, Field(ge=0)]
 
 
 @augmentation()
-def random_crop(ignore_index: int | None, /, *, size: Size) -> v2.Transform:
+def random_crop(ignore_index: int | None, has_objects: bool, /, *, size: Size) -> v2.Transform:
     """Cuts `size` (height, width) out at a random place; a smaller image is padded, its mask with the ignored label.
 
     Where no label is ignored, the padding repeats what stands at the edges: black with the label of a class would be learnt.
     """
+    if has_objects:
+        return v2.RandomCrop(size, pad_if_needed=True)
     if ignore_index is None:
         return v2.RandomCrop(size, pad_if_needed=True, padding_mode="edge")
     return v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: ignore_index, "others": 0})
@@ -81,3 +86,67 @@ def color_jitter(
 ) -> v2.Transform:
     """Changes the image's colours by random factors in [1 - strength, 1 + strength]; hue by a shift of at most `hue` turns."""
     return v2.ColorJitter(brightness, contrast, saturation, hue)
+
+
+class Mosaic:
+    """Four samples around a point, at a random scale (Bochkovskiy et al., "YOLOv4", 2020).
+
+    Args:
+        size: height and width of the result; each sample is letterboxed to it first.
+        p: how probable it is that a sample becomes part of a mosaic.
+        scale: smallest and largest factor by which the samples are enlarged.
+    """
+
+    NUM_PARTNERS = 3
+
+    def __init__(self, size: Sequence[int], p: float, scale: Sequence[float]) -> None:
+        self.size, self.p, self.scale = size, p, scale
+        self.letterbox = Letterbox(size)
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """One sample from four; boxes may reach beyond it, and those of objects outside have no area."""
+        tiles = [self.letterbox(sample) for sample in samples]
+        height, width = self.size
+        corners = [(0, 0), (0, width), (height, 0), (height, width)]
+        # Of the four tiles side by side, a random part, which is larger the smaller the objects are to be.
+        scale = torch.empty(()).uniform_(*self.scale).item()
+        inner = [round(side / scale) for side in self.size]
+        top, left = (int(torch.randint(2 * side - part + 1, ())) for side, part in zip(self.size, inner, strict=True))
+        mosaic: dict[str, Any] = {}
+        for name in samples[0]:
+            parts = [tile[name] for tile in tiles]
+            if name in ("boxes", "masks"):
+                parts = [
+                    v2.functional.pad(part, [column, row, width - column, height - row]) for part, (row, column) in zip(parts, corners, strict=True)
+                ]
+            if isinstance(parts[0], tv_tensors.TVTensor):
+                plain = [part.as_subclass(Tensor) for part in parts]
+                whole = torch.cat(plain) if name in ("boxes", "masks") else torch.cat([torch.cat(plain[:2], 2), torch.cat(plain[2:], 2)], 1)
+                mosaic[name] = v2.functional.resized_crop(tv_tensors.wrap(whole, like=parts[0]), top, left, *inner, [height, width])
+            else:
+                mosaic[name] = torch.cat(parts)
+        return mosaic
+
+
+@augmentation()
+def mosaic(
+    resize: Sequence[int] | None,
+    /,
+    *,
+    p: Probability = 1.0,
+    size: Size | None = None,
+    scale: Annotated[list[Annotated[float, Field(ge=0.5)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)] = [0.5, 1.5],  # noqa: B006
+) -> Mosaic:
+    """Puts a sample and three others around a point, with probability `p`; it must be the first augmentation.
+
+    Args:
+        p: probability.
+        size: height and width of the result, by default those of `data.resize`.
+        scale: smallest and largest factor by which the samples are enlarged.
+
+    Raises:
+        ValueError: there is no size.
+    """
+    if not size and not resize:
+        raise ValueError("mosaic needs a size: set its size=[H,W], or data.resize")
+    return Mosaic(size or resize or (), p, scale)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from trainer.accelerator import num_workers
 from trainer.data.card import Card
+from trainer.data.objects import ROLES
 from trainer.data.order import Order, Shard, Slices
 from trainer.data.prepare import data_dir
 from trainer.data.stream import Batches, Samples
@@ -39,16 +41,19 @@ class Data:
         self.batch_size, self.accumulate = settings.batch_size, recipe.train.accumulate
         folder = data_dir() / recipe.build("data").name
         card = Card.load(folder)
+        if settings.overfit:
+            card = card.of_first(settings.overfit)
         self.info = card.info
         self.order = Order(card.row_groups("train"), recipe.train.seed, settings.window)
         self.workers = num_workers(settings.workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        context = {"ignore_index": card.ignore_index, "resize": settings.resize}
+        has_objects = bool({*card.columns.values()} & {*ROLES})
+        context = {"ignore_index": card.ignore_index, "resize": settings.resize, "has_objects": has_objects}
         augmentations = [build(component, chosen, **context) for component, chosen in recipe.augmentations]
-        cache = settings.cache == "auto"
-        self.train = Samples(folder, card, "train", self.order, settings.resize, augmentations, cache, settings.window, settings.max_unreadable)
-        self.validation = Samples(folder, card, "validation", None, settings.resize, [], cache, settings.window)
+        read = partial(Samples, folder, card, resize=settings.resize, cache=settings.cache == "auto", window=settings.window, resize_mode=settings.resize_mode)
+        self.train = read("train", self.order, transforms=augmentations, max_unreadable=settings.max_unreadable)
+        self.validation = read("validation", None, transforms=[])
         batch_size = max(1, (recipe.evaluate.batch_size or settings.batch_size) // world_size)
-        if batch_size > 1 and not self.validation.uniform:
+        if batch_size > 1 and not self.validation.uniform and not has_objects:
             raise UserError(f"images of {card.name} differ in size, so they can't be evaluated in batches: set data.resize=[H,W] or evaluate.batch_size=1")
         shards = [Shard(len(self.validation), batch_size, each, world_size) for each in range(world_size)]
         self.validation_batches = Batches(self.validation, shards[rank], self.workers)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ class Card:
         archives: SHA-256 of each archive the rows were read from.
         notes: sentences for people, e.g. how the set was split.
         statistics: what was measured when it was prepared: `class_pixels` (list of int, the pixels of each class in the training split;
-            ignored ones left out) where there is a column `mask`, and what the set adds, e.g. colour centres.
+            ignored ones left out) where there is a column `mask`, `class_objects` (list of int, the objects of each class in the training
+            split; crowds left out) where there is a column `objects`, and what the set adds, e.g. colour centres.
         command: what follows `trainer prepare` to make it again; "" is the name alone.
         version: of the files it was made from, where these are no archives.
         format: version of this layout.
@@ -103,6 +104,18 @@ class Card:
     def again(self) -> str:
         """What to do about a damaged set."""
         return f"`trainer prepare {self.command or self.name}` makes it again"
+
+    def of_first(self, count: int) -> Card:
+        """The card of a set whose splits both are the first `count` training samples (all, where there are fewer), in the same files."""
+        shards, left = [], count
+        for shard in self.splits["train"].files:
+            groups = []
+            for rows in shard.row_groups:
+                groups.append(min(rows, left))
+                left -= groups[-1]
+            shards.append(replace(shard, row_groups=tuple(rows for rows in groups if rows)))
+        split = Split(min(count, self.splits["train"].rows), tuple(shard for shard in shards if shard.row_groups))
+        return replace(self, splits={"train": split, "validation": split})
 
     def row_groups(self, split: str) -> list[int]:
         """Rows in each row group of a split, over all its files in order."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from PIL import ExifTags, Image, ImageOps
 from trainer.data.archives import Member, locate, locked
 from trainer.data.card import CARD, Card, Shard, Split, sha256
 from trainer.data.png import check_png
-from trainer.data.source import DataInfo, Role, Row, Source
+from trainer.data.source import DataInfo, Instance, Role, Row, Source
 from trainer.errors import UserError
 from trainer.signals import STOP
 
@@ -36,6 +37,9 @@ MIN_GROUPS = 8
 FILE_BYTES = 256 * 2**20
 
 MASK = "mask"  # the column of class indices
+OBJECTS = "objects"  # the column of boxes or instances
+ROUNDING = 1.0  # pixels by which a box may stick out of its image
+SHOWN = 5  # objects that a note lists
 DEPTH_BYTE = 24  # of a PNG, where it says how many bits a channel has
 
 Say = Callable[[str], None]
@@ -75,7 +79,7 @@ def prepare(source: Source, data_dir: Path, archives_dir: Path | None, say: Say 
 
     Raises:
         UserError: an archive is missing or damaged, an image can't be decoded, a mask doesn't fit its image,
-            or the folder can't be written.
+            an object can't be so, or the folder can't be written.
         Stopped: a signal asked for a stop, and nothing half-done is left.
     """
     folder = data_dir / source.name
@@ -165,6 +169,14 @@ def read_indices(data: bytes) -> np.ndarray:
         return np.asarray(image).astype(np.uint8)
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height that an image will have when it is stored, which is upright; only its header is decoded."""
+    check_png(data)
+    with _open(data) as image:
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+        return image.size[::-1] if on_its_side else image.size
+
+
 def _checked_image(data: bytes) -> tuple[bytes, tuple[int, int]]:
     """Decodes an image fully; returns its own bytes, or a PNG where they need rotating or aren't 8-bit JPEG or PNG, and (width, height)."""
     with _open(data) as image:
@@ -204,14 +216,85 @@ def _count_classes(indices: npt.NDArray[np.uint8], info: DataInfo) -> Counts:
     return counts[: info.num_classes]
 
 
-def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts]:
-    """A row as it is written: `{"bytes", "path"}` for images and masks, and `height` and `width`; and the pixels of each class in its `mask`."""
+def run_lengths(counts: bytes) -> list[int]:
+    """Lengths of the runs of a compressed mask, down its columns: background and object in turn.
+
+    A byte has 6 bits, counted from "0" on: 5 of the number, whose lowest come first, and one that says that more follow. From the fourth
+    run on, the number is the difference to the run before the last. Source: COCO API, maskApi.c, rleFrString, which trusts what it reads.
+
+    Raises:
+        ValueError: these aren't such bytes.
+    """
+    if not re.fullmatch(rb"[0-o]*[0-O]", counts):
+        raise ValueError("its mask is damaged, or there is none")
+    runs: list[int] = []
+    number = shift = 0
+    for byte in counts:
+        bits = byte - ord("0")
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:  # the sign
+                number -= 1 << shift
+            runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+            number = shift = 0
+    return runs
+
+
+def _checked_object(found: Instance, info: DataInfo, size: tuple[int, int], has_mask: bool) -> Instance:
+    """An object of an image with this width and height; what sticks out of it by rounding is cut off its box.
+
+    Raises:
+        ValueError: the object can't be so.
+    """
+    width, height = size
+    left, top, right, bottom = found.box
+    box = f"its box ({', '.join(f'{side:g}' for side in found.box)})"
+    if not 0 <= found.label < info.num_classes:
+        raise ValueError(f"its label {found.label} is no class; classes are 0 to {info.num_classes - 1}")
+    if not np.isfinite(found.box).all():
+        raise ValueError(f"{box} isn't finite")
+    if left >= right or top >= bottom:
+        raise ValueError(f"{box} has no area")
+    inside = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
+    if inside[0] >= inside[2] or inside[1] >= inside[3] or np.abs(np.subtract(inside, found.box)).max() > ROUNDING:
+        raise ValueError(f"{box} is not within the image, {width} x {height}")
+    if has_mask:
+        runs = run_lengths(found.mask)
+        if min(runs) < 0 or sum(runs) != width * height:
+            raise ValueError(f"its mask is not one of {width} x {height} pixels")
+        if not sum(runs[1::2]):
+            raise ValueError("its mask has no pixels")
+    return found._replace(box=inside)
+
+
+def _checked_objects(source: Source, objects: Sequence[Instance], size: tuple[int, int], place: str) -> tuple[list[Row], list[str]]:
+    """The objects of an image as they are written, and what is wrong with those that are left out."""
+    checked: list[Row] = []
+    dropped: list[str] = []
+    for number, found in enumerate(objects, start=1):
+        try:
+            checked.append(_checked_object(found, source.info, size, source.columns[OBJECTS] == "instances")._asdict())
+        except ValueError as error:
+            if source.invalid == "refuse":
+                raise UserError(f"{place}, object {number}: {error}; {source.remedy}") from error
+            dropped.append(f"{place}, object {number}: {error}")
+    return checked, dropped
+
+
+def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts, list[str]]:
+    """A row as it is written: `{"bytes", "path"}` for images and masks, `height` and `width`, and the objects as structs.
+
+    Returns:
+        The row, the pixels of each class in its `mask` or else its objects of each class, and what is wrong with objects that are left out.
+    """
     checked: Row = {}
+    dropped: list[str] = []
     sizes: dict[str, tuple[int, int]] = {}
-    class_pixels = np.zeros(source.info.num_classes, np.int64)
+    class_counts = np.zeros(source.info.num_classes, np.int64)
     for column, role in source.columns.items():
         value = row[column]
-        if role == "label":
+        if role in ("label", "boxes", "instances"):
             checked[column] = value
             continue
         name, data = value if isinstance(value, Member) else (None, value)
@@ -227,7 +310,7 @@ def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts]:
             raise UserError(f"{place}: this {role} can't be decoded ({error}); {source.remedy}") from error
         if column == MASK:
             try:
-                class_pixels = _count_classes(indices, source.info)
+                class_counts = _count_classes(indices, source.info)
             except ValueError as error:
                 raise UserError(f"{place}: {error}; {source.remedy}") from error
         checked[column] = {"bytes": data, "path": name}
@@ -236,7 +319,11 @@ def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts]:
         raise UserError(f"{place}: sizes differ: {listed}; {source.remedy}")
     for width, height in list(sizes.values())[:1]:
         checked |= {"height": height, "width": width}
-    return checked, class_pixels
+    if OBJECTS in source.columns:
+        checked[OBJECTS], dropped = _checked_objects(source, row[OBJECTS], sizes["image"], place)
+        labels = [each["label"] for each in checked[OBJECTS] if not each["crowd"]]
+        class_counts = np.bincount(np.array(labels, np.int64), minlength=source.info.num_classes)
+    return checked, class_counts, dropped
 
 
 # ---------------------------------------------------------------- Parquet
@@ -246,15 +333,17 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
     """Writes all rows and the card into `folder`."""
     schema = _schema(source.columns)
     writers = {split: _SplitWriter(folder, split, schema) for split in ("train", "validation")}
-    class_pixels = np.zeros(source.info.num_classes, np.int64)
+    class_counts = np.zeros(source.info.num_classes, np.int64)
+    dropped: list[str] = []
     try:
         for split, row in source.rows(paths):
             STOP.raise_if_asked()
             writer = writers[split]
-            checked, pixels = _checked_row(source, row, f"{source.name}, {split} sample {writer.rows}")
+            checked, counts, problems = _checked_row(source, row, f"{source.name}, {split} sample {writer.rows}")
             writer.add(checked)
+            dropped += problems
             if split == "train":
-                class_pixels += pixels
+                class_counts += counts
         splits = {split: writer.close() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
@@ -265,7 +354,12 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
             raise UserError(f"{', '.join(map(str, paths.values())) or source.name}: no {split} samples; {source.remedy}")
     statistics = source.statistics(paths)
     if MASK in source.columns:
-        statistics |= {"class_pixels": class_pixels.tolist()}
+        statistics |= {"class_pixels": class_counts.tolist()}
+    if OBJECTS in source.columns:
+        statistics |= {"class_objects": class_counts.tolist()}
+    notes = (inspect.getdoc(source.rows) or "").splitlines()
+    if dropped:
+        notes.append(f"{len(dropped)} objects that can't be so are left out: {'; '.join(dropped[:SHOWN])}{'; …' * (len(dropped) > SHOWN)}")
     card = Card(
         name=source.name,
         classes=source.info.classes,
@@ -273,7 +367,7 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
         columns=dict(source.columns),
         splits=splits,
         archives={name: sha256(path) for name, path in paths.items()},
-        notes=tuple((inspect.getdoc(source.rows) or "").splitlines()),
+        notes=tuple(notes),
         statistics=statistics,
         command=source.command,
         version=source.version,
@@ -285,10 +379,12 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
 
 def _schema(columns: Mapping[str, Role]) -> Any:
     """Arrow schema with the `datasets` features of each column."""
-    from datasets import Features, Value
+    from datasets import Features, List, Value
     from datasets import Image as ImageFeature
 
+    of_object = {"box": List(Value("float64"), length=4), "label": Value("int64"), "mask": Value("binary"), "crowd": Value("bool")}
     features = {"image": ImageFeature(mode="RGB"), "mask": ImageFeature(mode="L"), "label": Value("int64")}
+    features |= dict.fromkeys(("boxes", "instances"), List(of_object))
     sizes = {"height": Value("int64"), "width": Value("int64")} if {"image", "mask"} & set(columns.values()) else {}
     return Features({column: features[role] for column, role in columns.items()} | sizes).arrow_schema
 

@@ -80,6 +80,7 @@ class Source:
         command: what follows `trainer prepare` to make the set; "" is its name alone.
         version: of the files it is read from where these are no archives; a set that was prepared from another one is made again.
         remedy: what to do about a row that can't be used.
+        invalid: what becomes of an object that can't be so: the set is refused, or the object left out, which the card's notes say.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Source:
     command: str = ""
     version: str = ""
     remedy: str = "replace the archive it comes from"
+    invalid: Literal["refuse", "drop"] = "refuse"
 
 
 def in_validation(key: bytes, share: float) -> bool:

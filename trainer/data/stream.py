@@ -17,20 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
+from trainer.data.augment import Mosaic
 from trainer.data.cache import PixelCache, machine_folder
 from trainer.data.card import Card
+from trainer.data.objects import ROLES, TIDY, Letterbox, Objects, join
 from trainer.data.order import Order, Shard, Slices
 from trainer.data.png import check_png
 from trainer.errors import TrainingFailed, UserError
 from trainer.signals import STOP_SIGNALS
 
+NEARBY = 64  # positions around a sample that the partners of its mosaic come from
 Sample = dict[str, Any]
 Transform = Callable[[Sample], Sample]
 _READ = {"image": (ImageReadMode.RGB, tv_tensors.Image, 3), "mask": (ImageReadMode.UNCHANGED, tv_tensors.Mask, 1)}
@@ -79,9 +83,9 @@ class RowGroups:
                 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
                 stream = datasets.load_dataset("parquet", data_files={"split": [str(file) for file in self.files]}, split="split", streaming=True)
                 self._stream = stream.decode(False).reshard()  # a shard for each row group
-            shard = self._stream.shard(num_shards=len(self.groups), index=group)
+            shard = self._stream.shard(num_shards=self._stream.num_shards, index=group)
             # Not list(shard): inside a loader worker that would split the row group among the workers.
-            (columns,) = shard.iter(batch_size=count)
+            columns = next(iter(shard.iter(batch_size=count)))
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             if len(rows) != count:
                 raise ValueError(f"it has {len(rows)} rows instead of {count}")
@@ -89,25 +93,30 @@ class RowGroups:
             raise Unreadable(f"row group {group} of the split, in {file}, can't be read: {_first_line(error)}") from error
         return rows
 
-    def column(self, name: str) -> np.ndarray:
-        """A column of integers, read whole.
+    def integers(self, name: str) -> npt.NDArray[np.int64]:
+        """A column of integers, read whole."""
+        return np.array(self.column(name).to_pylist(), dtype=np.int64)
+
+    def column(self, name: str) -> Any:
+        """A column, read whole: an Arrow array.
 
         Raises:
             UserError: a file can't be read.
         """
+        import pyarrow as pa
         from pyarrow.parquet import ParquetFile
 
-        columns = []
+        chunks = []
         for file, counts in self.files.items():
             try:
                 # Not read_table(), which imports pandas: seconds before the first step.
-                values = np.array(ParquetFile(file).read([name], use_pandas_metadata=False)[name].to_pylist(), dtype=np.int64)
-                if len(values) != sum(counts):
+                values = ParquetFile(file).read([name], use_pandas_metadata=False)[name]
+                if len(values) < sum(counts):
                     raise ValueError(f"it has {len(values)} rows instead of {sum(counts)}")
             except Exception as error:  # Arrow's errors on damaged files have no narrower base in common
                 raise UserError(f"{file} can't be read: {_first_line(error)}; {_make_again(file.parents[1])}") from error
-            columns.append(values)
-        return np.concatenate(columns)
+            chunks += values.slice(0, sum(counts)).chunks
+        return pa.chunked_array(chunks)
 
 
 class Samples(Dataset[Any]):
@@ -123,6 +132,7 @@ class Samples(Dataset[Any]):
         cache: whether pixels are kept in a memory map.
         window: row groups in a window of the order.
         max_unreadable: how many samples may be unreadable, in one process; the next readable one takes the place of each.
+        resize_mode: `stretch`, or `letterbox`, which keeps the aspect.
 
     Attributes:
         unreadable: what is wrong with each sample, by its id, that couldn't be read so far.
@@ -139,6 +149,7 @@ class Samples(Dataset[Any]):
         cache: bool,
         window: int,
         max_unreadable: int = 0,
+        resize_mode: str = "stretch",
     ) -> None:
         self.folder, self.split, self.columns = folder, split, card.columns
         self.order = order
@@ -146,14 +157,21 @@ class Samples(Dataset[Any]):
         self.max_unreadable = max_unreadable
         self.unreadable: dict[int, str] = {}
         self.rows = RowGroups({folder / shard.name: shard.row_groups for shard in card.splits[split].files}, keep=2 * window)
-        self.resize = v2.Resize(list(resize), antialias=True) if resize else None
-        self.transform = v2.Compose(list(transforms)) if order and transforms else None
+        self.resize = None if not resize else Letterbox(resize) if resize_mode == "letterbox" else v2.Resize(list(resize), antialias=True)
+        objects = [(name, role) for name, role in self.columns.items() if role in ROLES]
+        if objects or not resize:
+            self.sizes = np.stack([self.rows.integers("height"), self.rows.integers("width")], axis=1)
+        self.objects = Objects(self.rows.column(objects[0][0]), self.sizes, objects[0][1], self.resize) if objects else None
         if resize:
             self.sizes = np.tile(np.asarray(resize, dtype=np.int64), (len(self), 1))
-        else:
-            self.sizes = np.stack([self.rows.column("height"), self.rows.column("width")], axis=1)
-        self.labels = {name: self.rows.column(name) for name, role in self.columns.items() if role == "label"}
-        self.cache = self._open_cache(machine_folder(folder / "cache") / card.fingerprint[:16], resize) if cache else None
+        self.transform: v2.Compose | None = None
+        self.mosaic: Mosaic | None = None  # the one augmentation that sees several samples
+        if order and transforms:
+            self.mosaic = transforms[0] if isinstance(transforms[0], Mosaic) else None
+            self.transform = v2.Compose([*transforms[1 if self.mosaic else 0 :], *(TIDY if self.objects else [nn.Identity()])])
+        self.labels = {name: self.rows.integers(name) for name, role in self.columns.items() if role == "label"}
+        shape = "x".join(map(str, resize)) + f"-{resize_mode}" * (resize_mode != "stretch") if resize else "native"
+        self.cache = self._open_cache(machine_folder(folder / "cache") / card.fingerprint[:16] / f"{split}-{shape}") if cache else None
 
     def __len__(self) -> int:
         return self.lookup.size
@@ -163,11 +181,10 @@ class Samples(Dataset[Any]):
         """Whether all samples have one size before augmentation."""
         return bool((self.sizes == self.sizes[0]).all())
 
-    def _open_cache(self, folder: Path, resize: Sequence[int] | None) -> PixelCache | None:
+    def _open_cache(self, folder: Path) -> PixelCache | None:
         channels = {name: _READ[role][2] for name, role in self.columns.items() if role in _READ}
-        shape = "x".join(map(str, resize)) if resize else "native"
         try:
-            return PixelCache(folder / f"{self.split}-{shape}", channels, self.sizes)
+            return PixelCache(folder, channels, self.sizes)
         except OSError as error:
             print(f"data.cache is off: {folder} can't be used ({error.strerror or error})", file=sys.stderr)
             return None
@@ -192,11 +209,11 @@ class Samples(Dataset[Any]):
         return sample
 
     def _read(self, sample_id: int) -> tuple[int, dict[str, Tensor]]:
-        """The pixels of a sample, or of the one that takes its place, and which one that is."""
+        """Pixels and objects of a sample, or of the one that takes its place, and which one that is."""
         while True:
             found = self._readable(sample_id)
             try:
-                return found, self._pixels(found)
+                return found, self._pixels(found) | (self.objects.read(found) if self.objects else {})
             except Unreadable as error:
                 self.note_unreadable({found: str(error)})
 
@@ -226,10 +243,10 @@ class Samples(Dataset[Any]):
             return self._decode(sample_id)
         if sample_id not in self.cache:
             self.cache.write(sample_id, self._decode(sample_id))
-        return self.cache.read(sample_id)
+        return {name: _READ[self.columns[name]][1](pixels) for name, pixels in self.cache.read(sample_id).items()}
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        """A batch: image and mask columns uint8 (B, C, H, W), labels int64 (B,), `sample_id` and `epoch` int64 (B,).
+        """A batch: image and mask columns uint8 (B, C, H, W), labels int64 (B,), `sample_id` and `epoch` int64 (B,); objects as `join` has them.
 
         `sample_id` says what the Order has there. Where unreadable samples are tolerated, `unreadable`, int64 (0 … B,), are those
         of them that another one stands in for.
@@ -237,13 +254,14 @@ class Samples(Dataset[Any]):
         located = [self.order.sample(p) for p in positions] if self.order else [(0, p) for p in positions]
         ids = [self._readable(sample_id) for _, sample_id in located]
         pixels: dict[str, Tensor]
-        if self.transform is None and self.cache is not None and self.cache.uniform and all(i in self.cache for i in ids):
+        if self.transform is None and self.objects is None and self.cache is not None and self.cache.uniform and all(i in self.cache for i in ids):
             pixels = self.cache.read_batch(ids)
         else:
             ids, samples = map(list, zip(*(self._read(sample_id) for _, sample_id in located), strict=True))
-            if self.transform is not None and self.order is not None:
-                samples = self._augment(samples, [self.order.augment_seed(p) for p in positions])
-            pixels = self._stack(samples)
+            if self.order is not None and self.transform is not None:
+                with torch.random.fork_rng(devices=[]):
+                    samples = [self._augment(self.order, position, sample) for position, sample in zip(positions, samples, strict=True)]
+            pixels = join(samples) if self.objects else self._stack(samples)
         batch = {name: torch.from_numpy(values[ids]) for name, values in self.labels.items()} | pixels
         batch["sample_id"] = torch.tensor([sample_id for _, sample_id in located])
         batch["epoch"] = torch.tensor([epoch for epoch, _ in located])
@@ -252,14 +270,17 @@ class Samples(Dataset[Any]):
             batch["unreadable"] = torch.tensor(replaced, dtype=torch.int64)
         return batch
 
-    def _augment(self, samples: list[Any], seeds: list[int]) -> list[Any]:
+    def _augment(self, order: Order, position: int, sample: Sample) -> Sample:
+        """Augments the sample at a position, with its own seed."""
         assert self.transform is not None
-        with torch.random.fork_rng(devices=[]):
-            out = []
-            for sample, seed in zip(samples, seeds, strict=True):
-                torch.default_generator.manual_seed(seed)
-                out.append(self.transform({name: _READ[self.columns[name]][1](pixels) for name, pixels in sample.items()}))
-        return out
+        torch.default_generator.manual_seed(order.augment_seed(position))
+        if self.mosaic and torch.rand(()) < self.mosaic.p:
+            # From nearby, where row groups are held in memory.
+            first = max(0, position - NEARBY // 2)
+            near = (first + torch.randint(NEARBY, (self.mosaic.NUM_PARTNERS,))).tolist()
+            sample = self.mosaic([sample, *(self._read(order.sample(each)[1])[1] for each in near)])
+        augmented: Sample = self.transform(sample)
+        return augmented
 
     def _stack(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         for name in samples[0]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer.data.source import DataInfo
 from trainer.errors import UserError
-from trainer.models.freeze import train_only
+from trainer.models.freeze import layers_after, train_only
 from trainer.models.layers import check_layers, is_below
 from trainer.models.weights import SUFFIX, load_safetensors
 from trainer.recipe import Problem, Recipe
@@ -53,9 +53,18 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task:
             model.load_state_dict({key: value for key, value in fresh.items() if is_below(key, reset_layers)}, strict=False)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"model.weights: {error}") from error
-    train_only(model, recipe.model.train_only)
+    train_only(model, learning_layers(recipe, model))
     task: Task = recipe.build("task", model=model, loss=recipe.build("loss", **_context(info)), **_context(info))
     return task
+
+
+def learning_layers(recipe: Recipe, model: nn.Module) -> list[str]:
+    """The layers that learn, by `train.freeze` or `model.train_only`; none means all of them.
+
+    Raises:
+        ValueError: see `layers_after`.
+    """
+    return layers_after(model, recipe.train.freeze) if recipe.train.freeze else recipe.model.train_only
 
 
 def _context(info: DataInfo) -> dict[str, Any]:
@@ -63,7 +72,7 @@ def _context(info: DataInfo) -> dict[str, Any]:
 
 
 def build_on_meta(recipe: Recipe) -> nn.Module:
-    """The model without memory and without weights; `model.train_only` isn't applied."""
+    """The model without memory and without weights; all of it learns."""
     with torch.device("meta"):
         return _build_model(recipe, recipe.build("data").info, "none")
 
@@ -91,8 +100,22 @@ def check_model(recipe: Recipe) -> Iterator[Problem]:
         except ValueError as error:
             yield recipe.problem(f"model.{key}", str(error).removeprefix(f"model.{key}: "), getattr(settings, key))
             return
+    if recipe.train.freeze:
+        if settings.train_only:
+            yield recipe.problem("train.freeze", "says what learns, and so does model.train_only: keep one of them", recipe.train.freeze)
+        try:
+            layers_after(model, recipe.train.freeze)
+        except ValueError as error:
+            yield recipe.problem("train.freeze", str(error).removeprefix("train.freeze: "), recipe.train.freeze)
     if settings.train_only and not any(parameter.requires_grad for parameter in model.parameters()):
         yield recipe.problem("model.train_only", "these layers have no parameters, so nothing would learn", settings.train_only)
+
+
+def check_columns(recipe: Recipe) -> Iterator[Problem]:
+    """Sees whether a set of one's own has the masks that the task needs: its component can't say."""
+    roles = recipe.build("data").columns.values()
+    if "masks" in recipe.components["task"].fields and "boxes" in roles:
+        yield recipe.problem("data", f"task {recipe.task.name} needs masks, and this set has only boxes", recipe.data.name)
 
 
 def check_loss(recipe: Recipe) -> Iterator[Problem]:
@@ -116,7 +139,8 @@ def check_task(recipe: Recipe) -> Iterator[Problem]:
 
 TASK_CHECKS = (
     (("data",), check_data),
-    (("data", "model"), check_model),
+    (("data", "task"), check_columns),
+    (("data", "model", "train"), check_model),
     (("data", "loss"), check_loss),
     (("data", "task", "evaluate"), check_task),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -15,7 +14,8 @@ from trainer.losses.loss import Loss
 from trainer.metrics import average_precision as ap
 from trainer.metrics.confusion import class_accuracy, confusion_matrix, jaccard, mean_over_present, most_likely, pixel_accuracy
 from trainer.recipe_file import nearest
-from trainer.tasks.task import Batch, Color, Forward, Task
+from trainer.tasks.drawing import class_colors
+from trainer.tasks.task import Batch, Forward, Task
 
 # Mean and standard deviation of ImageNet's pixels in [0, 1], which pretrained backbones were trained with.
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -115,13 +115,10 @@ class Segmentation(Task):
 
     def inputs(self, image: Tensor) -> Tensor:
         """Normalises uint8 (B, 3, H, W) on its device, to the dtype and memory format of the model's weights."""
-        weights = list(self.model.parameters())
-        dtype = weights[0].dtype
         # Kept where they are needed: copying them for every batch would make the host wait for the GPU.
         self.mean, self.std = self.mean.to(image.device), self.std.to(image.device)
-        channels_last = any(w.dim() == 4 and not w.is_contiguous() for w in weights)
-        pixels = image.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        return (pixels - self.mean.to(dtype)) / self.std.to(dtype)
+        pixels = self.pixels(image)
+        return (pixels - self.mean.to(pixels.dtype)) / self.std.to(pixels.dtype)
 
     def _paint(self, image: Tensor, labels: Tensor) -> Tensor:
         """Blends the colours of `labels` (B, H, W) over `image` (B, 3, H, W)."""
@@ -133,9 +130,3 @@ class Segmentation(Task):
         stripes = torch.tensor(STRIPES, dtype=torch.float32, device=image.device)[stripe]
         colors = torch.where(ignored[..., None], stripes, colors).movedim(-1, 1)
         return (OPACITY * colors + (1 - OPACITY) * image).round().to(torch.uint8)
-
-
-def class_colors(num_classes: int) -> list[Color]:
-    """The RGB colours (0 to 255) of the classes, always the same ones: dark blue first, then hues by the golden angle."""
-    colors = [(0.62, 0.75, 0.45)] + [((0.10 + 0.618034 * i) % 1, (0.85, 0.6)[i // 5 % 2], (1.0, 0.75)[i // 3 % 2]) for i in range(num_classes - 1)]
-    return [(round(r * 255), round(g * 255), round(b * 255)) for r, g, b in (colorsys.hsv_to_rgb(*hsv) for hsv in colors[:num_classes])]

@@ -132,6 +132,14 @@ def test_a_folder_can_validate(files: Path) -> None:
     assert len(rows("train")) == 24 and sorted(rows("validation")) == ["0", "1", "2"]
 
 
+def test_so_can_the_folders_beside_where_images_and_masks_are_called_alike(files: Path) -> None:
+    for i, split in enumerate(("train", "val", "test")):
+        save(files / f"images/{split}/{split}.png", pixels(i))
+        save(files / f"labels/{split}/{split}.png", labels(i))
+    assert main(options(files, images=files / "images/train", masks=files / "labels/train", validation="val")) == 0
+    assert list(rows("train")) == ["train"] and list(rows("validation")) == ["val"]
+
+
 def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options(files)) == 0
     capsys.readouterr()

@@ -591,7 +591,7 @@ def test_the_command_names_the_nearest_data_set() -> None:
         (["shapes", "batch_size=3"], "command line: batch_size: unknown key; there are none"),
         (["hub", "image=a", "mask=b"], "command line: path: this key is required"),
         (["cifar10_horses", "num_colours=16"], "cifar10_horses: the course has 24 colour centres, not 16"),
-        (["shapes", "--name", "mine"], "--name belongs to `trainer prepare folder`, not to shapes"),
+        (["shapes", "--name", "mine"], "--name belongs to `trainer prepare folder` or `trainer prepare yolo` or `trainer prepare coco`, not to shapes"),
         (["folder", "set=mine"], "trainer prepare folder --name NAME --images DIR"),
     ],
 )

@@ -75,7 +75,7 @@ def test_batches_depend_neither_on_workers_nor_on_the_cache_nor_on_where_they_be
 def test_masks_move_with_their_images_and_are_never_interpolated(prepared: tuple[Path, Card]) -> None:
     """The mask is the red channel: after crops and flips it must still be; resizing may only repeat its values."""
     crops = [
-        catalogue("augmentation")[name].build(settings, ignore_index=255, resize=None)
+        catalogue("augmentation")[name].build(settings, ignore_index=255, resize=None, has_objects=False)
         for name, settings in (("random_crop", {"size": [14, 18]}), ("horizontal_flip", {"p": 0.5}))
     ]
     flipped = set()

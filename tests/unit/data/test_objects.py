@@ -1,0 +1,141 @@
+"""Boxes and masks stay with their images through resizing, augmentation and batching."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from tests.scenes import COLORS, TRAIN, box, scene, scenes
+from trainer.components import catalogue
+from trainer.data.card import Card
+from trainer.data.objects import Letterbox
+from trainer.data.order import Order, Slices
+from trainer.data.prepare import prepare
+from trainer.data.stream import Batches, Samples
+
+SIZE = [64, 96]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Card]:
+    folder = tmp_path_factory.mktemp("data")
+    return folder / "scenes", prepare(scenes(), folder, None, lambda line: None)
+
+
+def samples(prepared: tuple[Path, Card], split: str = "train", transforms: Any = (), cache: bool = True, **options: Any) -> Samples:
+    order = Order(prepared[1].row_groups("train"), 5, 2) if split == "train" else None
+    return Samples(*prepared, split, order, options.pop("resize", None), transforms, cache, window=2, **options)
+
+
+def augmentation(name: str, **settings: Any) -> Any:
+    return catalogue("augmentation")[name].build(settings, ignore_index=None, resize=SIZE, has_objects=True)
+
+
+def check_batch(batch: dict[str, Tensor], tolerance: float) -> int:
+    """Asserts that masks lie on pixels of their class's colour and boxes around their masks; returns how many objects there were."""
+    for mask, label, each, index in zip(batch["masks"].bool(), batch["labels"], batch["boxes"], batch["image_index"], strict=True):
+        color = torch.tensor(COLORS[label], dtype=torch.float32)
+        inner = -torch.nn.functional.max_pool2d(-mask[None].float(), 3, 1, 1)[0] > 0  # borders may be mixtures after a resize
+        image = batch["image"][index].float()
+        if inner.any():
+            assert (image[:, inner] - color[:, None]).abs().mean() < 40
+            assert torch.tensor(box(mask.numpy())).sub(each).abs().max() <= tolerance
+    return len(batch["labels"])
+
+
+def test_a_batch_holds_images_of_different_sizes_and_all_their_objects(prepared: tuple[Path, Card]) -> None:
+    validation = samples(prepared, "validation")
+    batch = validation.__getitems__(list(range(7)))
+    expected = [scene(TRAIN + index) for index in range(7)]
+    sizes = [image.shape[:2] for image, *_ in expected]
+    assert len(set(sizes)) > 1 and batch["image"].shape == (7, 3, max(h for h, _ in sizes), max(w for _, w in sizes))
+    assert list(zip(batch["height"].tolist(), batch["width"].tolist(), strict=True)) == sizes
+    assert batch["image_index"].tolist() == [index for index, (_, masks, *_) in enumerate(expected) for _ in masks]
+    assert 0 in [len(masks) for _, masks, *_ in expected] and batch["crowd"].sum() == 1
+    for index, (image, masks, labels, _) in enumerate(expected):
+        height, width = image.shape[:2]
+        assert np.array_equal(batch["image"][index, :, :height, :width].permute(1, 2, 0).numpy(), image)
+        assert not batch["image"][index, :, height:].any() and not batch["image"][index, :, :, width:].any()
+        mine = batch["image_index"] == index
+        assert batch["labels"][mine].tolist() == labels
+        assert [tuple(each) for each in batch["boxes"][mine].tolist()] == [box(mask) for mask in masks]
+        for mask, found in zip(masks, batch["masks"][mine], strict=True):
+            assert np.array_equal(found[:height, :width].numpy(), mask) and found.sum() == mask.sum()
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "decoded"])
+@pytest.mark.parametrize("mode", ["stretch", "letterbox"])
+def test_a_resize_moves_boxes_and_masks_too(prepared: tuple[Path, Card], cache: bool, mode: str) -> None:
+    found = samples(prepared, "validation", cache=cache, resize=SIZE, resize_mode=mode)
+    for _ in range(2):  # what is decoded, and what the cache gives back
+        batch = found.__getitems__(list(range(7)))
+        assert batch["image"].shape == (7, 3, *SIZE)
+        assert check_batch(batch, tolerance=1.5) == 12
+    boxes = batch["boxes"][batch["image_index"] == 1]
+    height, width = scene(TRAIN + 1)[0].shape[:2]
+    scales = [SIZE[1] / width, SIZE[0] / height]
+    original = torch.tensor([box(mask) for mask in scene(TRAIN + 1)[1]])
+    if mode == "stretch":
+        assert torch.allclose(boxes, original * torch.tensor(scales * 2), atol=1e-3)
+    else:  # one scale for both sides, up to the rounding of the inner size
+        ratio = (boxes[:, 2:] - boxes[:, :2]) / (original[:, 2:] - original[:, :2])
+        assert torch.allclose(ratio, torch.full_like(ratio, min(scales)), rtol=0.02)
+
+
+def test_letterbox_pads_on_both_sides_with_grey() -> None:
+    image = v2.functional.to_image(np.zeros((10, 40, 3), np.uint8))
+    boxed = Letterbox([32, 32])(image)
+    assert boxed.shape == (3, 32, 32)
+    assert (boxed[:, :12] == 114).all() and (boxed[:, 20:] == 114).all() and not boxed[:, 12:20].any()
+
+
+AUGMENTATIONS = {
+    "flips": [("horizontal_flip", {"p": 0.5}), ("vertical_flip", {"p": 0.5})],
+    "crop": [("random_crop", {"size": [40, 44]})],
+    "resized crop": [("random_resized_crop", {"scale": [0.3, 1.0]})],
+    "mosaic": [("mosaic", {"scale": [0.6, 1.4]}), ("horizontal_flip", {"p": 0.5})],
+}
+
+
+@pytest.mark.parametrize("names", AUGMENTATIONS)
+def test_objects_move_with_their_images_under_every_augmentation(prepared: tuple[Path, Card], names: str) -> None:
+    transforms = [augmentation(name, **settings) for name, settings in AUGMENTATIONS[names]]
+    batches = list(islice(Batches(samples(prepared, transforms=transforms), Slices(4, 1, 0, 1, 0), 0), 12))
+    assert sum(check_batch(batch, tolerance=3) for batch in batches) > 20
+    for batch in batches:
+        sides = batch["boxes"][:, 2:] - batch["boxes"][:, :2]
+        assert (sides >= 1).all() and (batch["boxes"] >= 0).all()
+        assert (batch["boxes"][:, 2] <= batch["width"][batch["image_index"]]).all() and (batch["boxes"][:, 3] <= batch["height"][batch["image_index"]]).all()
+        assert len(batch["masks"]) == len(batch["boxes"]) == len(batch["labels"]) == len(batch["crowd"])
+
+
+def test_a_mosaic_is_the_same_wherever_training_begins_and_whoever_loads_it(prepared: tuple[Path, Card]) -> None:
+    def batches(workers: int, first: int, cache: bool = True) -> list[dict[str, Tensor]]:
+        found = samples(prepared, transforms=[augmentation("mosaic", p=0.7)], cache=cache)
+        return list(islice(Batches(found, Slices(4, 1, 0, 1, first), workers), 10 - first))
+
+    reference = batches(0, 0)
+    assert any(len(batch["labels"]) > 8 for batch in reference)  # more than four samples by themselves have
+    for found, first in ((batches(2, 0), 0), (batches(0, 6), 6), (batches(0, 0, cache=False), 0)):
+        for a, b in zip(found, reference[first:], strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_overfit_trains_and_validates_on_the_first_samples(prepared: tuple[Path, Card]) -> None:
+    folder, card = prepared
+    first = card.of_first(5)
+    assert [split.rows for split in first.splits.values()] == [5, 5]
+    train = Samples(folder, first, "train", Order(first.row_groups("train"), 0, 2), None, (), True, 2)
+    validation = Samples(folder, first, "validation", None, None, (), True, 2)
+    assert len(train) == len(validation) == 5
+    ids = [sample for batch in islice(Batches(train, Slices(5, 1, 0, 1, 0), 0), 2) for sample in batch["sample_id"].tolist()]
+    assert sorted(ids) == sorted(2 * list(range(5)))
+    assert all(torch.equal(a, b) for a, b in zip(train._pixels(3).values(), validation._pixels(3).values(), strict=True))
+    assert card.of_first(1000).splits["train"].rows == TRAIN

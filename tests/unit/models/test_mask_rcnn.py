@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.ops import FrozenBatchNorm2d
+
+from trainer.components import catalogue
+from trainer.models.freeze import set_train_mode
+from trainer.models.mask_rcnn import mask_rcnn
+from trainer.models.weights import load_safetensors
+
+PREDICTORS = ["roi_heads.box_predictor", "roi_heads.mask_predictor"]
+TORCHVISION = {
+    "resnet50": (detection.maskrcnn_resnet50_fpn, detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1),
+    "resnet50_v2": (detection.maskrcnn_resnet50_fpn_v2, detection.MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1),
+}
+
+
+def published(backbone: str) -> dict[str, Tensor]:
+    """Random tensors with the names and shapes of the published ones."""
+    with torch.device("meta"):
+        state = TORCHVISION[backbone][0](weights=None, weights_backbone=None, num_classes=91).state_dict()
+    if backbone == "resnet50":  # was published with frozen batch norms, which don't count batches
+        state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    return {name: torch.rand(tensor.shape).to(tensor.dtype) for name, tensor in state.items()}
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return mask_rcnn(2, backbone="resnet18", min_size=64, max_size=128)
+
+
+def sample() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Two images of different sizes, the first one with an object of the last class."""
+    masks = torch.zeros(1, 64, 80, dtype=torch.uint8)
+    masks[0, 10:50, 20:45] = 1
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 70, 50, dtype=torch.uint8)}
+    return [torch.rand(3, 64, 80), torch.rand(3, 70, 50)], [
+        {"boxes": torch.tensor([[20.0, 10, 45, 50]]), "labels": torch.tensor([2]), "masks": masks},
+        nothing,
+    ]
+
+
+@pytest.mark.parametrize("backbone", TORCHVISION)
+def test_tensors_are_torchvisions_and_from_scratch_all_learn(backbone: str) -> None:
+    with torch.device("meta"):
+        ours = mask_rcnn(4, backbone=backbone)  # type: ignore[arg-type]
+        theirs = TORCHVISION[backbone][0](weights=None, weights_backbone=None, num_classes=5).state_dict()
+    assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == {name: tensor.shape for name, tensor in theirs.items()}
+    assert all(parameter.requires_grad for parameter in ours.parameters())
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in ours.modules())
+
+
+@pytest.mark.parametrize("backbone", TORCHVISION)
+def test_coco_weights_are_all_kept_but_for_new_predictors_and_the_first_layers_do_not_learn(backbone: str, checkpoints: Path) -> None:
+    expected = published(backbone)
+    torch.save(expected, checkpoints / Path(TORCHVISION[backbone][1].url).name)
+    model = mask_rcnn(1, backbone=backbone, weights="coco")  # type: ignore[arg-type]
+    state = model.state_dict()
+    changed = {name for name in state if not torch.equal(state[name], expected[name])}
+    assert {name.rpartition(".")[0].rpartition(".")[0] for name in changed} == set(PREDICTORS)
+    assert state["roi_heads.mask_predictor.mask_fcn_logits.weight"].shape == (2, 256, 1, 1)
+    fixed = {".".join(name.split(".")[:3]) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    stem = {"backbone.body.conv1", "backbone.body.layer1"}
+    assert fixed == (stem if backbone == "resnet50" else stem | {"backbone.body.bn1"})
+    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    assert len(norms) == (53 if backbone == "resnet50" else 0) and all(norm.eps == 0 for norm in norms)
+
+
+def test_a_converted_coco_file_loads_with_frozen_norms(tmp_path: Path) -> None:
+    expected = published("resnet50")
+    save_file(expected, tmp_path / "coco.safetensors")
+    model = mask_rcnn(1, frozen_norm=True)
+    load_safetensors(model, tmp_path / "coco.safetensors", PREDICTORS)
+    assert torch.equal(model.state_dict()["backbone.body.layer4.2.bn3.running_var"], expected["backbone.body.layer4.2.bn3.running_var"])
+
+
+def test_the_small_one_is_small_and_says_what_it_lacks() -> None:
+    with torch.device("meta"):
+        assert 12_000_000 < sum(parameter.numel() for parameter in mask_rcnn(1, backbone="resnet18").parameters()) < 13_000_000
+    with pytest.raises(ValueError, match="no weights coco for backbone resnet18"):
+        mask_rcnn(1, backbone="resnet18", weights="coco")
+    with pytest.raises(ValueError, match="frozen_norm is for backbone resnet50"):
+        mask_rcnn(1, backbone="resnet50_v2", frozen_norm=True)
+
+
+def test_every_parameter_learns_also_from_images_of_different_sizes_and_without_objects() -> None:
+    model = small()
+    losses = model(*sample())
+    assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    model.zero_grad()
+    images, (_, nothing) = sample()
+    empty = model(images[1:], [nothing])
+    sum(empty.values()).backward()
+    assert all(loss.isfinite() for loss in empty.values()) and empty["loss_mask"] == 0
+    assert all(parameter.grad is not None for parameter in model.parameters()), "processes would wait for the missing ones"
+
+
+def test_frozen_layers_do_not_change_what_the_rest_returns_in_training() -> None:
+    model = small()
+    for name in ("conv1", "bn1", "layer1"):
+        model.backbone.body[name].requires_grad_(False)
+    set_train_mode(model)
+    assert len(model(*sample())) == 5
+
+
+def test_what_is_found_has_masks_at_the_size_of_each_image() -> None:
+    model, (images, _) = small().eval(), sample()
+    model.roi_heads.score_thresh = 0.0  # an untrained net finds nothing with certainty
+    with torch.no_grad():
+        found = model(images)
+    assert [tuple(each["masks"].shape[1:]) for each in found] == [(1, 64, 80), (1, 70, 50)]
+    assert all(len(each["boxes"]) and set(each["labels"].tolist()) <= {1, 2} for each in found)
+
+
+def test_recipes_know_its_keys() -> None:
+    schema = catalogue("model")["mask_rcnn"].schema
+    expected = {"backbone": "resnet50", "min_size": 800, "max_size": 1333, "frozen_norm": False, "weights": "none"}
+    assert schema.model_validate({}).model_dump() == expected

@@ -1,0 +1,126 @@
+"""Boxes and masks of the objects in images: kept in memory as Parquet holds them, decoded sample by sample, joined into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import v2
+
+from trainer.detection.rle import decode_masks
+
+ROLES = ("boxes", "instances")  # of columns that hold objects
+OF_OBJECTS = ("boxes", "labels", "crowd", "masks")  # what a sample says of each of its objects
+
+
+def _fit_boxes(sample: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Boxes that just hold what is left of their masks."""
+    if "masks" not in sample:
+        return sample
+    masks, boxes = sample["masks"].as_subclass(Tensor), torch.zeros(sample["boxes"].shape)
+    seen = (masks > 0).flatten(1).any(1)
+    boxes[seen] = masks_to_boxes(masks[seen]) + torch.tensor([0.0, 0, 1, 1])  # to the end of the last pixel
+    return sample | {"boxes": tv_tensors.wrap(boxes, like=sample["boxes"])}
+
+
+# After an augmentation: boxes end where the image does, and what has no area left goes, with its label and mask.
+TIDY: tuple[Callable[[Any], Any], ...] = (
+    _fit_boxes,
+    v2.ClampBoundingBoxes("hard"),
+    v2.SanitizeBoundingBoxes(labels_getter=lambda sample: (sample["labels"], sample["crowd"])),
+)
+
+
+class Objects:
+    """The objects of a split.
+
+    Args:
+        column: an Arrow array with a list of boxes, labels, masks and `crowd` for each sample.
+        sizes: int64 (N, 2), height and width of every image as it was prepared.
+        role: `boxes` or `instances`.
+        resize: what is done to the images, or None.
+    """
+
+    def __init__(self, column: Any, sizes: npt.NDArray[np.int64], role: str, resize: v2.Transform | None) -> None:
+        self.column, self.sizes, self.with_masks, self.resize = column, sizes, role == "instances", resize
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def read(self, sample_id: int) -> dict[str, Tensor]:
+        """The objects of one sample: `boxes` float32 (M, 4), `labels` int64 (M,), `crowd` bool (M,), and `masks` uint8 (M, H, W) of instances."""
+        size: list[int] = self.sizes[sample_id].tolist()
+        found = self.column[sample_id].as_py()
+        boxes = torch.tensor([each["box"] for each in found], dtype=torch.float32).reshape(-1, 4)
+        sample: dict[str, Tensor] = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(size[0], size[1]))}
+        if self.with_masks:
+            sample["masks"] = tv_tensors.Mask(decode_masks([each["mask"] for each in found], size))
+        if self.resize:
+            sample = self.resize(sample)
+        sample["labels"] = torch.tensor([each["label"] for each in found], dtype=torch.int64)
+        sample["crowd"] = torch.tensor([each["crowd"] for each in found], dtype=torch.bool)
+        return sample
+
+    def box_sizes(self) -> npt.NDArray[np.float64]:
+        """Width and height of every box, after the resize: float64 (M, 2)."""
+        without_masks = Objects(self.column, self.sizes, "boxes", self.resize)
+        boxes = torch.cat([without_masks.read(sample_id)["boxes"].as_subclass(Tensor) for sample_id in range(len(self))])
+        return (boxes[:, 2:] - boxes[:, :2]).double().numpy()
+
+
+class Letterbox(v2.Transform):
+    """Enlarges or shrinks an image until it just fits into `size`, keeping its aspect, and pads what is left on both sides with grey.
+
+    Boxes and masks move with it; masks are padded with 0.
+
+    Args:
+        size: height and width in pixels.
+    """
+
+    GREY = 114  # of the padding: near the mean of natural images
+
+    def __init__(self, size: Sequence[int]) -> None:
+        super().__init__()
+        self.size = tuple(size)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Each part of a sample by its own size, which is that of the image."""
+        height, width = v2.functional.get_size(inpt)
+        scale = min(self.size[0] / height, self.size[1] / width)
+        inner = [max(1, round(scale * side)) for side in (height, width)]
+        resized = v2.functional.resize(inpt, inner, antialias=True)
+        bottom, right = (full - part for full, part in zip(self.size, inner, strict=True))
+        padding = [right // 2, bottom // 2, right - right // 2, bottom - bottom // 2]
+        return v2.functional.pad(resized, padding, fill=self.GREY if isinstance(inpt, tv_tensors.Image) else 0)
+
+
+def join(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of samples with objects.
+
+    Images and masks are padded with zeros, at the right and at the bottom, to the largest of the batch; `height` and `width`, int64 (B,),
+    are those of each. The objects stand one after the other; `image_index`, int64 (M,), says which image each is in.
+    """
+    sizes = torch.tensor([sample["image"].shape[-2:] for sample in samples])
+    height, width = sizes.amax(0).tolist()
+    index = torch.repeat_interleave(torch.tensor([len(sample["boxes"]) for sample in samples]))
+    batch = {"height": sizes[:, 0], "width": sizes[:, 1], "image_index": index, "image": torch.stack([_padded(sample["image"], height, width) for sample in samples])}
+    for name in OF_OBJECTS:
+        if name in samples[0]:
+            parts = [_padded(sample[name], height, width) if name == "masks" else sample[name].as_subclass(Tensor) for sample in samples]
+            batch[name] = torch.cat(parts)
+    return batch
+
+
+def _padded(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Pixels (…, H, W) of one image with zeros up to a height and width."""
+    if tuple(pixels.shape[-2:]) == (height, width):
+        return pixels.as_subclass(Tensor)
+    padded = pixels.new_zeros(*pixels.shape[:-2], height, width).as_subclass(Tensor)
+    padded[..., : pixels.shape[-2], : pixels.shape[-1]] = pixels
+    return padded

@@ -1,0 +1,119 @@
+"""Images and YOLO label files of your own: `trainer prepare yolo` makes a set of them, and recipes name it.
+
+data: {name: yolo, set: my_cars, batch_size: 16}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+
+from trainer.components import dataset
+from trainer.data.archives import Member
+from trainer.data.files import (
+    REMEDY_OF_OBJECTS,
+    VALIDATION,
+    File,
+    Sample,
+    class_names,
+    files_below,
+    image_files,
+    names_a_set,
+    prepared_set,
+    refuse,
+    share_of,
+    size_of,
+    source_of_files,
+    validation_folders,
+)
+from trainer.data.source import DataInfo, Instance, Source
+from trainer.errors import UserError
+
+USAGE = "yolo --name NAME --images DIR --labels DIR --classes FILE [--validation SHARE|DIR] [--invalid refuse|drop]"
+MAX_CLASSES = 65_536
+NOT_LABELS = "classes"  # classes.txt, which labelling tools write beside the labels
+
+
+@dataset(fields=("image", "boxes"))
+def yolo(*, set: Annotated[str, names_a_set(USAGE, "objects")]) -> Source:
+    """What `trainer prepare yolo --name SET` made, as its card describes it; a recipe can't make it again."""
+    return prepared_set(set)
+
+
+def from_yolo(name: str, images: Path, labels: Path, classes: Path, validation: str = VALIDATION, invalid: Literal["refuse", "drop"] = "refuse") -> Source:
+    """The set of the images in a folder and all below it, and of the label files of the same names in another.
+
+    Args:
+        name: of the set.
+        images: holds images in any format that Pillow reads, e.g. `a/b.jpg`.
+        labels: holds a text file for each that has objects, e.g. `a/b.txt`; see `read_objects`.
+        classes: a text file with the name of a class in each line, in the order of their index.
+        validation: the share of the images that validate; or the folders that do, see `validation_folders`.
+        invalid: what becomes of objects that can't be so.
+
+    Raises:
+        UserError: one of these can't be so, or a label file has no image.
+    """
+    info = DataInfo(class_names(classes, 1, MAX_CLASSES))
+    samples = _pairs("train", images, labels)
+    if share_of(validation) is None:
+        validation, folders = validation_folders(validation, images, labels)
+        samples += _pairs("validation", *folders)
+    return source_of_files(
+        "yolo",
+        {"name": name, "images": images, "labels": labels, "classes": classes, "validation": validation, "invalid": invalid},
+        info,
+        {"image": "image", "objects": "boxes"},
+        samples,
+        lambda image, found: {"image": image, "objects": read_objects(found and found.read(), image, REMEDY_OF_OBJECTS)},
+        read=[file for sample in samples for file in (sample.image, sample.labels) if file],
+        remedy=REMEDY_OF_OBJECTS,
+    )
+
+
+def _pairs(split: str, images: Path, labels: Path) -> list[Sample[File | None]]:
+    of_images, of_labels = image_files(images), files_below(labels, "label files (.txt)", {".txt"})
+    of_labels.pop(NOT_LABELS, None)
+    alone = [f"{of_labels[key].path} has no image {images / key}" for key in of_labels.keys() - of_images.keys()]
+    refuse(f"an image and its labels have the same name, but for its ending; {len(alone)} files are alone:", alone)
+    return [Sample(split, image, of_labels.get(key)) for key, image in of_images.items()]
+
+
+def read_objects(labels: Member | None, image: Member, remedy: str) -> list[Instance]:
+    """The objects of an image in YOLO's text format; none where there is no file.
+
+    A line has a class and the centre, width and height of a box, or a class and the corners of a polygon, whose box counts; all as shares
+    of the width and height of the image.
+
+    Args:
+        labels: the text file.
+        image: what it belongs to.
+        remedy: what to do about a file that can't be read.
+
+    Raises:
+        UserError: a line is neither, or the image can't be decoded.
+    """
+    if labels is None:
+        return []
+    width, height = size_of(image, remedy)
+    found = []
+    for number, line in enumerate(labels.data.decode("utf-8-sig", "replace").splitlines(), start=1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            label, values = int(words[0]), np.array([float(word) for word in words[1:]])
+            if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+                raise ValueError(f"it has {len(words)} words")
+        except ValueError as error:
+            raise UserError(f"{labels.name}:{number}: a line is `class x y width height` or `class x1 y1 x2 y2 x3 y3 …` ({error}); {remedy}") from error
+        if len(values) == 4:
+            centre, size = values[:2], values[2:]
+            low, high = centre - size / 2, centre + size / 2
+        else:
+            low, high = values.reshape(-1, 2).min(0), values.reshape(-1, 2).max(0)
+        left, top, right, bottom = (np.concatenate([low, high]) * [width, height, width, height]).tolist()
+        found.append(Instance((left, top, right, bottom), label))
+    return found

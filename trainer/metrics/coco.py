@@ -1,0 +1,149 @@
+"""Average precision of boxes and masks as COCO defines it (Lin et al., "Microsoft COCO", 2014), computed by pycocotools.
+
+Precision depends on the order of all scores, so it can't be summed up: what is found in each image is kept as rows, which are joined
+over batches and processes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.detection.boxes import Detections
+from trainer.detection.rle import codec, encode_masks
+from trainer.errors import UserError
+
+Kind = Literal["bbox", "segm"]
+"""Whether boxes or masks are compared, in COCO's words."""
+Rows = dict[str, Tensor]
+RECALLS = 101  # 0, 0.01, … 1, at which precision is looked up
+
+
+def rows(batch: dict[str, Any], found: Sequence[Detections]) -> Rows:
+    """What is true and what is found in the images of a batch, as tensors that can be joined along their first dimension.
+
+    `images` int64 (B, 3): sample id, height, width. `truth` float64 (M, 7): sample id, class, crowd, box. `found` float64 (D, 7): sample
+    id, class, score, box. With masks, `truth_rle` and `found_rle` uint8 hold their run lengths one after the other, and `truth_rle_bytes`
+    and `found_rle_bytes` int64 how long each is.
+    """
+    device = batch["image"].device
+    ids, heights, widths = (batch[name].cpu() for name in ("sample_id", "height", "width"))
+    index = batch["image_index"].cpu()
+    found_index = torch.repeat_interleave(torch.tensor([len(each.labels) for each in found]))
+    labels, scores, boxes = (torch.cat([getattr(each, name) for each in found]).double().cpu() for name in ("labels", "scores", "boxes"))
+    out = {
+        "images": torch.stack([ids, heights, widths], dim=1),
+        "truth": _columns(ids[index], batch["labels"], batch["crowd"], batch["boxes"]),
+        "found": _columns(ids[found_index], labels, scores, boxes),
+    }
+    if "masks" in batch:
+        sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
+        truth = [mask[: sizes[i][0], : sizes[i][1]] for mask, i in zip(batch["masks"], index.tolist(), strict=True)]
+        predicted = [mask for each in found for mask in (() if each.masks is None else each.masks)]
+        for name, masks in (("truth", truth), ("found", predicted)):
+            counts = [encode_masks(mask[None])[0] for mask in masks]
+            out[f"{name}_rle"] = torch.frombuffer(bytearray(b"".join(counts)), dtype=torch.uint8) if counts else torch.zeros(0, dtype=torch.uint8)
+            out[f"{name}_rle_bytes"] = torch.tensor([len(each) for each in counts], dtype=torch.int64)
+    return {name: value.to(device) for name, value in out.items()}
+
+
+def _columns(ids: Tensor, labels: Tensor, third: Tensor, boxes: Tensor) -> Tensor:
+    return torch.cat([torch.stack([column.cpu().double() for column in (ids, labels, third)], dim=1), boxes.cpu().double()], dim=1)
+
+
+def as_coco(joined: Rows, classes: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The joined rows in the form of COCO's files: an annotation file, and a result file with `bbox` and, of masks, `segmentation`.
+
+    Category ids count from 1, as COCO's do.
+    """
+    sizes = {sample_id: (height, width) for sample_id, height, width in joined["images"].tolist()}
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for name in ("truth", "found"):
+        entries[name] = []
+        counts = _split(joined[f"{name}_rle"], joined[f"{name}_rle_bytes"]) if f"{name}_rle" in joined else None
+        for number, (sample_id, label, third, *box) in enumerate(joined[name].tolist()):
+            left, top, right, bottom = box
+            entry: dict[str, Any] = {"image_id": int(sample_id), "category_id": int(label) + 1, "bbox": [left, top, right - left, bottom - top]}
+            if counts is not None:
+                entry["segmentation"] = {"size": list(sizes[int(sample_id)]), "counts": counts[number]}
+            if name == "truth":
+                area = codec().area(entry["segmentation"]) if counts is not None else entry["bbox"][2] * entry["bbox"][3]
+                entry |= {"id": number + 1, "iscrowd": int(third), "area": float(area)}
+            else:
+                entry["score"] = third
+            entries[name].append(entry)
+    truth = {
+        "info": {},
+        "images": [{"id": sample_id, "height": height, "width": width} for sample_id, (height, width) in sorted(sizes.items())],
+        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(classes)],
+        "annotations": entries["truth"],
+    }
+    return truth, entries["found"]
+
+
+def _split(joined: Tensor, lengths: Tensor) -> list[str]:
+    parts, start, whole = [], 0, joined.cpu().numpy().tobytes()
+    for length in lengths.tolist():
+        parts.append(whole[start : start + length].decode("ascii"))
+        start += length
+    return parts
+
+
+class AveragePrecision(NamedTuple):
+    """What COCO's evaluation finds, over all sizes of objects and at most 100 detections an image.
+
+    Attributes:
+        mean: mean over the IoU thresholds 0.50, 0.55, … 0.95 and the classes that have objects; nan without any.
+        at_50, at_75: at a single threshold.
+        by_class: float64 (C,), the mean over thresholds; nan where a class has no objects.
+        curves: float64 (C, 101), precision at recalls 0, 0.01, … 1 at threshold 0.50; nan where a class has no objects.
+    """
+
+    mean: float
+    at_50: float
+    at_75: float
+    by_class: np.ndarray
+    curves: np.ndarray
+
+
+def average_precision(truth: dict[str, Any], found: Sequence[dict[str, Any]], kind: Kind) -> AveragePrecision:
+    """Average precision of COCO results against COCO annotations.
+
+    Raises:
+        UserError: pycocotools isn't installed.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise UserError("average precision of boxes needs pycocotools: pip install 'recipe-trainer[detection]'") from None
+
+    num_classes = len(truth["categories"])
+    if not found:  # which pycocotools can't load
+        present = np.isin(np.arange(1, num_classes + 1), [each["category_id"] for each in truth["annotations"] if not each["iscrowd"]])
+        zero = np.where(present, 0.0, np.nan)
+        return AveragePrecision(*[0.0 if present.any() else float("nan")] * 3, zero, np.repeat(zero[:, None], RECALLS, 1))
+    if kind == "segm":  # the area of a result with a box would be that of the box
+        found = [{name: value for name, value in each.items() if name != "bbox"} for each in found]
+    with redirect_stdout(io.StringIO()):  # it prints tables
+        annotations = COCO()
+        annotations.dataset = truth
+        annotations.createIndex()
+        evaluation = COCOeval(annotations, annotations.loadRes([dict(each) for each in found]), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, classes)
+    precision = np.where(precision < 0, np.nan, precision)
+    thresholds = evaluation.params.iouThrs.round(2).tolist()
+    at_50, at_75 = (precision[thresholds.index(each)] for each in (0.5, 0.75))
+    by_class = precision.mean(axis=(0, 1))
+    present = ~np.isnan(by_class)
+    if not present.any():
+        return AveragePrecision(*[float("nan")] * 3, by_class, at_50.T)
+    return AveragePrecision(*(float(each[..., present].mean()) for each in (precision, at_50, at_75)), by_class, at_50.T)

@@ -1,0 +1,115 @@
+"""Mask R-CNN (He et al., "Mask R-CNN", 2017) from torchvision, and a small one for CPUs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.detection import (
+    MaskRCNN,
+    MaskRCNN_ResNet50_FPN_V2_Weights,
+    MaskRCNN_ResNet50_FPN_Weights,
+    maskrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2,
+)
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FrozenBatchNorm2d
+
+from trainer.components import model
+from trainer.models.weights import load_published, weights_field
+
+COCO_CLASSES = 91  # of the published weights, with background
+ROI_SIZE = 7  # cells along the side of what the box head sees of a region
+
+Side = Annotated[int, Field(ge=32, le=4096)]
+
+
+@model(interface="mask_rcnn")
+def mask_rcnn(
+    num_classes: int,
+    /,
+    *,
+    backbone: Literal["resnet18", "resnet50", "resnet50_v2"] = "resnet50",
+    min_size: Side = 800,
+    max_size: Side = 1333,
+    frozen_norm: bool = False,
+    weights: Annotated[str, weights_field("coco")] = "none",
+) -> nn.Module:
+    """Builds a plain torchvision `MaskRCNN`, whose class 0 is the background; the classes of the set follow it.
+
+    It takes a list of images float (3, H, W) in [0, 1], which it normalises and resizes, and in training a list of torchvision's targets.
+    In training it returns torchvision's losses, otherwise what it found in each image.
+    The keys of the state dict are torchvision's; a file made from the published weights fits once `roi_heads.box_predictor` and
+    `roi_heads.mask_predictor` start new (`reset_layers`), with `frozen_norm: true` if it is for `resnet50`.
+
+    Args:
+        num_classes: of the set, without background.
+        backbone: `resnet50` (44 million parameters), `resnet50_v2` (46 million: Li et al., "Benchmarking Detection Transfer Learning with
+            Vision Transformers", 2021) or `resnet18` (12 million, and fewer regions; a CPU trains it).
+        min_size: pixels to which the shorter side of an image is resized,
+        max_size: unless the longer one would then have more than this.
+        frozen_norm: batch norms of `resnet50` that learn nothing and keep the statistics that they are loaded with.
+        weights: `coco` for torchvision's weights, downloaded at first use, with new predictors and, as in torchvision, `frozen_norm`
+            and a first group of blocks and a stem that don't learn; `none` for random ones, and batch norms that learn.
+            (A file is loaded into the model once it is built.)
+
+    Raises:
+        ConnectionError: the weights can't be downloaded, or the downloaded file is damaged.
+        ValueError: the backbone has no such weights or norms.
+    """
+    if frozen_norm and backbone != "resnet50":
+        raise ValueError(f"frozen_norm is for backbone resnet50; the batch norms of {backbone} learn")
+    if backbone == "resnet18":
+        if weights == "coco":
+            raise ValueError("there are no weights coco for backbone resnet18; set model.weights=none, or model.backbone=resnet50")
+        return _small(num_classes + 1, min_size, max_size)
+    if weights == "none":
+        return _large(backbone, num_classes + 1, min_size, max_size, frozen_norm)
+    net = _large(backbone, COCO_CLASSES, min_size, max_size, frozen_norm=backbone == "resnet50")
+    load_published(net, (MaskRCNN_ResNet50_FPN_Weights if backbone == "resnet50" else MaskRCNN_ResNet50_FPN_V2_Weights).COCO_V1)
+    net.roi_heads.box_predictor = FastRCNNPredictor(1024, num_classes + 1)
+    net.roi_heads.mask_predictor = MaskRCNNPredictor(256, 256, num_classes + 1)
+    for name in ("conv1", "bn1", "layer1"):
+        net.backbone.body[name].requires_grad_(False)
+    return net
+
+
+def _large(backbone: str, num_outputs: int, min_size: int, max_size: int, frozen_norm: bool) -> MaskRCNN:
+    sizes = {"min_size": min_size, "max_size": max_size}
+    if not frozen_norm:
+        build = maskrcnn_resnet50_fpn if backbone == "resnet50" else maskrcnn_resnet50_fpn_v2
+        return build(weights=None, weights_backbone=None, num_classes=num_outputs, **sizes)
+    net = MaskRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=5), num_outputs, **sizes)
+    for module in net.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = 0.0  # the published weights were trained without
+    return net
+
+
+def _small(num_outputs: int, min_size: int, max_size: int) -> MaskRCNN:
+    """A quarter of the channels above the trunk, anchors for images of about 256 pixels, and about a tenth of the regions."""
+    trunk = resnet18(weights=None)
+    del trunk.avgpool, trunk.fc
+    levels = {f"layer{level}": str(level - 1) for level in (1, 2, 3, 4)}
+    pyramid = BackboneWithFPN(trunk, levels, [64, 128, 256, 512], out_channels=64)
+    return MaskRCNN(
+        pyramid,
+        min_size=min_size,
+        max_size=max_size,
+        rpn_anchor_generator=AnchorGenerator([(side,) for side in (16, 32, 64, 128, 256)], [(0.5, 1.0, 2.0)] * 5),
+        rpn_pre_nms_top_n_train=400,
+        rpn_pre_nms_top_n_test=200,
+        rpn_post_nms_top_n_train=200,
+        rpn_post_nms_top_n_test=100,
+        rpn_batch_size_per_image=128,
+        box_head=TwoMLPHead(64 * ROI_SIZE**2, 256),
+        box_predictor=FastRCNNPredictor(256, num_outputs),
+        box_batch_size_per_image=64,
+        mask_head=MaskRCNNHeads(64, (64, 64, 64, 64), dilation=1),
+        mask_predictor=MaskRCNNPredictor(64, 64, num_outputs),
+    )

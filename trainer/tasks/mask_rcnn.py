@@ -1,0 +1,63 @@
+"""Instance segmentation by detection: a box, a class and a mask for each object, by Mask R-CNN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.components import task
+from trainer.detection.boxes import Detections
+from trainer.losses.loss import Loss
+from trainer.metrics import coco
+from trainer.tasks.objects import ObjectTask
+from trainer.tasks.task import ROWS, Batch, Forward
+
+FOREGROUND = 0.5  # probability from which on a pixel belongs to the mask
+
+
+@task(name="mask_rcnn", interface="mask_rcnn", fields=("image", "boxes", "masks"))
+class MaskRcnnTask(ObjectTask):
+    """Instance segmentation by a model that computes its losses itself, in training mode alone: so there is no validation loss.
+
+    Args:
+        model: a `torchvision.models.detection.MaskRCNN`, which counts the background as class 0.
+        loss: takes its losses and the number of images.
+        classes: names of the classes, without background.
+    """
+
+    kinds = {"mask_": "segm", "box_": "bbox"}
+
+    def __init__(self, model: nn.Module, loss: Loss, classes: tuple[str, ...], /) -> None:
+        super().__init__(model, loss, classes)
+        self.metric_names = self.metric_names[1:]
+
+    def run(self, model: Forward, batch: Batch) -> tuple[dict[str, Tensor], int]:
+        """The model's losses, means over the images, and the number of images; crowds aren't learnt."""
+        images, targets = self._images(batch), []
+        for index, image in enumerate(images):
+            mine = (batch["image_index"] == index) & ~batch["crowd"]
+            masks = batch["masks"][mine][:, : image.shape[1], : image.shape[2]]
+            targets.append({"boxes": batch["boxes"][mine], "labels": batch["labels"][mine] + 1, "masks": masks})
+        return model(images, targets), len(images)
+
+    def predict(self, model: Forward, batch: Batch) -> list[Detections]:
+        """What is found in each image, at its own size."""
+        found = model(self._images(batch))
+        return [Detections(each["boxes"], each["scores"], each["labels"] - 1, each["masks"][:, 0] > FOREGROUND) for each in found]
+
+    def find(self, outputs: list[Detections], batch: Batch) -> list[Detections]:
+        """`outputs` is that already."""
+        return outputs
+
+    def evaluation_sums(self, model: Forward, batch: Batch) -> dict[str, Tensor]:
+        """`samples` (int64), and `rows` as `rows/…`."""
+        rows = {ROWS + name: value for name, value in self.rows(self.predict(model, batch), batch).items()}
+        return rows | {"samples": torch.tensor(len(batch["image"]), device=batch["image"].device)}
+
+    def _images(self, batch: Batch) -> list[Tensor]:
+        """Each image without its padding, float (3, H, W) in [0, 1]."""
+        pixels = self.pixels(batch["image"]) / 255
+        sizes = zip(batch["height"].tolist(), batch["width"].tolist(), strict=True)
+        return [image[:, :height, :width] for image, (height, width) in zip(pixels, sizes, strict=True)]

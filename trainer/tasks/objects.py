@@ -1,0 +1,86 @@
+"""What the tasks that look for objects share: average precision and pictures."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.detection.boxes import Detections
+from trainer.losses.loss import Loss
+from trainer.metrics import coco
+from trainer.tasks.drawing import draw_objects
+from trainer.tasks.task import Batch, Forward, Task
+
+SHOWN_SCORE = 0.3  # from which on a picture shows what was found
+
+
+class ObjectTask(Task):
+    """Looks for objects, by boxes and maybe masks, in `image` uint8 (B, 3, H, W), which is padded; each has its own `height` and `width`.
+
+    Args:
+        model: the network.
+        loss: its loss.
+        classes: names of the classes.
+    """
+
+    panels = ("image", "truth", "prediction")
+    kinds: dict[str, coco.Kind] = {"": "bbox"}
+    """What is compared, by the beginning of the names of its metrics."""
+
+    def __init__(self, model: nn.Module, loss: Loss, classes: tuple[str, ...]) -> None:
+        super().__init__(model, loss)
+        self.classes = classes
+        self.metric_names = ("loss", *(prefix + name for prefix in self.kinds for name in ("map", "map_50", "map_75")))
+
+    @abstractmethod
+    def find(self, outputs: Any, batch: Batch) -> list[Detections]:
+        """What was found in each image of a batch, the best first."""
+
+    def counts(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Nothing adds up: see `rows`."""
+        return {}
+
+    def rows(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """What is true and what was found, see `trainer.metrics.coco.rows`."""
+        return coco.rows(batch, self.find(outputs, batch))
+
+    def measure(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+        """Average precision as COCO defines it, in pixels of the images as the model gets them.
+
+        `map` is the mean over IoU thresholds from 0.50 to 0.95 and over the classes that have objects, `map_50` and `map_75` are those at
+        a single threshold, and `ap/<class>` is the mean over thresholds. Those of masks begin with `mask_`, then those of boxes with `box_`.
+        """
+        values: dict[str, Any] = {}
+        truth, found = coco.as_coco(sums, self.classes)
+        for prefix, kind in self.kinds.items():
+            precision = coco.average_precision(truth, found, kind)
+            values |= {f"{prefix}map": precision.mean, f"{prefix}map_50": precision.at_50, f"{prefix}map_75": precision.at_75}
+            values |= {f"{prefix}ap/{name}": value for name, value in zip(self.classes, precision.by_class.tolist(), strict=True)}
+            curves = {name: curve.round(4).tolist() for name, curve in zip(self.classes, precision.curves, strict=True) if curve[0] >= 0}
+            values.setdefault("precision_recall", curves)
+        return values
+
+    @torch.no_grad()
+    def pictures(self, model: Forward, batch: Batch) -> Tensor:
+        """The image, the true objects over it, and those that were found."""
+        drawn = []
+        for index, found in enumerate(self.predict(model, batch)):
+            height, width = int(batch["height"][index]), int(batch["width"][index])
+            image = batch["image"][index, :, :height, :width]
+            mine = batch["image_index"] == index
+            masks = batch["masks"][mine][:, :height, :width] if "masks" in batch else None
+            truth = Detections(batch["boxes"][mine], torch.ones(int(mine.sum())), batch["labels"][mine], masks)
+            sure = found.scores >= SHOWN_SCORE
+            shown = Detections(*(None if part is None else part[sure] for part in found))  # type: ignore[arg-type]
+            nothing = Detections(*(part[:0] for part in truth[:3]))
+            panels = [(nothing, False), (truth, False), (shown, True)]
+            drawn.append(torch.stack([draw_objects(image, objects, self.classes, scores) for objects, scores in panels]))
+        return torch.stack(drawn)
+
+    def predict(self, model: Forward, batch: Batch) -> list[Detections]:
+        """Runs the model on a batch; returns what it finds in each image."""
+        outputs, _ = self.run(model, batch)
+        return self.find(outputs, batch)
