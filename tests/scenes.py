@@ -1,4 +1,4 @@
-"""A data set of a few generated images with boxes and masks, of different sizes, for tests; a recipe lists this file under `plugins`."""
+"""A data set of a few generated images with boxes and masks, of different sizes, for tests; a recipe lists `tests.scenes` under `plugins`."""
 
 from __future__ import annotations
 

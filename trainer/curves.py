@@ -101,7 +101,7 @@ def draw_precision_recall(table: Mapping[str, Sequence[float]], file: Path) -> N
     few = len(table) <= MAX_LABELLED
     for name, curve in zip(table, curves, strict=True):
         label = f"{name} ({curve.mean():.2f})" if few else None
-        axes.plot(recalls, curve, linewidth=1, label=label, **({} if few else {"color": "0.8"}))
+        axes.plot(recalls, curve, linewidth=1, label=label, color=None if few else "0.8")
     if len(table) > 1:
         axes.plot(recalls, curves.mean(0), color="black", linewidth=2, label=f"mean of {len(table)} classes ({curves.mean():.2f})")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))

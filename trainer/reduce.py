@@ -89,13 +89,16 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims = [d for d in range(x.dim()) if d != 1]
         wide = x if x.dtype == torch.float64 else x.float()
-        variance, mean = torch.var_mean(wide, dims, correction=0)
+        if x.numel():
+            variance, mean = torch.var_mean(wide, dims, correction=0)
+        else:  # this process alone may have nothing, e.g. no region with an object: nan would reach all others
+            variance = mean = torch.zeros(x.shape[1], dtype=wide.dtype, device=x.device)
         count = torch.full_like(mean[:1], x.numel() // x.shape[1])
         local = torch.cat([count, mean, variance])
         gathered = torch.empty(world_size() * local.numel(), dtype=local.dtype, device=local.device)
         dist.all_gather_into_tensor(gathered, local)
         counts, means, variances = gathered.view(world_size(), -1).split([1, x.shape[1], x.shape[1]], dim=1)
-        elements = counts.sum()
+        elements = counts.sum().clamp(min=1)
         mean = (counts * means).sum(0) / elements
         variance = (counts * (variances + (means - mean) ** 2)).sum(0) / elements  # Chan et al., 1979
         ctx.save_for_backward(x, weight, mean, variance, elements)
@@ -141,9 +144,10 @@ class GlobalBatchNorm(_BatchNorm):
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                unbiased = variance * (elements / (elements - 1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+                unbiased = variance * (elements / (elements - 1).clamp(min=1))
+                step = momentum * (elements > 1)  # nothing is learnt from nothing
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), step.to(self.running_mean.dtype))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), step.to(self.running_var.dtype))
         return output
 
 

@@ -116,9 +116,7 @@ class Mosaic:
         for name in samples[0]:
             parts = [tile[name] for tile in tiles]
             if name in ("boxes", "masks"):
-                parts = [
-                    v2.functional.pad(part, [column, row, width - column, height - row]) for part, (row, column) in zip(parts, corners, strict=True)
-                ]
+                parts = [v2.functional.pad(part, [column, row, width - column, height - row]) for part, (row, column) in zip(parts, corners, strict=True)]
             if isinstance(parts[0], tv_tensors.TVTensor):
                 plain = [part.as_subclass(Tensor) for part in parts]
                 whole = torch.cat(plain) if name in ("boxes", "masks") else torch.cat([torch.cat(plain[:2], 2), torch.cat(plain[2:], 2)], 1)
@@ -139,10 +137,7 @@ def mosaic(
 ) -> Mosaic:
     """Puts a sample and three others around a point, with probability `p`; it must be the first augmentation.
 
-    Args:
-        p: probability.
-        size: height and width of the result, by default those of `data.resize`.
-        scale: smallest and largest factor by which the samples are enlarged.
+    The result has the height and width `size`, by default those of `data.resize`; the samples are enlarged by a factor in `scale`.
 
     Raises:
         ValueError: there is no size.

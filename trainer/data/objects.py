@@ -109,7 +109,12 @@ def join(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     sizes = torch.tensor([sample["image"].shape[-2:] for sample in samples])
     height, width = sizes.amax(0).tolist()
     index = torch.repeat_interleave(torch.tensor([len(sample["boxes"]) for sample in samples]))
-    batch = {"height": sizes[:, 0], "width": sizes[:, 1], "image_index": index, "image": torch.stack([_padded(sample["image"], height, width) for sample in samples])}
+    batch = {
+        "height": sizes[:, 0],
+        "width": sizes[:, 1],
+        "image_index": index,
+        "image": torch.stack([_padded(sample["image"], height, width) for sample in samples]),
+    }
     for name in OF_OBJECTS:
         if name in samples[0]:
             parts = [_padded(sample[name], height, width) if name == "masks" else sample[name].as_subclass(Tensor) for sample in samples]

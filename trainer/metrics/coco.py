@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from math import nan
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from trainer.errors import UserError
 Kind = Literal["bbox", "segm"]
 """Whether boxes or masks are compared, in COCO's words."""
 Rows = dict[str, Tensor]
+THRESHOLDS = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]  # of the IoU
 RECALLS = 101  # 0, 0.01, … 1, at which precision is looked up
 
 
@@ -29,7 +31,7 @@ def rows(batch: dict[str, Any], found: Sequence[Detections]) -> Rows:
     """What is true and what is found in the images of a batch, as tensors that can be joined along their first dimension.
 
     `images` int64 (B, 3): sample id, height, width. `truth` float64 (M, 7): sample id, class, crowd, box. `found` float64 (D, 7): sample
-    id, class, score, box. With masks, `truth_rle` and `found_rle` uint8 hold their run lengths one after the other, and `truth_rle_bytes`
+    id, class, score, box. Where masks were found, `truth_rle` and `found_rle` uint8 hold their run lengths one after the other, and `truth_rle_bytes`
     and `found_rle_bytes` int64 how long each is.
     """
     device = batch["image"].device
@@ -42,7 +44,7 @@ def rows(batch: dict[str, Any], found: Sequence[Detections]) -> Rows:
         "truth": _columns(ids[index], batch["labels"], batch["crowd"], batch["boxes"]),
         "found": _columns(ids[found_index], labels, scores, boxes),
     }
-    if "masks" in batch:
+    if "masks" in batch and all(each.masks is not None for each in found):
         sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
         truth = [mask[: sizes[i][0], : sizes[i][1]] for mask, i in zip(batch["masks"], index.tolist(), strict=True)]
         predicted = [mask for each in found for mask in (() if each.masks is None else each.masks)]
@@ -128,7 +130,7 @@ def average_precision(truth: dict[str, Any], found: Sequence[dict[str, Any]], ki
     if not found:  # which pycocotools can't load
         present = np.isin(np.arange(1, num_classes + 1), [each["category_id"] for each in truth["annotations"] if not each["iscrowd"]])
         zero = np.where(present, 0.0, np.nan)
-        return AveragePrecision(*[0.0 if present.any() else float("nan")] * 3, zero, np.repeat(zero[:, None], RECALLS, 1))
+        return _averaged(np.tile(zero, (len(THRESHOLDS), RECALLS, 1)))
     if kind == "segm":  # the area of a result with a box would be that of the box
         found = [{name: value for name, value in each.items() if name != "bbox"} for each in found]
     with redirect_stdout(io.StringIO()):  # it prints tables
@@ -139,11 +141,13 @@ def average_precision(truth: dict[str, Any], found: Sequence[dict[str, Any]], ki
         evaluation.evaluate()
         evaluation.accumulate()
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, classes)
-    precision = np.where(precision < 0, np.nan, precision)
-    thresholds = evaluation.params.iouThrs.round(2).tolist()
-    at_50, at_75 = (precision[thresholds.index(each)] for each in (0.5, 0.75))
+    return _averaged(np.where(precision < 0, np.nan, precision))
+
+
+def _averaged(precision: np.ndarray) -> AveragePrecision:
+    """From precisions (thresholds, recalls, classes), which are nan of classes without objects."""
     by_class = precision.mean(axis=(0, 1))
-    present = ~np.isnan(by_class)
-    if not present.any():
-        return AveragePrecision(*[float("nan")] * 3, by_class, at_50.T)
-    return AveragePrecision(*(float(each[..., present].mean()) for each in (precision, at_50, at_75)), by_class, at_50.T)
+    present = precision[..., ~np.isnan(by_class)]
+    chosen = [present, present[THRESHOLDS.index(0.5)], present[THRESHOLDS.index(0.75)]]
+    mean, at_50, at_75 = (float(each.mean()) if each.size else nan for each in chosen)
+    return AveragePrecision(mean, at_50, at_75, by_class, precision[THRESHOLDS.index(0.5)].T)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from trainer.components import task
 from trainer.detection.boxes import Detections
 from trainer.losses.loss import Loss
-from trainer.metrics import coco
 from trainer.tasks.objects import ObjectTask
 from trainer.tasks.task import ROWS, Batch, Forward
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.detection.boxes import Detections
+from trainer.errors import UserError
 from trainer.losses.loss import Loss
 from trainer.metrics import coco
 from trainer.tasks.drawing import draw_objects
@@ -34,6 +35,20 @@ class ObjectTask(Task):
         super().__init__(model, loss)
         self.classes = classes
         self.metric_names = ("loss", *(prefix + name for prefix in self.kinds for name in ("map", "map_50", "map_75")))
+
+    def images_of_one_size(self, batch: Batch) -> Tensor:
+        """The images of a batch, float (B, 3, H, W) in [0, 1], for a model that takes them all at once.
+
+        Raises:
+            UserError: they differ in size. What they are padded with would change what a model says of them, and that would depend on
+                the other images of the batch, so on the number of processes.
+        """
+        for name in ("height", "width"):
+            sizes = batch[name].tolist()
+            if len(set(sizes)) > 1:
+                advice = "set data.resize=[H,W], and data.resize_mode=letterbox to keep their aspect"
+                raise UserError(f"images of a batch differ in {name} ({min(sizes)} to {max(sizes)}): {advice}")
+        return self.pixels(batch["image"]) / 255
 
     @abstractmethod
     def find(self, outputs: Any, batch: Batch) -> list[Detections]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, PositiveInt
 from torch import nn
 
 from trainer.components import task
 from trainer.detection.boxes import Detections
-from trainer.detection.watershed import LIMIT, WatershedTargets, instances, watershed_targets
+from trainer.detection.watershed import LIMIT, MIN_PIXELS, THRESHOLD, WatershedOutput, WatershedTargets, instances, watershed_targets
 from trainer.losses.loss import Loss
 from trainer.metrics import coco
 from trainer.tasks.objects import ObjectTask
@@ -26,7 +26,7 @@ class Watershed(ObjectTask):
         classes: names of the classes, without background.
         limit: pixels from an instance's boundary from which on a pixel counts as deep inside.
         threshold: depth from which on a pixel marks an instance.
-        min_pixels: smaller instances aren't found.
+        min_pixels: smaller instances, and smaller marks, are dropped.
     """
 
     kinds: dict[str, coco.Kind] = {"mask_": "segm"}
@@ -39,23 +39,19 @@ class Watershed(ObjectTask):
         /,
         *,
         limit: PositiveInt = LIMIT,
-        threshold: Annotated[float, Field(gt=0, lt=1)] = 0.2,
-        min_pixels: PositiveInt = 32,
+        threshold: Annotated[float, Field(gt=0, lt=1)] = THRESHOLD,
+        min_pixels: PositiveInt = MIN_PIXELS,
     ) -> None:
         super().__init__(model, loss, classes)
         self.limit, self.threshold, self.min_pixels = limit, threshold, min_pixels
 
-    def run(self, model: Forward, batch: Batch) -> tuple[Any, WatershedTargets]:
+    def run(self, model: Forward, batch: Batch) -> tuple[WatershedOutput, WatershedTargets]:
         """The model's two maps, and the true ones."""
-        names = ("masks", "labels", "crowd", "image_index")
-        sizes = (batch[name].to(batch["image"].device) for name in ("height", "width"))
-        return model(self.pixels(batch["image"]) / 255), watershed_targets(*(batch[name] for name in names), *sizes, self.limit)
+        height, width = (batch[name].to(batch["image"].device) for name in ("height", "width"))
+        targets = watershed_targets(batch["masks"], batch["labels"], batch["crowd"], batch["image_index"], height, width, self.limit)
+        return model(self.images_of_one_size(batch)), targets
 
-    def find(self, outputs: Any, batch: Batch) -> list[Detections]:
-        """The instances of each image, without its padding."""
-        found = []
-        for index, (logits, distance) in enumerate(zip(outputs.semantic, outputs.distance, strict=True)):
-            height, width = int(batch["height"][index]), int(batch["width"][index])
-            probabilities = logits.float().softmax(dim=0)[:, :height, :width]
-            found.append(instances(probabilities, distance[:height, :width], self.threshold, self.min_pixels))
-        return found
+    def find(self, outputs: WatershedOutput, batch: Batch) -> list[Detections]:
+        """The instances of each image."""
+        maps = zip(outputs.semantic, outputs.distance, strict=True)
+        return [instances(logits.float().softmax(dim=0), distance, self.threshold, self.min_pixels) for logits, distance in maps]

@@ -19,7 +19,9 @@ from torchvision.transforms.v2 import functional
 from trainer.components import Component, catalogue
 from trainer.recipe import build
 
-AUGMENTATIONS = {name: component for name, component in catalogue("augmentation").items() if name != "mosaic"}  # which takes several samples: see test_objects.py
+AUGMENTATIONS = {
+    name: component for name, component in catalogue("augmentation").items() if name != "mosaic"
+}  # which takes several samples: see test_objects.py
 LABELS = [0, 30, 60, 90, 120, 150, 180]  # far apart, so that a mixture of two is none of them
 IGNORE = 255
 BLOCK = 8  # pixels of a side of the squares that have one label
@@ -128,7 +130,9 @@ def test_a_mask_is_shifted_by_not_even_one_pixel() -> None:
 def test_padding_is_ignored_or_where_no_label_is_repeats_the_edges() -> None:
     component = AUGMENTATIONS["random_crop"]
     white = {"image": tv_tensors.Image(torch.full((3, 4, 4), 255, dtype=torch.uint8)), "mask": tv_tensors.Mask(torch.full((1, 4, 4), 7, dtype=torch.uint8))}
-    ignored, repeated = (build(component, component.schema(size=[4, 20]), ignore_index=index, resize=None, has_objects=False)(white) for index in (IGNORE, None))
+    ignored, repeated = (
+        build(component, component.schema(size=[4, 20]), ignore_index=index, resize=None, has_objects=False)(white) for index in (IGNORE, None)
+    )
     assert torch.equal(ignored["mask"][0] == 7, ignored["image"][0] == 255) and set(ignored["mask"].unique().tolist()) == {7, IGNORE}
     assert (repeated["mask"] == 7).all() and (repeated["image"] == 255).all()
 

@@ -1,0 +1,154 @@
+"""Detection and instance segmentation go through the same Trainer: exact over processes, resumed bit for bit, drawn and reported."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from tests.processes import lines, run_processes, train, weights, write_recipe
+from tests.scenes import CLASSES, VALIDATION
+from trainer.metrics import coco
+from trainer.tasks.objects import ObjectTask
+
+COMMON = """
+plugins: [tests.scenes]
+optimizer: {name: adamw, lr: 2e-3}
+train: {duration: 9 steps, threads: 1, precision: fp32, log_every: 1 steps, clip_norm: 5}
+checkpoint: {every: 4 steps}
+"""
+RECIPES = {
+    "detection": """
+task: {name: detection, conf_threshold: 1e-5}
+data: {name: scenes, batch_size: 4, window: 3, workers: 0, resize: [64, 64], resize_mode: letterbox, augment: [mosaic, horizontal_flip]}
+model: {name: yolo, size: n}
+loss: yolo
+evaluate: {every: 4 steps, best: map, batch_size: 4, pictures: 2}
+""",
+    "watershed": """
+task: watershed
+data: {name: scenes, batch_size: 4, window: 3, workers: 0, resize: [56, 64], augment: [horizontal_flip]}
+model: {name: watershed_unet, width: 8, depth: 3}
+loss: watershed
+evaluate: {every: 4 steps, best: mask_map, batch_size: 4, pictures: 2}
+""",
+    "mask_rcnn": """
+task: mask_rcnn
+data: {name: scenes, batch_size: 4, window: 3, workers: 0, augment: [horizontal_flip]}
+model: {name: mask_rcnn, backbone: resnet18, min_size: 64, max_size: 96}
+loss: mask_rcnn
+evaluate: {every: 4 steps, best: mask_map, batch_size: 4, pictures: 2}
+""",
+}
+TASKS = pytest.mark.parametrize("task", RECIPES)
+
+
+def recipe(tmp_path: Path, task: str) -> Path:
+    return write_recipe(tmp_path, RECIPES[task] + COMMON)
+
+
+def train_and_export(file: Path, overrides: tuple[str, ...], folder: Path) -> None:
+    """Lets each process write down what is true and what is found in the images that it evaluates, as COCO's files."""
+    rows, numbers = ObjectTask.rows, count()
+
+    def keeping(task: ObjectTask, outputs: Any, batch: dict[str, Any]) -> coco.Rows:
+        found = rows(task, outputs, batch)
+        truth, results = coco.as_coco(found, CLASSES)
+        (folder / f"{os.environ.get('RANK', 0)}_{next(numbers)}.json").write_text(json.dumps([truth, results]))
+        return found
+
+    ObjectTask.rows = keeping  # type: ignore[method-assign]
+    train(file, overrides)
+
+
+@TASKS
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_average_precision_is_pycocotools_on_exported_predictions(tmp_path: Path, task: str, world_size: int) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    overrides = ("train.duration=30 steps", "evaluate.every=30 steps", "evaluate.pictures=0")
+    run_processes(world_size, train_and_export, recipe(tmp_path, task), overrides, kept)
+    (line,) = lines(tmp_path / "runs" / "run", "validation")
+    truth: dict[str, Any] = {}
+    results = []
+    for file in kept.glob("*.json"):
+        part, found = json.loads(file.read_text())
+        for annotation in part["annotations"]:
+            annotation["id"] += 1000 * len(truth.get("images", ()))  # which are of each batch alone
+        truth = part | {key: truth.get(key, []) + part[key] for key in ("images", "annotations")}
+        results += found
+    assert sorted(image["id"] for image in truth["images"]) == list(range(VALIDATION))
+    assert {file.name[0] for file in kept.glob("*.json")} == {str(rank) for rank in range(world_size)}
+    assert results
+    for prefix, kind in {"detection": {"": "bbox"}, "watershed": {"mask_": "segm"}, "mask_rcnn": {"mask_": "segm", "box_": "bbox"}}[task].items():
+        annotations = COCO()
+        annotations.dataset = truth
+        annotations.createIndex()
+        shown = [{key: value for key, value in result.items() if key != ("bbox" if kind == "segm" else "segmentation")} for result in results]
+        evaluation = COCOeval(annotations, annotations.loadRes(shown), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        assert [line[f"{prefix}{name}"] for name in ("map", "map_50", "map_75")] == pytest.approx(evaluation.stats[:3].tolist(), abs=1e-6)
+    if task == "watershed":  # the quickest to learn
+        assert line["mask_map_50"] > 0.1
+
+
+@TASKS
+def test_one_and_two_processes_see_the_same_and_evaluate_every_image(tmp_path: Path, task: str) -> None:
+    """Losses are equal but for Mask R-CNN, each process of which draws its own regions."""
+    overrides = ("train.precision=fp64", "evaluate.pictures=0", "optimizer={name: sgd, lr: 1e-3}")  # Adam's first steps magnify rounding errors
+    for world_size in (1, 2):
+        run_processes(world_size, train, recipe(tmp_path, task), (f"name=p{world_size}", *overrides))
+    one, two = (lines(tmp_path / "runs" / f"p{n}", "train") for n in (1, 2))
+    assert [line["data_fingerprint"] for line in one] == [line["data_fingerprint"] for line in two]
+    if task != "mask_rcnn":
+        assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-9)
+        first, second = (lines(tmp_path / "runs" / f"p{n}", "validation")[-1] for n in (1, 2))
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-9)
+
+
+@TASKS
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_interrupted_run_ends_with_the_same_weights_and_metrics(tmp_path: Path, task: str, world_size: int) -> None:
+    file = recipe(tmp_path, task)
+    run_processes(world_size, train, file, ("name=whole", "train.ema=0.9"))
+    for stop_after in (3, 6, None):
+        run_processes(world_size, train, file, ("name=parts", "train.ema=0.9"), stop_after)
+    whole, parts = (tmp_path / "runs" / name for name in ("whole", "parts"))
+    assert weights(whole) == weights(parts)
+    assert lines(whole) == lines(parts)
+
+
+@TASKS
+def test_pictures_show_truth_beside_prediction_and_curves(tmp_path: Path, task: str) -> None:
+    run_processes(1, train, recipe(tmp_path, task), ("train.duration=4 steps",))
+    names = {file.name for file in (tmp_path / "runs" / "run" / "pictures").glob("*.png")}
+    assert names == {"curves.png", "validation_step_00000004.png", "precision_recall_step_00000004.png"}
+
+
+def test_frozen_layers_stay_bit_for_bit_and_the_others_learn(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    run_processes(1, train, recipe(tmp_path, "detection"), ("train.freeze=10", "train.duration=4 steps", "checkpoint.every=2 steps", "evaluate.pictures=0"))
+    before, after = (load_file(tmp_path / "runs" / "run" / "checkpoints" / f"step_0000000{step}" / "model.safetensors") for step in (2, 4))
+    frozen = {name for name in before if int(name.split(".")[1]) < 10}
+    assert len(frozen) > 100
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    fixed = {"model.24.anchors"}
+    assert all(not torch.equal(before[name], after[name]) for name in before.keys() - frozen - fixed)
+
+
+@pytest.mark.parametrize("task", ["detection", "watershed"])
+def test_images_of_different_sizes_in_one_batch_are_refused_where_their_padding_would_count(tmp_path: Path, task: str) -> None:
+    from trainer.errors import UserError
+
+    with pytest.raises(UserError, match=r"images of a batch differ in .*: set data.resize=\[H,W\]"):
+        train(recipe(tmp_path, task), ("data.resize=null", "data.resize_mode=stretch", "data.augment=[]"))
