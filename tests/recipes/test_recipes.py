@@ -19,8 +19,6 @@ STAND_IN = Path(__file__).resolve().parents[1] / "stand_in.py"
 # What a test changes: less of everything, no download; whatever else the recipe says is tried.
 SMALLER = (
     "name=small",
-    f"plugins=[{STAND_IN}]",
-    "data.name=stand_in",
     "data.batch_size=4",
     "data.workers=0",
     "train.duration=2 steps",
@@ -49,12 +47,16 @@ def test_recipe_trains_on_generated_data(recipe: Path, tmp_path: Path) -> None:
     augment = YAML(typ="safe").load(json.dumps([chosen.model_dump(mode="json") for _, chosen in settings.augmentations]))
     kept = [f"data.augment={json.dumps(augment)}", f"data.window={settings.data.window}"]
     if settings.data.resize:
-        kept.append(f"data.resize={settings.data.resize}")
+        kept += [f"data.resize={settings.data.resize}", f"data.resize_mode={settings.data.resize_mode}"]
+    if hasattr(settings.model, "min_size"):  # to which images would be enlarged
+        kept += ["model.min_size=64", "model.max_size=96"]
+    with_objects = "boxes" in settings.components["task"].fields
+    stand_in = ("plugins=[tests.scenes]", "data.name=scenes") if with_objects else (f"plugins=[{STAND_IN}]", "data.name=stand_in")
     if getattr(settings.model, "weights", "none") != "none":
         kept.append("model.weights=none")
     if getattr(settings.task, "exclude", []):  # classes that the generated data haven't got
         kept.append("task.exclude=[flower]")
-    run_processes(1, train, recipe, (*SMALLER, *kept))
+    run_processes(1, train, recipe, (*SMALLER, *stand_in, *kept))
     run = tmp_path / "runs" / "small"
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
     assert (run / "checkpoints" / "last" / "model.safetensors").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
     from torch import Tensor
 
+    from trainer.data.build import Data
     from trainer.recipe import Recipe
 
 HELP = "validate recipes and their data; print the resolved recipe"
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipes", nargs="+", metavar="RECIPE | key.path=value", help="recipe files, and overrides for all of them")
     parser.add_argument("--num_processes", "--num-processes", type=int, help="check the recipe for this many processes (default: the launch file's)")
     parser.add_argument("--config_file", type=Path, default=None, help="the launch file to compare with (default: accelerate_config.yaml)")
+    parser.add_argument("--anchors", action="store_true", help="of a model with anchors: how well they fit the boxes of the training set, and better ones")
     parser.add_argument("--show-samples", type=Path, metavar="OUT.png", help="draw training samples as they are and as the recipe augments them")
 
 
@@ -43,6 +46,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("name at least one recipe file")
     if options.config_file and not options.config_file.is_file():
         raise UserError(f"--config_file {options.config_file}: no such file")
+    if options.anchors and len(paths) > 1:
+        raise UserError("--anchors: name one recipe")
     if options.show_samples and (options.show_samples.suffix != ".png" or len(paths) > 1):
         raise UserError(f"--show-samples {options.show_samples}: name a .png file, and one recipe")
     launch = Launch.read(file=options.config_file or LAUNCH_FILE)
@@ -61,6 +66,8 @@ def run(options: argparse.Namespace) -> None:
         YAML().dump(recipe.resolved(), text)
         print("---\n" * (len(recipes) > 1) + text.getvalue(), end="")
         print(f"{recipe.path}: ok", _data_line(recipe, launch.processes), sep="; ", file=sys.stderr)
+    if options.anchors:
+        _compare_anchors(recipes[0])
     if options.show_samples:
         _show_samples(recipes[0], options.show_samples)
 
@@ -90,29 +97,59 @@ def _data_line(recipe: Recipe, processes: int) -> str:
     )
 
 
-# ---------------------------------------------------------------- --show-samples
+# ---------------------------------------------------------------- --anchors
 
 
-def _show_samples(recipe: Recipe, file: Path) -> None:
-    """Draws a few training samples: as they are, and as each of the first epochs sees them; below, the same with their masks."""
-    import copy
+def _compare_anchors(recipe: Recipe) -> None:
+    """Says how many boxes of the training set, resized as in training, the model's anchors fit, and how many re-estimated ones would."""
+    from trainer.detection.anchors import best_possible_recall, estimate_anchors
+    from trainer.errors import UserError
+    from trainer.models.yolo import PUBLISHED_ANCHORS
+
+    data = _uncached(recipe)
+    max_ratio = getattr(recipe.loss, "max_ratio", None)
+    if "anchors" not in recipe.components["model"].schema.model_fields or max_ratio is None or data.train.objects is None:
+        raise UserError(f"--anchors: {recipe.path} has no model with anchors, or no boxes; it is for the model, the loss and the task of detection")
+    sizes = data.train.objects.box_sizes()
+    anchors = recipe.model.anchors or PUBLISHED_ANCHORS
+    estimated = estimate_anchors(sizes).round(1).reshape(3, 3, 2).tolist()
+    for name, each in (("the model's", anchors), ("re-estimated", estimated)):
+        share = best_possible_recall(sizes, [anchor for level in each for anchor in level], max_ratio)
+        print(f"{name} anchors fit {share:.2%} of {len(sizes)} boxes: model.anchors={json.dumps(each)}", file=sys.stderr)
+
+
+def _uncached(recipe: Recipe) -> Data:
+    """The prepared data as one process reads it, without the pixel cache, which would be made for all samples."""
     from dataclasses import replace
-
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     from trainer.data.build import Data
     from trainer.data.card import Card
     from trainer.data.prepare import data_dir
-    from trainer.errors import UserError
-    from trainer.tasks.drawing import class_colors
 
     source = recipe.build("data")
     Card.load(data_dir() / source.name, source.command)
-    uncached = recipe.data.model_copy(update={"cache": "off"})  # the cache would be made for all samples
-    data = Data(replace(recipe, sections=recipe.sections | {"data": uncached}), 0, 1)
+    settings = recipe.data.model_copy(update={"cache": "off"})
+    return Data(replace(recipe, sections=recipe.sections | {"data": settings}), 0, 1)
+
+
+# ---------------------------------------------------------------- --show-samples
+
+
+def _show_samples(recipe: Recipe, file: Path) -> None:
+    """Draws a few training samples: as they are, and as each of the first epochs sees them; with their objects, or below with their masks."""
+    import copy
+
+    import torch
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from trainer.detection.boxes import Detections
+    from trainer.errors import UserError
+    from trainer.tasks.drawing import class_colors, draw_objects
+
+    data = _uncached(recipe)
     plain = copy.copy(data.train)
-    plain.transform = None
+    plain.transform, plain.mosaic = None, None
     size = data.order.size
     positions = [{data.order.sample(p)[1]: p for p in range(epoch * size, (epoch + 1) * size)} for epoch in range(SHOWN_EPOCHS)]  # of each sample
     shown = list(positions[0])[:SHOWN_SAMPLES]
@@ -124,6 +161,9 @@ def _show_samples(recipe: Recipe, file: Path) -> None:
         if "mask" in views[0]:
             rows.append([_painted(view["image"][0], view["mask"][0], data.info.num_classes) for view in views])
             seen_classes |= set(views[0]["mask"].unique().tolist()) - {data.info.ignore_index}
+        if "boxes" in views[0]:
+            truths = [Detections(view["boxes"], torch.ones(len(view["boxes"])), view["labels"], view.get("masks")) for view in views]
+            rows[-1] = [draw_objects(image, truth, data.info.classes, with_scores=False) for image, truth in zip(rows[-1], truths, strict=True)]
 
     figure = Figure(figsize=(2.4 * len(rows[0]), 2 * len(rows) + 0.6), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
@@ -133,7 +173,8 @@ def _show_samples(recipe: Recipe, file: Path) -> None:
         axis.imshow(image.movedim(0, -1).numpy())
         axis.set_axis_off()
     colors = [f"#{bytes(color).hex()}" for color in class_colors(data.info.num_classes)]
-    figure.legend(handles=[Patch(color=colors[c], label=data.info.classes[c]) for c in sorted(seen_classes)], loc="outside lower center", ncols=8)
+    if seen_classes:
+        figure.legend(handles=[Patch(color=colors[c], label=data.info.classes[c]) for c in sorted(seen_classes)], loc="outside lower center", ncols=8)
     try:
         figure.savefig(file)
     except OSError as error:
