@@ -6,6 +6,8 @@
   pixel it sees; for pooling its window for each output; for a linear layer in · out; for everything else one an output.
   Biases aren't counted, and borders not subtracted;
 - FLOPs: of the forward pass, two for each multiplication and addition, as PyTorch counts them.
+
+Of what a detector looks at region by region, all but the FLOPs are those of one region.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
                 kind=type(module).__name__,
                 shape=tuple(output.shape[1:]),
                 weights=sum(parameter.numel() for parameter in own),
-                outputs=output[0].numel(),
+                outputs=prod(output.shape[1:]),
                 connections=_connections(module, inputs[0], output),
                 flops=counter.get_total_flops() - flops_before[module],
                 trainable=sum(parameter.numel() for parameter in own if parameter.requires_grad),
@@ -88,7 +90,7 @@ def layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
     device = next(model.parameters()).device
     try:
         with torch.no_grad(), counter:
-            model.eval()(torch.empty(1, *input_shape, device=device))
+            model.eval()(torch.zeros(1, *input_shape, device=device))
     finally:
         model.train(was_training)
         for handle in handles:
@@ -97,7 +99,7 @@ def layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
 
 
 def _connections(module: nn.Module, input: Tensor, output: Tensor) -> int:
-    outputs = output[0].numel()
+    outputs = prod(output.shape[1:])
     if isinstance(module, _ConvNd):
         at = input if isinstance(module, _ConvTransposeNd) else output
         return prod(module.kernel_size) * module.in_channels * module.out_channels // module.groups * prod(at.shape[2:])
@@ -105,7 +107,7 @@ def _connections(module: nn.Module, input: Tensor, output: Tensor) -> int:
         side = module.kernel_size
         return outputs * (side * side if isinstance(side, int) else prod(side))
     if isinstance(module, _ADAPTIVE_POOLS):
-        return input[0].numel()
+        return prod(input.shape[1:])
     if isinstance(module, nn.Linear):
         return outputs * module.in_features
     return outputs

@@ -102,6 +102,8 @@ def _data_line(recipe: Recipe, processes: int) -> str:
 
 def _compare_anchors(recipe: Recipe) -> None:
     """Says how many boxes of the training set, resized as in training, the model's anchors fit, and how many re-estimated ones would."""
+    import numpy as np
+
     from trainer.detection.anchors import best_possible_recall, estimate_anchors
     from trainer.errors import UserError
     from trainer.models.yolo import PUBLISHED_ANCHORS
@@ -112,10 +114,10 @@ def _compare_anchors(recipe: Recipe) -> None:
         raise UserError(f"--anchors: {recipe.path} has no model with anchors, or no boxes; it is for the model, the loss and the task of detection")
     sizes = data.train.objects.box_sizes()
     anchors = recipe.model.anchors or PUBLISHED_ANCHORS
-    estimated = estimate_anchors(sizes).round(1).reshape(3, 3, 2).tolist()
-    for name, each in (("the model's", anchors), ("re-estimated", estimated)):
-        share = best_possible_recall(sizes, [anchor for level in each for anchor in level], max_ratio)
-        print(f"{name} anchors fit {share:.2%} of {len(sizes)} boxes: model.anchors={json.dumps(each)}", file=sys.stderr)
+    estimated = estimate_anchors(sizes).round(1).reshape(3, 3, 2)
+    for name, each in (("the model's", np.array(anchors)), ("re-estimated", estimated)):
+        share = best_possible_recall(sizes, each.reshape(-1, 2), max_ratio)
+        print(f"{name} anchors fit {share:.2%} of {len(sizes)} boxes: model.anchors={json.dumps(each.tolist())}", file=sys.stderr)
 
 
 def _uncached(recipe: Recipe) -> Data:

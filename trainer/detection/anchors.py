@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from trainer.errors import UserError
 
-Sizes = npt.ArrayLike
+Sizes = npt.NDArray[np.floating]
 
 
 def side_ratios(sizes: Sizes, anchors: Sizes) -> npt.NDArray[np.float64]:

@@ -71,9 +71,9 @@ def _context(info: DataInfo) -> dict[str, Any]:
     return {"num_classes": info.num_classes, "ignore_index": info.ignore_index, "classes": info.classes, "statistics": info.statistics}
 
 
-def build_on_meta(recipe: Recipe) -> nn.Module:
-    """The model without memory and without weights; all of it learns."""
-    with torch.device("meta"):
+def build_untrained(recipe: Recipe, device: str = "meta") -> nn.Module:
+    """The model without published weights, all of which learns; on the meta device it takes no memory."""
+    with torch.device(device):
         return _build_model(recipe, recipe.build("data").info, "none")
 
 
@@ -89,7 +89,7 @@ def check_data(recipe: Recipe) -> Iterator[Problem]:
 def check_model(recipe: Recipe) -> Iterator[Problem]:
     """Builds the model without memory, to see that it can be built and that the layers the recipe names exist."""
     try:
-        model = build_on_meta(recipe)
+        model = build_untrained(recipe)
     except (ValueError, UserError) as error:
         yield recipe.problem("model", str(error))
         return

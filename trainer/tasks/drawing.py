@@ -24,15 +24,17 @@ def class_colors(num_classes: int) -> list[Color]:
 def draw_objects(image: Tensor, found: Detections, classes: Sequence[str], with_scores: bool) -> Tensor:
     """Draws boxes with names, and masks, over an image uint8 (3, H, W), which is enlarged by a whole factor where it is small.
 
-    Boxes have the colours of their classes; masks have one colour for each object.
+    Boxes have the colours of their classes; masks have one colour for each object, from left to right.
     """
     factor = max(1, LEGIBLE // max(image.shape[1:]))
     canvas = image.cpu().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     if not len(found.labels):
         return canvas
+    order = found.boxes[:, [0, 2]].mean(dim=1).argsort()
+    found = Detections(*(None if part is None else part[order].cpu() for part in found))  # type: ignore[arg-type]
     if found.masks is not None:
-        masks = found.masks.cpu().bool().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        masks = found.masks.bool().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         canvas = draw_segmentation_masks(canvas, masks, MASK_OPACITY, class_colors(len(masks) + 1)[1:])
     labels, palette = found.labels.tolist(), class_colors(len(classes) + 1)[1:]
     names = [classes[label] + (f" {score:.2f}" if with_scores else "") for label, score in zip(labels, found.scores.tolist(), strict=True)]
-    return draw_bounding_boxes(canvas, factor * found.boxes.cpu(), names, [palette[label] for label in labels], width=2)
+    return draw_bounding_boxes(canvas, factor * found.boxes, names, [palette[label] for label in labels], width=2)
