@@ -145,9 +145,8 @@ class GlobalBatchNorm(_BatchNorm):
                 self.num_batches_tracked += 1
                 momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
                 unbiased = variance * (elements / (elements - 1).clamp(min=1))
-                step = momentum * (elements > 1)  # nothing is learnt from nothing
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), step.to(self.running_mean.dtype))
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), step.to(self.running_var.dtype))
+                for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    running.lerp_(new.to(running.dtype), momentum * (elements > 1).to(running.dtype))  # nothing is learnt from nothing
         return output
 
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from tests.processes import run_processes
-from trainer.reduce import Control, add_over_processes, total, use_global_batch_norm
+from trainer.reduce import Control, add_over_processes, joined, total, use_global_batch_norm
 
 
 def _data(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,6 +44,44 @@ def _batch_norm(out: Path) -> None:
                 torch.testing.assert_close(total({"g": mine.grad})["g"], expected.grad, rtol=1e-12, atol=1e-12)
             part.eval(), whole.eval()
             torch.testing.assert_close(part(images), whole(images))
+
+
+def _batch_norm_of_nothing(out: Path) -> None:
+    """Rank 0 has no element at first, and at last nobody has."""
+    rank = Accelerator(cpu=True).process_index
+    images, _ = _data(torch.float64)
+    whole, part = (nn.BatchNorm2d(3, dtype=torch.float64) for _ in range(2))
+    use_global_batch_norm(part)
+    whole(images).square().sum().backward()
+    x = (images if rank else images[:0]).clone().requires_grad_()
+    found = part(x)
+    assert found.shape == x.shape
+    found.square().sum().backward()
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(part.state_dict()[key], value, rtol=1e-12, atol=1e-12)
+    for mine, expected in zip(part.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(total({"g": mine.grad})["g"], expected.grad, rtol=1e-12, atol=1e-9)
+    before = part.running_var.clone()
+    part(images[:0])
+    assert torch.equal(part.running_var, before) and part.running_mean.isfinite().all()
+
+
+def test_a_process_without_elements_disturbs_no_other(tmp_path: Path) -> None:
+    run_processes(2, _batch_norm_of_nothing, tmp_path)
+
+
+def _joined(out: Path) -> None:
+    rank = Accelerator(cpu=True).process_index
+    numbers = torch.arange(2 * rank, dtype=torch.float64).view(rank, 2) + 10 * rank
+    rows = {"a": numbers, "b": torch.full((3 - rank,), rank, dtype=torch.uint8), "c": torch.zeros(0, 4)}
+    found = joined(rows)
+    assert found["a"].tolist() == [[10, 11], [20, 21], [22, 23]] and found["a"].dtype == torch.float64
+    assert found["b"].tolist() == [0, 0, 0, 1, 1, 2] and found["b"].dtype == torch.uint8
+    assert found["c"].shape == (0, 4)
+
+
+def test_rows_of_all_processes_are_joined_in_the_order_of_the_ranks(tmp_path: Path) -> None:
+    run_processes(3, _joined, tmp_path)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -1,0 +1,97 @@
+"""What a user sees of detection and instance segmentation: which recipes fit, what is drawn, which layers learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.scenes import CLASSES, scenes
+from trainer.commands import main
+from trainer.data.prepare import prepare
+from trainer.detection.boxes import Detections
+from trainer.recipe import RecipeError, load_recipe
+from trainer.tasks.build import TASK_CHECKS, build_untrained, learning_layers
+from trainer.tasks.drawing import LEGIBLE, draw_objects
+
+RECIPE = """
+plugins: [tests.scenes]
+task: detection
+data: {name: scenes, batch_size: 4, resize: [64, 64], resize_mode: letterbox, augment: [mosaic]}
+model: yolo
+loss: yolo
+optimizer: {name: sgd, lr: 1e-3}
+train: {duration: 1 epochs}
+evaluate: {best: map}
+"""
+
+
+def problems(folder: Path, *overrides: str) -> str:
+    (folder / "r.yaml").write_text(RECIPE, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(folder / "r.yaml", overrides, TASK_CHECKS)
+    return str(caught.value)
+
+
+def test_freeze_names_the_layers_that_learn(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE, encoding="utf-8")
+    recipe = load_recipe(tmp_path / "r.yaml", ["train.freeze=10"], TASK_CHECKS)
+    assert learning_layers(recipe, build_untrained(recipe)) == [f"model.{index}" for index in range(10, 25)]
+
+
+def test_a_freeze_that_leaves_nothing_or_contradicts_is_refused(tmp_path: Path) -> None:
+    assert "train.freeze: the model has 25 layers, so at most 24 can be frozen (got 25)" in problems(tmp_path, "train.freeze=25")
+    assert "train.freeze: says what learns, and so does model.train_only" in problems(tmp_path, "train.freeze=3", "model.train_only=[model.24]")
+
+
+def test_a_task_without_a_validation_loss_says_so(tmp_path: Path) -> None:
+    found = problems(tmp_path, "task=mask_rcnn", "model={name: mask_rcnn, backbone: resnet18}", "loss=mask_rcnn", "evaluate.best=loss")
+    assert "evaluate.best: unknown metric" in found and "mask_map" in found
+
+
+def test_a_set_of_ones_own_without_masks_doesnt_fit_a_task_that_needs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from trainer.components import catalogue
+
+    component = catalogue("dataset")["scenes"]
+    source = scenes()
+    monkeypatch.setitem(component.__dict__, "factory", lambda: replace(source, columns={"image": "image", "objects": "boxes"}))
+    found = problems(tmp_path, "task=watershed", "model=watershed_unet", "loss=watershed", "evaluate.best=mask_map")
+    assert "data: task watershed needs masks, and this set has only boxes (got scenes)" in found
+
+
+def test_objects_are_drawn_with_boxes_masks_and_names() -> None:
+    image = torch.zeros(3, 60, 100, dtype=torch.uint8)
+    masks = torch.zeros(2, 60, 100, dtype=torch.bool)
+    masks[0, 10:30, 60:80], masks[1, 10:30, 5:25] = True, True
+    boxes = torch.tensor([[60.0, 10, 80, 30], [5, 10, 25, 30]])
+    found = Detections(boxes, torch.tensor([0.9, 0.5]), torch.tensor([0, 1]), masks)
+    drawn = draw_objects(image, found, CLASSES, with_scores=True)
+    factor = LEGIBLE // 100
+    assert drawn.shape == (3, 60 * factor, 100 * factor) and drawn.dtype == torch.uint8
+    left, right = (drawn[:, 25 * factor, column * factor] for column in (15, 70))
+    assert left.any() and right.any() and not torch.equal(left, right)
+    assert not drawn[:, 45 * factor, 40 * factor].any()
+    alone = draw_objects(image, Detections(*(part[[1, 0]] for part in found)), CLASSES, with_scores=True)
+    assert torch.equal(alone, drawn)  # colours go from left to right
+    nothing = draw_objects(image, Detections(boxes[:0], torch.zeros(0), torch.zeros(0, dtype=torch.int64)), CLASSES, with_scores=True)
+    assert not nothing.any()
+
+
+def test_check_compares_anchors_and_draws_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path / "data"))
+    prepare(scenes(), tmp_path / "data", None, lambda line: None)
+    (tmp_path / "r.yaml").write_text(RECIPE, encoding="utf-8")
+    assert main(["check", str(tmp_path / "r.yaml"), "--anchors", "--show-samples", str(tmp_path / "samples.png")]) == 0
+    said = capsys.readouterr().err
+    assert "the model's anchors fit" in said and "re-estimated anchors fit 100.00%" in said and "model.anchors=[[[" in said
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
+    replaced = {"detection": "watershed", "model: yolo": "model: watershed_unet", "loss: yolo": "loss: watershed", "best: map": "best: mask_map"}
+    text = RECIPE
+    for before, after in replaced.items():
+        text = text.replace(before, after)
+    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+    assert main(["check", str(tmp_path / "s.yaml"), "--anchors"]) == 2
+    assert "has no model with anchors" in capsys.readouterr().err
