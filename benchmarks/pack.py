@@ -10,21 +10,32 @@ import io
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from pyarrow.parquet import ParquetFile
 
+from trainer.data.objects import ROLES
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared, prepare
-from trainer.data.source import Row
+from trainer.data.source import Instance, Row
 from trainer.recipe import load_recipe
 
 
-def resized(data: bytes, size: tuple[int, int], mask: bool) -> bytes:
-    """An encoded image at `size` (height, width): JPEG of quality 92, masks as PNG by nearest neighbour."""
-    image = Image.open(io.BytesIO(data)).resize((size[1], size[0]), Image.Resampling.NEAREST if mask else Image.Resampling.BILINEAR)
+def resized(data: bytes, size: tuple[int, int] | None, mask: bool) -> bytes:
+    """An encoded image at `size` (height, width), or its own: JPEG of quality 92, masks as PNG by nearest neighbour."""
+    image = Image.open(io.BytesIO(data))
+    if size:
+        image = image.resize((size[1], size[0]), Image.Resampling.NEAREST if mask else Image.Resampling.BILINEAR)
     out = io.BytesIO()
     image.save(out, "PNG") if mask else image.convert("RGB").save(out, "JPEG", quality=92)
     return out.getvalue()
+
+
+def repacked(value: Any, role: str, size: tuple[int, int] | None) -> Any:
+    """A value of a prepared row, as a source gives it."""
+    if role in ROLES:
+        return [Instance(tuple(each["box"]), each["label"], each["mask"], each["crowd"]) for each in value]
+    return value if role == "label" else resized(value["bytes"], size, role == "mask")
 
 
 def main() -> None:
@@ -36,18 +47,15 @@ def main() -> None:
     for recipe in map(load_recipe, options.recipes):
         source = recipe.build("data")
         card = ensure_prepared(source, data_dir(), archives_dir())
-        folder, size = data_dir() / card.name, recipe.data.resize
+        with_objects = not {*card.columns.values()}.isdisjoint(ROLES)  # which would have to be resized too
+        folder, size = data_dir() / card.name, None if with_objects else recipe.data.resize
 
         def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
             """Packed: resized copies of the prepared rows."""
             for split in card.splits:  # noqa: B023  used up before the next turn
                 for file in card.files(folder, split):  # noqa: B023
                     for row in ParquetFile(file).read(list(card.columns)).to_pylist():  # noqa: B023
-                        packed = {
-                            column: value if role == "label" else resized(value["bytes"], size, role == "mask") if size else value["bytes"]  # noqa: B023
-                            for (column, role), value in zip(card.columns.items(), row.values(), strict=True)  # noqa: B023
-                        }
-                        yield split, packed
+                        yield split, {column: repacked(row[column], role, size) for column, role in card.columns.items()}  # noqa: B023
 
         packed = prepare(replace(source, rows=rows, archives=()), options.out, None)
         total = sum(file.stat().st_size for split in packed.splits for file in packed.files(options.out / packed.name, split))
