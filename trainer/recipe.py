@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, create_model
+from pydantic import AfterValidator, Field, PositiveInt, ValidationError, create_model
 
 from trainer.components import Component, Settings, catalogue
 from trainer.durations import Clock, Duration, Span
@@ -46,10 +46,18 @@ class DataSettings(Settings):
     overfit: PositiveInt | None = None
 
 
+def _weights(weights: str) -> str:
+    from trainer.models.weights import weights_field
+
+    checked: str = weights_field().func(weights)  # type: ignore[call-arg]
+    return checked
+
+
 class ModelSettings(Settings):
-    """Keys of `model:` that every model has: what starts new and what learns."""
+    """Keys of `model:` that every model has: what it starts from, what starts new and what learns. Some know published weights by name."""
 
     name: str
+    weights: Annotated[str, AfterValidator(_weights)] = "none"
     reset_layers: list[str] = []
     train_only: list[str] = []
 
@@ -158,6 +166,11 @@ class Recipe:
         if self.reference:
             out["reference"] = dict(self.reference)
         return out
+
+    def at_default(self) -> set[str]:
+        """The keys (dotted) of its sections that have their default value."""
+        fields = ((section, settings, key, info) for section, settings in self.sections.items() for key, info in type(settings).model_fields.items())
+        return {f"{section}.{key}" for section, settings, key, info in fields if getattr(settings, key) == info.default}
 
     def problem(self, path: str, what: str, got: Any = None) -> Problem:
         """A problem at `path` (dotted), placed where the recipe says that key, or the nearest one above it."""
@@ -454,10 +467,14 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return out
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Keys (dotted) in which two resolved recipes differ, `name` and what a resumed run may change left out."""
-    a, b = flatten(old), flatten(new)
-    changed = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+def differences(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Keys (dotted) in which a resolved recipe and this one differ, `name` and what a resumed run may change left out.
+
+    A key that the old one doesn't have, at its default in this one, is one that came with a later version.
+    """
+    a, b = flatten(old), flatten(recipe.resolved())
+    defaults = recipe.at_default()
+    changed = [key for key in {**a, **b} if a.get(key) != b.get(key) and (key in a or key not in defaults)]
     found = [key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in ("name", *RESUMABLE))]
     before, after = Span.parse(a["train.duration"]), Span.parse(b["train.duration"])
     if after.unit == before.unit and after.value < before.value:

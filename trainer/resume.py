@@ -61,7 +61,7 @@ def _newest_checkpoint(folder: RunFolder, recipe: Recipe, say: Say) -> Path | No
 
 
 def _same_recipe(folder: RunFolder, recipe: Recipe) -> None:
-    changed = differences(folder.read_recipe(), recipe.resolved())
+    changed = differences(folder.read_recipe(), recipe)
     if changed:
         raise UserError(
             f"{folder.path} holds a run of another recipe; these keys differ: {', '.join(changed)}. "

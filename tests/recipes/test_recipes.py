@@ -52,7 +52,7 @@ def test_recipe_trains_on_generated_data(recipe: Path, tmp_path: Path) -> None:
         kept += ["model.min_size=64", "model.max_size=96"]
     with_objects = "boxes" in settings.components["task"].fields
     stand_in = ("plugins=[tests.scenes]", "data.name=scenes") if with_objects else (f"plugins=[{STAND_IN}]", "data.name=stand_in")
-    if getattr(settings.model, "weights", "none") != "none":
+    if settings.model.weights != "none":
         kept.append("model.weights=none")
     if getattr(settings.task, "exclude", []):  # classes that the generated data haven't got
         kept.append("task.exclude=[flower]")

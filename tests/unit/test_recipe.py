@@ -71,6 +71,7 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ("model: {reset_layers: [haed]}", "model.reset_layers: the model has no layer 'haed'; did you mean head?"),
         ("model: {name: deeplabv3, weights: none.safetensors}", "must be coco, none or an existing .safetensors file, and there is no such file"),
         ("loss: {name: soft_iou, channel: 9}", "r.yaml:2:1: loss: "),
+        ("model: {weights: coco}", "model.weights: must be none or an existing .safetensors file (got 'coco')"),
         ("train: {freeze: 3}", "train.freeze: this model doesn't number its layers; name those that learn in model.train_only (got 3)"),
         ("data: {resize_mode: letterbox}", "data.resize_mode: needs data.resize, the size to pad to (got letterbox)"),
         ("data: {resize: [64, 64], resize_mode: letterbox}", "data.resize_mode: is for sets of boxes: what it pads with has no class (got letterbox)"),
@@ -186,9 +187,12 @@ def test_the_resolved_recipe_can_be_run_again(tmp_path: Path) -> None:
 
 def test_only_what_changes_the_computation_makes_a_run_another_one(tmp_path: Path) -> None:
     old = check(tmp_path, "").resolved()
-    assert differences(old, check(tmp_path, "", "train.duration=99 epochs", "track=[wandb]", "data.workers=3", "checkpoint.keep=9").resolved()) == []
-    assert differences(old, check(tmp_path, "", "optimizer.lr=1", "data.augment=[]").resolved()) == ["data.augment", "optimizer.lr"]
-    assert differences(old, check(tmp_path, "", "train.duration=9 epochs").resolved()) == ["train.duration (shorter than before)"]
+    assert differences(old, check(tmp_path, "", "train.duration=99 epochs", "track=[wandb]", "data.workers=3", "checkpoint.keep=9")) == []
+    assert differences(old, check(tmp_path, "", "optimizer.lr=1", "data.augment=[]")) == ["data.augment", "optimizer.lr"]
+    assert differences(old, check(tmp_path, "", "train.duration=9 epochs")) == ["train.duration (shorter than before)"]
+    del old["train"]["clip_norm"], old["model"]["weights"]  # written by a version that didn't know these keys
+    assert differences(old, check(tmp_path, "")) == []
+    assert differences(old, check(tmp_path, "", "train.clip_norm=1.0")) == ["train.clip_norm"]
 
 
 def test_an_alias_bomb_is_refused_quickly(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from trainer.components import model
 from trainer.detection.boxes import Level
 from trainer.errors import UserError
-from trainer.models.weights import weights_field
 
 SIZES = {"n": (0.33, 0.25), "s": (0.33, 0.5), "m": (0.67, 0.75), "l": (1.0, 1.0)}  # factors of depth and width
 STRIDES = (8, 16, 32)
@@ -218,7 +217,6 @@ def yolo(
     *,
     size: Literal["n", "s", "m", "l"] = "n",
     anchors: Anchors | None = None,
-    weights: Annotated[str, weights_field()] = "none",
 ) -> nn.Module:
     """Builds YOLO.
 
@@ -227,7 +225,6 @@ def yolo(
         size: for 80 classes n has 1.9 million parameters, s 7.2, m 21.2 and l 46.6.
         anchors: width and height in pixels, three for each of the strides 8, 16 and 32; without them those of `weights`,
             or else the ones that are published for COCO.
-        weights: `none` for random ones. (A file is loaded into the model once it is built.)
     """
     depth, width = SIZES[size]
     return Yolo(num_classes, depth, width, anchors)

@@ -39,7 +39,7 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task:
     Raises:
         UserError: weights can't be downloaded or don't fit.
     """
-    weights, reset_layers = getattr(recipe.model, "weights", "none"), recipe.model.reset_layers
+    weights, reset_layers = recipe.model.weights, recipe.model.reset_layers
     is_file = weights.endswith(SUFFIX)
     seed = mix(recipe.train.seed, Use.INITIALISE)
     try:

@@ -40,8 +40,8 @@ class MaskRcnnTask(ObjectTask):
         return model(images, targets), len(images)
 
     def predict(self, model: Forward, batch: Batch) -> list[Detections]:
-        """What is found in each image, at its own size."""
-        found = model(self._images(batch))
+        """What is found in each image, at its own size; one by one, since torchvision pads the images of a batch to one size, and sees the padding."""
+        found = [each for image in self._images(batch) for each in model([image])]
         return [Detections(each["boxes"], each["scores"], each["labels"] - 1, each["masks"][:, 0] > FOREGROUND) for each in found]
 
     def find(self, outputs: list[Detections], batch: Batch) -> list[Detections]:

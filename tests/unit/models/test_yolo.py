@@ -151,9 +151,9 @@ def test_a_new_head_expects_few_objects_and_each_class_alike() -> None:
 
 def test_recipes_know_its_keys() -> None:
     schema = catalogue("model")["yolo"].schema
-    assert schema.model_validate({}).model_dump() == {"size": "n", "anchors": None, "weights": "none"}
+    assert schema.model_validate({}).model_dump() == {"size": "n", "anchors": None}
     assert schema.model_validate({"anchors": PUBLISHED_ANCHORS}).model_dump()["anchors"] == PUBLISHED_ANCHORS
-    for wrong in ({"size": "x"}, {"anchors": PUBLISHED_ANCHORS[:2]}, {"anchors": [[[5, 5]] * 2] * 3}, {"anchors": [[[0, 1]] * 3] * 3}, {"weights": "coco"}):
+    for wrong in ({"size": "x"}, {"anchors": PUBLISHED_ANCHORS[:2]}, {"anchors": [[[5, 5]] * 2] * 3}, {"anchors": [[[0, 1]] * 3] * 3}):
         with pytest.raises(ValueError):
             schema.model_validate(wrong)
 
