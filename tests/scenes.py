@@ -16,6 +16,39 @@ from trainer.detection.rle import encode_masks
 TRAIN, VALIDATION = 24, 7  # 7: no number of processes divides it
 CLASSES = ("square", "disc", "nothing")
 COLORS = ((230, 60, 40), (40, 90, 230))
+_COMMON = """
+plugins: [tests.scenes]
+optimizer: {name: adamw, lr: 2e-3}
+train: {duration: 9 steps, threads: 1, precision: fp32, log_every: 1 steps, clip_norm: 5}
+checkpoint: {every: 4 steps}
+"""
+RECIPES = {
+    "detection": """
+task: {name: detection, conf_threshold: 1e-5}
+data: {name: scenes, batch_size: 4, window: 3, workers: 0, resize: [64, 64], resize_mode: letterbox, augment: [mosaic, horizontal_flip]}
+model: {name: yolo, size: n}
+loss: yolo
+evaluate: {every: 4 steps, best: map, batch_size: 4, pictures: 2}
+"""
+    + _COMMON,
+    "watershed": """
+task: watershed
+data: {name: scenes, batch_size: 4, window: 3, workers: 0, resize: [56, 64], augment: [horizontal_flip]}
+model: {name: watershed_unet, width: 8, depth: 3}
+loss: watershed
+evaluate: {every: 4 steps, best: mask_map, batch_size: 4, pictures: 2}
+"""
+    + _COMMON,
+    "mask_rcnn": """
+task: mask_rcnn
+data: {name: scenes, batch_size: 4, window: 3, workers: 0, augment: [horizontal_flip]}
+model: {name: mask_rcnn, backbone: resnet18, min_size: 64, max_size: 96}
+loss: mask_rcnn
+evaluate: {every: 4 steps, best: mask_map, batch_size: 4, pictures: 2}
+"""
+    + _COMMON,
+}
+"""A recipe for each task that looks for objects."""
 
 
 def scene(index: int) -> tuple[np.ndarray, list[np.ndarray], list[int], list[bool]]:

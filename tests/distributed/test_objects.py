@@ -14,44 +14,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tests.processes import lines, run_processes, train, weights, write_recipe
-from tests.scenes import CLASSES, VALIDATION
+from tests.scenes import CLASSES, RECIPES, VALIDATION
 from trainer.metrics import coco
 from trainer.tasks.objects import ObjectTask
 
-COMMON = """
-plugins: [tests.scenes]
-optimizer: {name: adamw, lr: 2e-3}
-train: {duration: 9 steps, threads: 1, precision: fp32, log_every: 1 steps, clip_norm: 5}
-checkpoint: {every: 4 steps}
-"""
-RECIPES = {
-    "detection": """
-task: {name: detection, conf_threshold: 1e-5}
-data: {name: scenes, batch_size: 4, window: 3, workers: 0, resize: [64, 64], resize_mode: letterbox, augment: [mosaic, horizontal_flip]}
-model: {name: yolo, size: n}
-loss: yolo
-evaluate: {every: 4 steps, best: map, batch_size: 4, pictures: 2}
-""",
-    "watershed": """
-task: watershed
-data: {name: scenes, batch_size: 4, window: 3, workers: 0, resize: [56, 64], augment: [horizontal_flip]}
-model: {name: watershed_unet, width: 8, depth: 3}
-loss: watershed
-evaluate: {every: 4 steps, best: mask_map, batch_size: 4, pictures: 2}
-""",
-    "mask_rcnn": """
-task: mask_rcnn
-data: {name: scenes, batch_size: 4, window: 3, workers: 0, augment: [horizontal_flip]}
-model: {name: mask_rcnn, backbone: resnet18, min_size: 64, max_size: 96}
-loss: mask_rcnn
-evaluate: {every: 4 steps, best: mask_map, batch_size: 4, pictures: 2}
-""",
-}
 TASKS = pytest.mark.parametrize("task", RECIPES)
 
 
 def recipe(tmp_path: Path, task: str) -> Path:
-    return write_recipe(tmp_path, RECIPES[task] + COMMON)
+    return write_recipe(tmp_path, RECIPES[task])
 
 
 def train_and_export(file: Path, overrides: tuple[str, ...], folder: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.processes import write_recipe
+from tests.scenes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -53,3 +54,14 @@ def test_a_compiled_model_has_the_keys_and_losses_of_an_eager_one(tmp_path: Path
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     manifests = [json.loads((run / "checkpoints" / "last" / "manifest.json").read_text())["files"] for run in (eager, compiled)]
     assert manifests[0]["model.safetensors"]["bytes"] == manifests[1]["model.safetensors"]["bytes"]
+
+
+@pytest.mark.parametrize("task", RECIPES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_objects_are_found_measured_and_drawn(tmp_path: Path, task: str, precision: str) -> None:
+    run = train(write_recipe(tmp_path, RECIPES[task]), "name=run", f"train.precision={precision}", "train.duration=60 steps", "evaluate.every=30 steps")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["split"] == "train"]
+    assert losses[-1] < losses[0]
+    assert any(name.endswith("map_50") for name in lines[-1])
+    assert len(list((run / "pictures").glob("validation_*.png"))) == 2

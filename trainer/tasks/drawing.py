@@ -30,8 +30,8 @@ def draw_objects(image: Tensor, found: Detections, classes: Sequence[str], with_
     canvas = image.cpu().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     if not len(found.labels):
         return canvas
-    order = found.boxes[:, [0, 2]].mean(dim=1).argsort()
-    found = Detections(*(None if part is None else part[order].cpu() for part in found))  # type: ignore[arg-type]
+    order = found.boxes[:, [0, 2]].mean(dim=1).argsort().cpu()
+    found = Detections(*(None if part is None else part.cpu()[order] for part in found))  # type: ignore[arg-type]
     if found.masks is not None:
         masks = found.masks.bool().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         canvas = draw_segmentation_masks(canvas, masks, MASK_OPACITY, class_colors(len(masks) + 1)[1:])
