@@ -29,11 +29,16 @@ def _fit_boxes(sample: dict[str, Tensor]) -> dict[str, Tensor]:
     return sample | {"boxes": tv_tensors.wrap(boxes, like=sample["boxes"])}
 
 
+def _labels(sample: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What goes with a box, besides its mask."""
+    return sample["labels"], sample["crowd"]
+
+
 # After an augmentation: boxes end where the image does, and what has no area left goes, with its label and mask.
 TIDY: tuple[Callable[[Any], Any], ...] = (
     _fit_boxes,
     v2.ClampBoundingBoxes("hard"),
-    v2.SanitizeBoundingBoxes(labels_getter=lambda sample: (sample["labels"], sample["crowd"])),
+    v2.SanitizeBoundingBoxes(labels_getter=_labels),
 )
 
 

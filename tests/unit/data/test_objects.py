@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,12 @@ def test_a_mosaic_is_the_same_wherever_training_begins_and_whoever_loads_it(prep
     for found, first in ((batches(2, 0), 0), (batches(0, 6), 6), (batches(0, 0, cache=False), 0)):
         for a, b in zip(found, reference[first:], strict=True):
             assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_loader_workers_that_dont_fork_get_them_too(prepared: tuple[Path, Card]) -> None:
+    found = samples(prepared, transforms=[augmentation("mosaic"), augmentation("horizontal_flip")])
+    copy = ForkingPickler.loads(ForkingPickler.dumps(found))
+    assert all(torch.equal(a, b) for a, b in zip(copy.__getitems__([3, 4]).values(), found.__getitems__([3, 4]).values(), strict=True))
 
 
 def test_overfit_trains_and_validates_on_the_first_samples(prepared: tuple[Path, Card]) -> None:
