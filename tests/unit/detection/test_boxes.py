@@ -88,9 +88,9 @@ def test_what_is_found_in_an_image_does_not_depend_on_the_others_and_may_be_noth
     together = postprocess([many], 0.2, 0.5, 100)
     for index, found in enumerate(together):
         (alone,) = postprocess([many._replace(logits=many.logits[index : index + 1])], 0.2, 0.5, 100)
-        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found[:3], alone[:3], strict=True)) and found.masks is None
     assert len(together[0].scores) > 5
-    assert [tuple(field.shape) for field in together[2]] == [(0, 4), (0,), (0,)]
+    assert [tuple(field.shape) for field in together[2][:3]] == [(0, 4), (0,), (0,)]
 
 
 def test_of_too_many_candidates_the_best_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
