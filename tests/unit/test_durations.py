@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from trainer.durations import Clock, Span
-from trainer.recipe import TrainSettings
+from trainer.settings import TrainSettings
 
 
 @pytest.mark.parametrize("text", ["500 steps", "1 step", "2 epochs", "1 epoch", "2.5 epochs", "10%", "0.5%", "30 minutes", "1 minute"])

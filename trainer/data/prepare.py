@@ -12,9 +12,8 @@ from __future__ import annotations
 import inspect
 import io
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ from PIL import ExifTags, Image, ImageOps
 
 from trainer.data.archives import Member, locate, locked
 from trainer.data.card import CARD, Card, Shard, Split, sha256
+from trainer.data.object_checks import OBJECTS, checked_objects
 from trainer.data.png import check_png
-from trainer.data.source import DataInfo, Instance, Role, Row, Source
+from trainer.data.source import DataInfo, Role, Row, Source
 from trainer.errors import UserError
 from trainer.signals import STOP
 
@@ -37,8 +37,6 @@ MIN_GROUPS = 8
 FILE_BYTES = 256 * 2**20
 
 MASK = "mask"  # the column of class indices
-OBJECTS = "objects"  # the column of boxes or instances
-ROUNDING = 1.0  # pixels by which a box may stick out of its image
 SHOWN = 5  # objects that a note lists
 DEPTH_BYTE = 24  # of a PNG, where it says how many bits a channel has
 
@@ -216,72 +214,6 @@ def _count_classes(indices: npt.NDArray[np.uint8], info: DataInfo) -> Counts:
     return counts[: info.num_classes]
 
 
-def run_lengths(counts: bytes) -> list[int]:
-    """Lengths of the runs of a compressed mask, down its columns: background and object in turn.
-
-    A byte has 6 bits, counted from "0" on: 5 of the number, whose lowest come first, and one that says that more follow. From the fourth
-    run on, the number is the difference to the run before the last. Source: COCO API, maskApi.c, rleFrString, which trusts what it reads.
-
-    Raises:
-        ValueError: these aren't such bytes.
-    """
-    if not re.fullmatch(rb"[0-o]*[0-O]", counts):
-        raise ValueError("its mask is damaged, or there is none")
-    runs: list[int] = []
-    number = shift = 0
-    for byte in counts:
-        bits = byte - ord("0")
-        number |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:  # the sign
-                number -= 1 << shift
-            runs.append(number + (runs[-2] if len(runs) > 2 else 0))
-            number = shift = 0
-    return runs
-
-
-def _checked_object(found: Instance, info: DataInfo, size: tuple[int, int], has_mask: bool) -> Instance:
-    """An object of an image with this width and height; what sticks out of it by rounding is cut off its box.
-
-    Raises:
-        ValueError: the object can't be so.
-    """
-    width, height = size
-    left, top, right, bottom = found.box
-    box = f"its box ({', '.join(f'{side:g}' for side in found.box)})"
-    if not 0 <= found.label < info.num_classes:
-        raise ValueError(f"its label {found.label} is no class; classes are 0 to {info.num_classes - 1}")
-    if not np.isfinite(found.box).all():
-        raise ValueError(f"{box} isn't finite")
-    if left >= right or top >= bottom:
-        raise ValueError(f"{box} has no area")
-    inside = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
-    if inside[0] >= inside[2] or inside[1] >= inside[3] or np.abs(np.subtract(inside, found.box)).max() > ROUNDING:
-        raise ValueError(f"{box} is not within the image, {width} x {height}")
-    if has_mask:
-        runs = run_lengths(found.mask)
-        if min(runs) < 0 or sum(runs) != width * height:
-            raise ValueError(f"its mask is not one of {width} x {height} pixels")
-        if not sum(runs[1::2]):
-            raise ValueError("its mask has no pixels")
-    return found._replace(box=inside)
-
-
-def _checked_objects(source: Source, objects: Sequence[Instance], size: tuple[int, int], place: str) -> tuple[list[Row], list[str]]:
-    """The objects of an image as they are written, and what is wrong with those that are left out."""
-    checked: list[Row] = []
-    dropped: list[str] = []
-    for number, found in enumerate(objects, start=1):
-        try:
-            checked.append(_checked_object(found, source.info, size, source.columns[OBJECTS] == "instances")._asdict())
-        except ValueError as error:
-            if source.invalid == "refuse":
-                raise UserError(f"{place}, object {number}: {error}; {source.remedy}") from error
-            dropped.append(f"{place}, object {number}: {error}")
-    return checked, dropped
-
-
 def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts, list[str]]:
     """A row as it is written: `{"bytes", "path"}` for images and masks, `height` and `width`, and the objects as structs.
 
@@ -320,7 +252,7 @@ def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts, lis
     for width, height in list(sizes.values())[:1]:
         checked |= {"height": height, "width": width}
     if OBJECTS in source.columns:
-        checked[OBJECTS], dropped = _checked_objects(source, row[OBJECTS], sizes["image"], place)
+        checked[OBJECTS], dropped = checked_objects(source, row[OBJECTS], sizes["image"], place)
         labels = [each["label"] for each in checked[OBJECTS] if not each["crowd"]]
         class_counts = np.bincount(np.array(labels, np.int64), minlength=source.info.num_classes)
     return checked, class_counts, dropped

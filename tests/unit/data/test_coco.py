@@ -15,7 +15,8 @@ from tests.unit.data.objects import SIZE, by_image, picture, save
 from trainer.commands import main
 from trainer.components import catalogue
 from trainer.data.card import Card
-from trainer.data.prepare import data_dir, run_lengths
+from trainer.data.object_checks import run_lengths
+from trainer.data.prepare import data_dir
 from trainer.detection.rle import encode_masks
 
 SQUARE = [3, 2, 9, 2, 9, 5, 3, 5]  # corners of the pixels 3 to 8, 2 to 4
