@@ -38,7 +38,7 @@ def _ends_what_it_starts() -> Iterator[None]:
     before = _children()
     yield
     for worker in multiprocessing.active_children():  # of a loader that an error keeps alive; they would end with this process
-        if worker.daemon:
+        if worker.daemon and worker.pid not in before:
             worker.kill()
             worker.join()
     if left := _children() - before:
