@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -15,7 +16,7 @@ from pydantic import AfterValidator
 
 from trainer.components import catalogue
 from trainer.data.archives import Member
-from trainer.data.card import Card
+from trainer.data.card import Card, sha256
 from trainer.data.prepare import data_dir, image_size
 from trainer.data.source import DataInfo, Role, Row, Source, in_validation
 from trainer.errors import UserError
@@ -73,8 +74,22 @@ class File(NamedTuple):
         Raises:
             UserError: it can't be read.
         """
-        try:
+        with self._errors_reported():
             return Member(self.name, self.path.read_bytes())
+
+    def digest(self) -> str:
+        """SHA-256 of its bytes, in hex, without holding them in memory.
+
+        Raises:
+            UserError: it can't be read.
+        """
+        with self._errors_reported():
+            return sha256(self.path)
+
+    @contextmanager
+    def _errors_reported(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(f"{self.path} can't be read: {error.strerror}") from error
 
@@ -112,7 +127,7 @@ def source_of_files(
         note: what the card says, after how the set was split.
 
     Raises:
-        UserError: the name can't be so.
+        UserError: the name is invalid, or an image is in more than one split.
     """
     name, validation, invalid = options["name"], options["validation"], options.get("invalid", "refuse")
     if not NAME.fullmatch(name) or name == DOWNLOADS:
@@ -120,6 +135,7 @@ def source_of_files(
     if name in catalogue("dataset"):
         raise UserError(f"--name {name}: there is a data set of that name already; choose another")
     share = share_of(validation)
+    _refuse_leaks(samples)
 
     def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
         splits = set()
@@ -147,6 +163,20 @@ def source_of_files(
         remedy=remedy,
         invalid=invalid,
     )
+
+
+def _refuse_leaks(samples: Sequence[Sample[Any]]) -> None:
+    """Raises `UserError` where an image is in more than one split, byte for byte; reads only files whose size occurs in another split too."""
+    by_size: dict[int, list[Sample[Any]]] = {}
+    for sample in samples:
+        by_size.setdefault(sample.image.path.stat().st_size, []).append(sample)
+    by_digest: dict[str, dict[str, File]] = {}
+    for alike in by_size.values():
+        if len({sample.split for sample in alike}) > 1:
+            for sample in alike:
+                by_digest.setdefault(sample.image.digest(), {}).setdefault(sample.split, sample.image)
+    leaks = [", ".join(f"{file.path} ({split})" for split, file in found.items()) for found in by_digest.values() if len(found) > 1]
+    refuse(f"{len(leaks)} images are in more than one split, so metrics would be measured on training images; leave each in one split only:", leaks)
 
 
 def share_of(validation: str) -> float | None:

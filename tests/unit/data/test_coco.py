@@ -102,6 +102,16 @@ def test_another_file_can_validate(files: Path) -> None:
     assert Card.load(data_dir() / "mine") == card
 
 
+@pytest.mark.parametrize("listed", [range(12), range(11, 13)], ids=["the same file", "one image of two"])
+def test_an_image_on_both_sides_of_the_split_is_refused_by_name(files: Path, listed: range, capsys: pytest.CaptureFixture[str]) -> None:
+    save(files / "photos/12.jpg", picture(12))
+    save(files / "held out.json", json.dumps(content(listed)))
+    assert prepare(files, content(), validation=files / "held out.json") == 2
+    image, said = f"{files}/photos/{'a/00' if 0 in listed else 'b/11'}.jpg", capsys.readouterr().err
+    assert f"{12 if 0 in listed else 1} images are in more than one split" in said and f"\n  {image} (train), {image} (validation)\n" in said
+    assert not (data_dir() / "mine").exists()
+
+
 def test_files_are_found_by_the_end_of_their_path(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(files / "photos/b/00.jpg", picture(60))
     assert prepare(files, content()) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shlex
@@ -138,6 +139,43 @@ def test_so_can_the_folders_beside_where_images_and_masks_are_called_alike(files
         save(files / f"labels/{split}/{split}.png", labels(i))
     assert main(options(files, images=files / "images/train", masks=files / "labels/train", validation="val")) == 0
     assert list(rows("train")) == ["train"] and list(rows("validation")) == ["val"]
+
+
+@pytest.mark.parametrize("as_copy", [False, True], ids=["the same file", "equal bytes"])
+def test_an_image_on_both_sides_of_the_split_is_refused_by_name(files: Path, as_copy: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = files
+    if as_copy:
+        held_out = files / "held out"
+        for i in range(7):
+            save(held_out / f"photos/new {i}.png", pixels(90 + i))
+            save(held_out / f"masks/new {i}.png", labels(90 + i))
+        (held_out / "photos/new 3.png").write_bytes((files / "photos/town 2/05.PNG").read_bytes())
+    said = refused(capsys, options(files, validation=held_out))
+    if as_copy:
+        assert "1 images are in more than one split" in said
+        assert f"\n  {files}/photos/town 2/05.PNG (train), {held_out}/photos/new 3.png (validation)\n" in said
+    else:
+        first = f"{files}/photos/town 0/00.jpg"
+        assert "24 images are in more than one split" in said and f"\n  {first} (train), {first} (validation)\n" in said and said.endswith("\n  …\n")
+    assert nothing_half_written()
+
+
+def test_so_it_is_in_a_set_that_was_prepared_before_anyone_looked(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with monkeypatch.context() as blind:
+        digests = itertools.count()
+        blind.setattr("trainer.data.files.sha256", lambda path: str(next(digests)))
+        assert main(options(files, validation=files)) == 0
+    assert "24 images are in more than one split" in refused(capsys, options(files, validation=files))
+
+
+def test_only_files_of_equal_size_are_read_to_compare_them(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(files / "held out/photos/a.png", pixels(90))
+    save(files / "held out/masks/a.png", labels(90))
+    with (files / "held out/photos/a.png").open("ab") as file:
+        file.write(bytes(10_000))
+    monkeypatch.setattr("trainer.data.files.sha256", lambda path: pytest.fail(f"{path} was read"))
+    arguments = {"name": "mine", "images": files / "photos", "masks": files / "masks", "classes": files / "classes.txt"}
+    assert from_files(**arguments, validation=str(files / "held out")).name == "mine"
 
 
 def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

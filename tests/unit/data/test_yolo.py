@@ -97,6 +97,14 @@ def test_so_can_the_folders_beside_where_images_and_labels_are_called_alike(file
     assert card.command.endswith("--validation val --invalid refuse") and card.notes == ("Split: val validates.",)
 
 
+def test_an_image_on_both_sides_of_the_split_is_refused_by_name(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(files / "images/train/a.jpg", picture(1))
+    save(files / "labels/train/a.txt", "1 0.5 0.5 1 1")
+    said = refused(capsys, options(files, images=files / "images/train", labels=files / "labels/train", validation="train"))
+    file = f"{files}/images/train/a.jpg"
+    assert "1 images are in more than one split" in said and said.endswith(f"\n  {file} (train), {file} (validation)\n")
+
+
 LINE = "texts/town 0/00.txt:1: a line is `class x y width height` or `class x1 y1 x2 y2 x3 y3 …`"
 
 
