@@ -3,6 +3,7 @@
     <data>/<name>/card.json
     <data>/<name>/train/00000.parquet …
     <data>/<name>/validation/00000.parquet …
+    <data>/<name>/test/00000.parquet …         where there is a test split
 
 Rows are written to a hidden folder beside it, which is renamed at the very end: a set is whole or it isn't there.
 """
@@ -264,7 +265,7 @@ def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts, lis
 def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
     """Writes all rows and the card into `folder`."""
     schema = _schema(source.columns)
-    writers = {split: _SplitWriter(folder, split, schema) for split in ("train", "validation")}
+    writers = {split: _SplitWriter(folder, split, schema) for split in source.splits}
     class_counts = np.zeros(source.info.num_classes, np.int64)
     dropped: list[str] = []
     try:

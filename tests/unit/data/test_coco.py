@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.data.objects import SIZE, by_image, picture, save
+from tests.unit.data.objects import SIZE, by_image, command_line, picture, save
 from trainer.commands import main
 from trainer.components import catalogue
 from trainer.data.card import Card
@@ -52,7 +52,7 @@ def files(tmp_path: Path) -> Path:
 def prepare(folder: Path, found: dict[str, Any], **changed: Any) -> int:
     save(folder / "instances.json", json.dumps(found))
     given = {"name": "mine", "images": folder / "photos", "annotations": folder / "instances.json", "validation": 0.1} | changed
-    return main(["prepare", "coco", *(str(word) for key, value in given.items() for word in (f"--{key}", value))])
+    return main(["prepare", "coco", *command_line(given)])
 
 
 def objects() -> dict[str, list[dict[str, Any]]]:
@@ -100,6 +100,58 @@ def test_another_file_can_validate(files: Path) -> None:
     (data_dir() / "mine").rename(data_dir().parent / "away")
     assert main(["prepare", *shlex.split(card.command)]) == 0
     assert Card.load(data_dir() / "mine") == card
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["in one folder", "in folders of their own"])
+def test_each_split_has_its_file_and_may_have_its_folder(files: Path, elsewhere: bool) -> None:
+    given = {}
+    for split, listed in {"validation": range(9, 11), "test": range(11, 12)}.items():
+        save(files / f"{split}.json", json.dumps(content(listed)))
+        given[split] = files / f"{split}.json"
+        if elsewhere:
+            for i in listed:
+                save(files / f"{split} photos/{i:02d}.jpg", (files / f"photos/b/{i:02d}.jpg").read_bytes())
+                (files / f"photos/b/{i:02d}.jpg").unlink()
+            given[f"{split}_images"] = files / f"{split} photos"
+    assert prepare(files, content(range(9)), **given) == 0
+    assert [sorted(by_image("mine", split)) for split in ("train", "validation", "test")] == [[f"{i:02d}" for i in range(9)], ["09", "10"], ["11"]]
+    card = Card.load(data_dir() / "mine")
+    (data_dir() / "mine").rename(data_dir().parent / "away")
+    assert main(["prepare", *shlex.split(card.command)]) == 0
+    assert Card.load(data_dir() / "mine") == card
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"validation_images": "photos"}, "--validation-images photos holds the images of a COCO file; name it by --validation FILE"),
+        ({"test_images": "photos"}, "--test-images photos holds the images of a COCO file; name it by --test FILE"),
+        ({"test": "0.1"}, "--test 0.1: only the validation split can be a share; name the files of the test split"),
+        ({"test": "nothing.json"}, "nothing.json can't be read: No such file"),
+        ({"test_masks": "masks"}, "--test-masks belongs to `trainer prepare folder`, not to coco"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_or_need_one_another_are_a_mistake(
+    files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(files, content(), **changed) == 2
+    assert expected in capsys.readouterr().err and not (data_dir() / "mine").exists()
+
+
+def test_a_file_that_lists_no_images_is_a_mistake(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(files / "held out.json", json.dumps(content(range(0))))
+    for split in ("validation", "test"):
+        assert prepare(files, content(), **{split: files / "held out.json"}) == 2
+        assert "held out.json lists no images" in capsys.readouterr().err
+
+
+def test_all_files_have_the_same_categories(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = content(range(11, 12))
+    other["categories"].reverse()
+    save(files / "test.json", json.dumps(other))
+    assert prepare(files, content(range(11)), test=files / "test.json") == 2
+    assert "instances.json and " in (said := capsys.readouterr().err) and "test.json list other categories" in said
 
 
 @pytest.mark.parametrize("listed", [range(12), range(11, 13)], ids=["the same file", "one image of two"])

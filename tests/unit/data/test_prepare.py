@@ -183,6 +183,19 @@ def test_a_split_without_samples_is_an_error(tmp_path: Path) -> None:
         prepare(source(lambda: rows(3, 0)), tmp_path, None)
 
 
+def test_a_set_of_any_kind_may_have_a_test_split(tmp_path: Path) -> None:
+    def three() -> Iterator[tuple[str, Row]]:
+        yield from rows()
+        yield "test", {"image": picture(99), "mask": mask(1)}
+
+    card = prepare(dataclasses.replace(source(three), splits=("train", "validation", "test")), tmp_path, None)
+    assert {split: written.rows for split, written in card.splits.items()} == {"train": 20, "validation": 3, "test": 1}
+    assert read(tmp_path / "toy", "test")[0]["image"]["bytes"] == picture(99)
+    assert card.statistics == prepare(source(), tmp_path / "other", None).statistics
+    with pytest.raises(UserError, match="no test samples"):
+        prepare(dataclasses.replace(source(), splits=("train", "validation", "test")), tmp_path / "third", None)
+
+
 # ---------------------------------------------------------------- row groups and files
 
 
