@@ -112,6 +112,7 @@ def source_of_files(
     read: Sequence[File],
     remedy: str,
     note: str = "",
+    ignore_option: str = "",
 ) -> Source:
     """The set that `trainer prepare KIND` makes of files.
 
@@ -126,6 +127,7 @@ def source_of_files(
         read: the files whose change makes the set another.
         remedy: what to do about a row that can't be used.
         note: what the card says, after how the set was split.
+        ignore_option: see `Source`.
 
     Raises:
         UserError: the name is invalid, or an image is in more than one split.
@@ -167,6 +169,7 @@ def source_of_files(
         remedy=remedy,
         invalid=invalid,
         splits=("train", "validation", "test") if test else ("train", "validation"),
+        ignore_option=ignore_option,
     )
 
 

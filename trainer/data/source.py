@@ -82,6 +82,7 @@ class Source:
         remedy: what to do about a row that can't be used.
         invalid: what becomes of an object that can't be so: the set is refused, or the object left out, which the card's notes say.
         splits: `train` and `validation`, and perhaps `test`, which no training reads.
+        ignore_option: what tells the set to ignore a label, which replaces `{}`, e.g. `--ignore {}`; "" where nothing does.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Source:
     remedy: str = "replace the archive it comes from"
     invalid: Literal["refuse", "drop"] = "refuse"
     splits: tuple[str, ...] = ("train", "validation")
+    ignore_option: str = ""
 
 
 def in_validation(key: bytes, share: float) -> bool:

@@ -164,6 +164,20 @@ def test_an_image_on_both_sides_of_the_split_is_refused_by_name(files: Path, lis
     assert not (data_dir() / "mine").exists()
 
 
+def test_a_set_of_another_kind_is_not_replaced(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(12):
+        save(files / f"texts/{'a' if i < 6 else 'b'}/{i:02d}.txt", "0 0.5 0.5 0.5 0.5")
+    save(files / "classes.txt", "cell\n")
+    yolo = {"name": "mine", "images": files / "photos", "labels": files / "texts", "classes": files / "classes.txt", "validation": 0.1}
+    assert main(["prepare", "yolo", *command_line(yolo)]) == 0
+    card = Card.load(data_dir() / "mine")
+    assert prepare(files, content()) == 2
+    said, folder = capsys.readouterr().err, data_dir() / "mine"
+    assert said.startswith(f"error: {folder} was made by `trainer prepare yolo --name mine --images ")
+    assert "which `trainer prepare coco --name mine --images " in said and said.endswith(f"would replace; choose another name, or delete {folder}\n")
+    assert Card.load(folder) == card
+
+
 def test_files_are_found_by_the_end_of_their_path(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(files / "photos/b/00.jpg", picture(60))
     assert prepare(files, content()) == 2

@@ -270,10 +270,10 @@ def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: 
     assert "preparing" not in capsys.readouterr().out
     save(files / "masks/town 0/00.png", labels(50))
     assert main(options(files)) == 0
-    assert "was prepared from other files" in capsys.readouterr().out
+    assert f"{data_dir() / 'mine'} is prepared again: the name, size or time of a file has changed\n" in capsys.readouterr().out
     assert np.array_equal(read_indices((rows("train") | rows("validation"))["00"]["mask"]["bytes"]), labels(50))
     assert main(options(files, validation=0.4)) == 0
-    assert "was prepared from other files" in capsys.readouterr().out
+    assert f"{data_dir() / 'mine'} is prepared again: --validation was 0.2 and is now 0.4\n" in capsys.readouterr().out
 
 
 def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
@@ -365,6 +365,11 @@ def test_a_bad_file_is_named_and_nothing_half_written_stays(files: Path, damage:
     damage(files)
     assert expected in refused(capsys, options(files))
     assert nothing_half_written()
+
+
+def test_a_label_that_is_no_class_may_be_one_to_ignore(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, options(files, ignore=None))
+    assert "this mask holds the labels 255; classes are 0 to 2, and none is ignored; if 255 marks pixels that don't count, pass --ignore 255; otherwise" in said
 
 
 def test_a_bad_file_leaves_the_set_that_was_there(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,9 +75,9 @@ def test_it_is_made_again_when_files_or_options_changed_and_only_then(files: Pat
     assert "preparing" not in capsys.readouterr().out
     save(files / "texts/town 2/02.txt", "0 0.5 0.5 0.5 0.5")
     assert main(options(files, validation=0.1)) == 0
-    assert "was prepared from other files" in capsys.readouterr().out and len(objects()["02"]) == 1
+    assert "is prepared again: the name, size or time of a file has changed" in capsys.readouterr().out and len(objects()["02"]) == 1
     assert main(options(files, validation=0.1, invalid="drop")) == 0
-    assert "was prepared from other files" in capsys.readouterr().out
+    assert f"{data_dir() / 'mine'} is prepared again: --invalid was refuse and is now drop\n" in capsys.readouterr().out
 
 
 def test_a_folder_can_validate(files: Path) -> None:

@@ -85,6 +85,7 @@ def from_files(
         lambda image, mask: {"image": image, "mask": mask.read()},
         read=[file for sample in samples for file in (sample.image, sample.labels)],
         remedy="correct it, or take image and mask away",
+        ignore_option="--ignore {}",
     )
 
 
