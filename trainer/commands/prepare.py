@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--test-images", type=Path, metavar="DIR", help="images of the test split; coco: those that the file of --test lists")
     files.add_argument("--test-masks", type=Path, metavar="DIR", help="folder: the masks of --test-images")
     files.add_argument("--test-labels", type=Path, metavar="DIR", help="yolo: the text files of --test-images")
-    files.add_argument("--invalid", choices=("refuse", "drop"), help="yolo, coco: what becomes of an object that can't be so (default: refuse)")
+    files.add_argument("--invalid", choices=("refuse", "drop"), help="yolo, coco: what becomes of an invalid object (default: refuse)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -123,7 +123,7 @@ def _ready(source: Source, folder: Path, say: Say = lambda line: None) -> Card |
         raise UserError(
             f"{folder} was made by `trainer prepare {made}`, which `trainer prepare {makes}` would replace; choose another name, or delete {folder}"
         )
-    if (card.info, card.columns, tuple(card.splits), card.version) != (source.info, source.columns, source.splits, source.version):
+    if (card.info, card.columns, {*card.splits}, card.version) != (source.info, source.columns, {*source.splits}, source.version):
         reason = _differences(card, source) or "the name, size or time of a file has changed"
     elif MASK in card.columns and "class_pixels" not in card.statistics:
         reason = "its card has no class frequencies"
