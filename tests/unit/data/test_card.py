@@ -156,6 +156,29 @@ def test_a_card_that_names_other_files_or_impossible_rows_is_damaged(folder: Pat
         Card.load(folder)
 
 
+def test_a_card_has_two_splits_or_three(folder: Path) -> None:
+    card = Card.load(folder)
+    (folder / "test").mkdir()
+    (folder / "test/00000.parquet").write_bytes(b"four" * 20)
+    shard = Shard("test/00000.parquet", sha256(folder / "test/00000.parquet"), 80, (16, 4))
+    third = replace(card, splits=card.splits | {"test": Split(20, (shard,))})
+    third.save(folder)
+    assert Card.load(folder) == third and third.row_groups("test") == [16, 4]
+    third.verify(folder)
+    assert third.of_first(3).splits.keys() == {"train", "validation"}
+    (folder / "test/00000.parquet").unlink()
+    with pytest.raises(UserError, match=r"test/00000\.parquet is missing"):
+        Card.load(folder)
+
+
+@pytest.mark.parametrize("splits", [{"train"}, {"train", "test"}, {"validation", "test"}, {"train", "validation", "val"}], ids=sorted)
+def test_a_card_with_other_splits_is_damaged(folder: Path, splits: set[str]) -> None:
+    card = Card.load(folder)
+    replace(card, splits={split: card.splits.get(split, Split(0, ())) for split in sorted(splits)}).save(folder)
+    with pytest.raises(UserError, match=r"card\.json is damaged"):
+        Card.load(folder)
+
+
 def test_the_fingerprint_follows_the_content_and_nothing_else(folder: Path) -> None:
     card = Card.load(folder)
     assert card.fingerprint == Card.load(folder).fingerprint
