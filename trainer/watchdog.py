@@ -244,7 +244,8 @@ class Watchdog:
 
 
 def _print(verdict: str) -> None:
-    print(f"training failed: {verdict}; the last checkpoint stays", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a terminal that was closed
+        print(f"training failed: {verdict}; the last checkpoint stays", file=sys.stderr, flush=True)
 
 
 def _store(world_size: int, timeout: float) -> Any:
