@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from pydantic import TypeAdapter
@@ -60,6 +60,7 @@ class Counters(TypedDict):
     scaler: dict[str, Any] | None
     world_size: int
     threads: int
+    data: NotRequired[str]  # identity of the prepared set; older versions didn't record it
 
 
 @dataclass

@@ -433,6 +433,7 @@ class Trainer:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "world_size": self.world_size,
             "threads": torch.get_num_threads(),
+            "data": self.data.identity,
         }
         self.writer.wait()  # one copy in memory at a time
         state = Checkpoint(
@@ -447,6 +448,7 @@ class Trainer:
     def _restore(self, state: Checkpoint) -> None:
         """Puts a checkpoint's state in place."""
         counters = state.counters
+        self.data.check_unchanged(counters.get("data"))
         checkpoints.restore(state, self.task.model, self.ema.model if self.ema else None, self.optimizer.optimizer, self.trainable)
         if self.accelerator.scaler and counters["scaler"]:
             self.accelerator.scaler.load_state_dict(counters["scaler"])
