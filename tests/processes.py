@@ -126,7 +126,6 @@ class Job:
         os.setpgid(0, self.group)
         for descriptor in (1, 2):
             os.dup2(self._output.fileno(), descriptor)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests inherited
         enter_command(rank, world_size, port)
         if fault:
             fault(rank)

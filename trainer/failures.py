@@ -34,7 +34,7 @@ def reported_to_peers(watchdog: Watchdog, world_size: int) -> Iterator[None]:
 
 
 @contextmanager
-def failures_told(watchdog: Watchdog, fail: Callable[[], None], recipe: Recipe, world_size: int, folder: Path) -> Iterator[None]:
+def failures_told(watchdog: Watchdog, fail: Callable[[BaseException], None], recipe: Recipe, world_size: int, folder: Path) -> Iterator[None]:
     """Inside, whatever goes wrong is reported to the other processes and by `fail`, then raised in this project's words."""
     try:
         with reported_to_peers(watchdog, world_size):
@@ -43,9 +43,9 @@ def failures_told(watchdog: Watchdog, fail: Callable[[], None], recipe: Recipe, 
         watchdog.close()
         raise
     except BaseException as error:
-        with suppress(Exception):  # what went wrong first is what is reported
-            fail()
         failure = _as_training_failure(error, recipe, world_size, folder)
+        with suppress(Exception):  # what went wrong first is what is reported
+            fail(failure or error)
         if failure:
             raise failure from error
         raise

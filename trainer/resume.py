@@ -28,23 +28,20 @@ def open_run(folder: RunFolder, recipe: Recipe, resume: str, say: Say) -> Path |
         UserError: the folder holds another recipe's run, or no checkpoint is intact.
     """
     _finish_swap(folder)
-    if resume not in ("auto", "never"):
-        return _adopt(folder, recipe, Path(resume), say)
     found = None
     if resume == "auto":
         found = _newest_checkpoint(folder, recipe, say)
-    else:
+    elif resume == "never":
         _set_aside(folder, say)
-    _make_ready(folder, recipe, found)
-    return found
-
-
-def _make_ready(folder: RunFolder, recipe: Recipe, found: Path | None) -> None:
-    """Takes the files of a run back to its checkpoint."""
+    else:
+        found = _adopt(folder, recipe, Path(resume), say)
     folder.create()
     counters = checkpoints.read_counters(found) if found else None
     folder.truncate_metrics(counters["step"] if counters else 0, bool(counters and counters["evaluation_pending"]))
     folder.write_recipe(recipe.resolved())
+    folder.is_open = True
+    folder.write_standing("running")
+    return found
 
 
 def _set_aside(folder: RunFolder, say: Say) -> None:
@@ -57,6 +54,7 @@ def _newest_checkpoint(folder: RunFolder, recipe: Recipe, say: Say) -> Path | No
     if not checkpoints.steps(folder.checkpoints):
         return None  # nothing was computed that another recipe could spoil
     _same_recipe(folder, recipe)
+    folder.is_open = True
     step, complaints = checkpoints.newest_valid(folder.checkpoints)
     if step is None:
         for complaint in complaints:
@@ -103,7 +101,7 @@ def _adopt(folder: RunFolder, recipe: Recipe, given: Path, say: Say) -> Path:
     for line in old.read_metrics():
         new.log(line)
     found = checkpoints.adopt(new.checkpoints, given, best)
-    _make_ready(new, recipe, found)
+    new.write_recipe(recipe.resolved())
     new.path.rename(_hidden(folder, READY))
     _set_aside(folder, say)
     _finish_swap(folder)

@@ -77,8 +77,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, resume: str = "auto") -> None:
         self.recipe, self.resume = recipe, resume
         self.rank, self.world_size = launched_as()
-        timeout_s = 60 * float(recipe.train.timeout.value)
-        self.watchdog = Watchdog(self.rank, self.world_size, timeout_s, on_failure=self._fail)  # first: another rank may never start
+        # First, since another rank may never start.
+        self.watchdog = Watchdog(self.rank, self.world_size, 60 * float(recipe.train.timeout.value), on_failure=self._fail)
         with reported_to_peers(self.watchdog, self.world_size):
             self.accelerator = build_accelerator(recipe)
             self.control = Control(CONTROL_TIMEOUT)  # small messages between the processes
@@ -258,12 +258,11 @@ class Trainer:
             text = f"finished {self.recipe.name}{early}: {self.step} steps in {self.seconds:.0f} s; see {self.folder.path}"
         self.report.end(status, text, **self._facts())
 
-    def _fail(self) -> None:
-        """Says in the run folder and to the trackers that training failed, unless it hadn't begun."""
-        if self.report.is_open:
-            with suppress(TrainingFailed):  # what went wrong first is what is reported
-                self.writer.wait(WRITER_TIMEOUT_S)
-            self.report.end("failed", "", **self._facts())
+    def _fail(self, error: BaseException) -> None:
+        """Records in the run folder and in the trackers why training failed."""
+        with suppress(TrainingFailed):  # what went wrong first is what is reported
+            self.writer.wait(WRITER_TIMEOUT_S)
+        self.report.fail(error, self._facts() if self.report.is_open else {})
 
     # ------------------------------------------------------------ one optimizer step
 

@@ -30,6 +30,8 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from trainer.errors import TrainingFailed, one_line
+
 LONGEST_SILENCE_S = 120.0  # between two messages of a rank; a thread waits while another holds Python's lock
 LONGEST_INTERVAL_S = 5.0
 POLL_S = 0.1  # while this rank ends
@@ -72,10 +74,10 @@ class Watchdog:
     Args:
         rank, world_size: of this process. The watch begins before the processes meet in torch.distributed.
         timeout: seconds that a rank may take to start, that training may stand still, or a rank be silent.
-        on_failure: called on rank 0 when another rank failed, before this one ends.
+        on_failure: called on rank 0 with the verdict when another rank failed, before this one ends.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: float, on_failure: Callable[[], Any]) -> None:
+    def __init__(self, rank: int, world_size: int, timeout: float, on_failure: Callable[[TrainingFailed], Any]) -> None:
         self.rank, self.world_size, self.timeout, self.on_failure = rank, world_size, timeout, on_failure
         self.silence = min(timeout, LONGEST_SILENCE_S)
         self.interval = min(timeout / 10, LONGEST_INTERVAL_S)
@@ -105,7 +107,7 @@ class Watchdog:
 
     def failed(self, error: BaseException) -> None:
         """Tells the other ranks that this one ends with an error of its own."""
-        self._tell("failed", " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        self._tell("failed", one_line(error))
         self._thread.join(GRACE_S + 2 * self.interval)
 
     def cut_off(self) -> None:
@@ -236,7 +238,7 @@ class Watchdog:
             _print_failure(verdict)
         if self._peer_failed:
             with suppress(Exception):
-                self.on_failure()
+                self.on_failure(TrainingFailed(verdict))
         self._state = ("done", "")
         self._publish()
         if self.rank == 0:
