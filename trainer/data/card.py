@@ -101,6 +101,15 @@ class Card:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
+    def identity(self) -> str:
+        """SHA-256 in hex of the rows that train and validate, and of what their labels mean.
+
+        Runs record it, so no later version may compute another one of the same set.
+        """
+        rows = [(shard.sha256, shard.row_groups) for split in ("train", "validation") for shard in self.splits[split].files]
+        return hashlib.sha256(json.dumps([self.classes, self.ignore_index, self.columns, rows], sort_keys=True).encode()).hexdigest()
+
+    @property
     def again(self) -> str:
         """What to do about a damaged set."""
         return f"`trainer prepare {self.command or self.name}` makes it again"

@@ -186,3 +186,18 @@ def test_the_fingerprint_follows_the_content_and_nothing_else(folder: Path) -> N
     changed = replace(card.splits["train"].files[0], sha256="0")
     assert card.fingerprint != replace(card, splits=card.splits | {"train": Split(20, (changed,))}).fingerprint
     assert card.fingerprint != replace(card, classes=("yes", "no")).fingerprint
+
+
+def test_the_identity_that_runs_record_is_the_same_in_every_version_and_follows_the_samples(folder: Path) -> None:
+    card = Card.load(folder)
+    assert card.identity == "377630fe497ebde18a1ddb40c7f7c14d41c783c0263da992976fa659b2ce7e20"
+    assert replace(card, notes=(), statistics={"class_pixels": [1, 2]}, command="toy", version="2", archives={}).identity == card.identity
+    train, validation = card.splits["train"], card.splits["validation"]
+    others = [
+        replace(card, classes=("yes", "no")),
+        replace(card, ignore_index=None),
+        replace(card, splits={"train": replace(train, files=train.files[::-1]), "validation": validation}),
+        replace(card, splits={"train": train, "validation": train}),
+        card.of_first(3),
+    ]
+    assert len({card.identity, *(other.identity for other in others)}) == 6
