@@ -279,6 +279,7 @@ class Samples(Dataset[Any]):
             first = max(0, position - NEARBY // 2)
             near = (first + torch.randint(NEARBY, (self.mosaic.NUM_PARTNERS,))).tolist()
             sample = self.mosaic([sample, *(self._read(order.sample(each)[1])[1] for each in near)])
+        sample.pop("content", None)  # it would not move with the image
         augmented: Sample = self.transform(sample)
         return augmented
 
