@@ -134,7 +134,7 @@ class Job:
             if process.exitcode is None:
                 os.kill(process.pid, number)
 
-    def wait(self, seconds: float = 60.0) -> list[int | None]:
+    def wait(self, seconds: float = 200.0) -> list[int | None]:
         """Waits until all have ended or the time is over; returns their exit codes, minus the signal's number of one that was killed."""
         deadline = time.monotonic() + seconds
         for process in self.processes:

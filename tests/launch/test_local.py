@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -38,44 +40,56 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def start(home: Path, what: str, steps: str = "") -> subprocess.Popen[str]:
+@contextmanager
+def start(home: Path, what: str, steps: str = "") -> Iterator[subprocess.Popen[str]]:
+    """`launch/local.sh` in a session of its own, none of which outlives the test."""
     accelerate = home / ".venv" / "bin" / "accelerate"
     accelerate.write_text(LAUNCHER.replace("{what}", what), encoding="utf-8")
     accelerate.chmod(0o755)
     (home / "steps.txt").write_text(steps, encoding="utf-8")
     command = ["launch/local.sh", "r.yaml", "train.seed=1"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, int]:
     """Exit code, output, number of attempts."""
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     return process.returncode, output, len(Path("attempts.txt").read_text().splitlines())
+
+
+def run(home: Path, what: str, steps: str = "") -> tuple[int, str, int]:
+    with start(home, what, steps) as process:
+        return finish(process)
 
 
 def test_it_goes_on_as_long_as_there_are_newer_checkpoints(home: Path) -> None:
     crash_until_finished = """[[ -s steps.txt ]] && kill -KILL $$
 echo '{"status": "finished", "step": 7}' >"$TRAINER_RUNS/r/summary.json" """
-    code, output, attempts = finish(start(home, crash_until_finished, "1\n2\n3\n4\n5\n6\n7\n"))
+    code, output, attempts = run(home, crash_until_finished, "1\n2\n3\n4\n5\n6\n7\n")
     assert (code, attempts) == (0, 7) and "r  interrupted  step 6" in output and "r  finished  step 7" in output
     again = subprocess.run(["launch/local.sh", "r.yaml"], capture_output=True, text=True)
     assert again.returncode == 0 and len(Path("attempts.txt").read_text().splitlines()) == 7
 
 
 def test_it_gives_up_after_three_more_attempts_without_a_newer_checkpoint(home: Path) -> None:
-    code, output, attempts = finish(start(home, "exit 1", "1\n2\n"))
+    code, output, attempts = run(home, "exit 1", "1\n2\n")
     assert (code, attempts) == (1, 5) and "three more attempts brought no newer checkpoint; giving up" in output
 
 
 def test_a_mistake_is_not_tried_again(home: Path) -> None:
     (home / "trainer").mkdir()
     (home / "trainer" / "run.py").write_text("import sys; print('error: of the user', sys.argv[1:]); sys.exit(2)\n", encoding="utf-8")
-    code, output, attempts = finish(start(home, '"${@: -3}" || exit 1'))  # as the launcher does: its own code
+    code, output, attempts = run(home, '"${@: -3}" || exit 1')  # as the launcher does: its own code
     assert (code, attempts) == (2, 1) and "error: of the user ['r.yaml', 'train.seed=1']" in output
 
 
 def test_a_failed_training_is_not_tried_again(home: Path) -> None:
-    code, _, attempts = finish(start(home, """echo '{"status": "failed"}' >"$TRAINER_RUNS/r/summary.json"; exit 1"""))
+    code, _, attempts = run(home, """echo '{"status": "failed"}' >"$TRAINER_RUNS/r/summary.json"; exit 1""")
     assert (code, attempts) == (3, 1)
 
 
@@ -84,12 +98,12 @@ def test_ctrl_c_waits_for_the_checkpoint_and_stops(home: Path, number: signal.Si
     save = """trap 'mkdir "$TRAINER_RUNS/r/checkpoints/step_9"; exit 1' TERM
 echo ready
 while :; do sleep 0.1; done"""
-    process = start(home, save)
-    assert process.stdout is not None
-    while "ready" not in process.stdout.readline():
-        assert process.poll() is None
-    os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches the whole group
-    code, output, attempts = finish(process)
+    with start(home, save) as process:
+        assert process.stdout is not None
+        while "ready" not in process.stdout.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches the whole group
+        code, output, attempts = finish(process)
     assert (code, attempts) == (0, 1) and "the same command goes on from step 9" in output
 
 

@@ -248,10 +248,9 @@ def test_a_stop_is_not_held_up_by_a_server_that_falls_silent(tmp_path: Path, mon
     before = signal.signal(signal.SIGTERM, STOP._handle)
     server = HTTPServer(("127.0.0.1", 0), Silent)
     threading.Thread(target=server.handle_request, daemon=True).start()
-    start = time.monotonic()
+    monkeypatch.setattr(archives, "TIMEOUT_S", 3600)
     with pytest.raises(Stopped), STOP.at_once():
         locate([Archive("set.tgz", (f"http://127.0.0.1:{server.server_port}/set.tgz",))], tmp_path, None)
-    assert time.monotonic() - start < archives.TIMEOUT_S / 4
     signal.signal(signal.SIGTERM, before)
     over.set()
     server.server_close()
