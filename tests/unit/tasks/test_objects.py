@@ -99,7 +99,7 @@ def test_objects_are_drawn_with_boxes_masks_and_names() -> None:
     assert drawn.shape == (3, 60 * factor, 100 * factor) and drawn.dtype == torch.uint8
     left, right = (drawn[:, 25 * factor, column * factor] for column in (15, 70))
     assert left.any() and right.any() and not torch.equal(left, right)
-    assert not drawn[:, 45 * factor, 40 * factor].any()
+    assert not drawn[:, 57 * factor, 40 * factor].any()
     alone = draw_objects(image, Detections(*(part[[1, 0]] for part in found)), CLASSES, with_scores=True)
     assert torch.equal(alone, drawn)  # colours go from left to right
     nothing = draw_objects(image, Detections(boxes[:0], torch.zeros(0), torch.zeros(0, dtype=torch.int64)), CLASSES, with_scores=True)
