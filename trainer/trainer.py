@@ -397,7 +397,7 @@ class Trainer:
         value = metrics.get(self.best.metric)
         improved = bool(self.control.from_main([self.best.is_improved_by(value)])[0])
         self.best.add(value, self.step, improved)
-        self.report.validation(self._line("validation") | metrics, self.task.metric_names, improved)
+        self.report.validation(self._line("validation") | metrics, self.task.metric_names, improved, self.task.advice(metrics))
         if self.is_main:
             self._draw_pictures(forward)
         set_train_mode(self.task.model)
