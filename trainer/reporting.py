@@ -35,6 +35,8 @@ class Reporter:
         self.say = self.display.say
         self.mirrors: Mirrors | None = None  # once the run has begun
         self._curves_drawn = 0.0
+        self._advice: str | None = None  # of the last evaluation
+        self._advice_given = False
 
     @property
     def is_open(self) -> bool:
@@ -55,17 +57,28 @@ class Reporter:
         if self.enabled:
             self.display.train(line)
 
-    def validation(self, line: Line, names: Sequence[str], improved: bool) -> None:
-        """A validation line; `names` are the metrics for the terminal. A confusion matrix and curves in it are drawn, for `pictures` to show."""
+    def validation(self, line: Line, names: Sequence[str], improved: bool, advice: str | None = None) -> None:
+        """A validation line; `names` are the metrics for the terminal. A confusion matrix and curves in it are drawn, for `pictures` to show.
+
+        `advice` is printed once, when two evaluations in a row have some, or the last one of a finished run.
+        """
         self._log(line)
         figures = "  ".join(f"{name} {line[name]:.4f}" for name in names if name in line)
         self.say(f"step {line['step']:6d}  validation: {figures}{'  (best so far)' if improved else ''}")
+        if self._advice:
+            self._advise(advice)
+        self._advice = advice
         if self.enabled and time.monotonic() - self._curves_drawn > CURVES_EVERY_S:
             self._draw_curves()
         if self.enabled and self.recipe.evaluate.pictures:
             for name, draw in (("confusion", draw_confusion), ("precision_recall", draw_precision_recall)):
                 if line.get(name):
                     draw(line[name], self.folder.pictures / f"{name}_step_{line['step']:08d}.png")
+
+    def _advise(self, advice: str | None) -> None:
+        if advice and not self._advice_given:
+            self.say(advice)
+            self._advice_given = True
 
     def _log(self, line: Line) -> None:
         if self.enabled and self.mirrors:
@@ -92,6 +105,8 @@ class Reporter:
             self.mirrors.finish(summary)
             best = summary["best"].get(self.recipe.evaluate.best)
             figure = f", best {self.recipe.evaluate.best} {best['value']:.4f} at step {best['step']}" if best and status == "finished" else ""
+            if status == "finished":
+                self._advise(self._advice)
             if text:
                 self.say(text + figure)
 

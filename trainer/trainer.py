@@ -397,7 +397,7 @@ class Trainer:
         value = metrics.get(self.best.metric)
         improved = bool(self.control.from_main([self.best.is_improved_by(value)])[0])
         self.best.add(value, self.step, improved)
-        self.report.validation(self._line("validation") | metrics, self.task.metric_names, improved)
+        self.report.validation(self._line("validation") | metrics, self.task.metric_names, improved, self.task.advice(metrics))
         if self.is_main:
             self._draw_pictures(forward)
         set_train_mode(self.task.model)
@@ -406,11 +406,10 @@ class Trainer:
     @torch.no_grad()
     def _draw_pictures(self, forward: Callable[..., Any]) -> None:
         """Draws a few samples from all over the validation set, always the same ones; the model is in eval mode still."""
-        size = len(self.data.validation)
-        count = min(self.recipe.evaluate.pictures, size)
-        if count:
+        shown = self.data.validation.spread(self.recipe.evaluate.pictures)
+        if shown:
             # One by one, since they may differ in size.
-            batches = (self._to_device(self.data.validation.__getitems__([i * size // count])) for i in range(count))
+            batches = (self._to_device(self.data.validation.__getitems__([sample_id])) for sample_id in shown)
             self.report.pictures([self.task.pictures(forward, batch)[0] for batch in batches], self.step, self.task.panels, self.task.legend)
 
     # ------------------------------------------------------------ saving and restoring

@@ -15,8 +15,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tests.processes import Job, lines, run_processes, train, weights, write_recipe
-from tests.scenes import CLASSES, RECIPES, VALIDATION
+from tests.scenes import CLASSES, RECIPES, TRAIN, VALIDATION, box, scene
+from trainer.detection.boxes import Detections
 from trainer.metrics import coco
+from trainer.tasks import detection
+from trainer.tasks.detection import Detection
 from trainer.tasks.objects import ObjectTask
 
 TASKS = pytest.mark.parametrize("task", RECIPES)
@@ -71,6 +74,65 @@ def test_average_precision_is_pycocotools_on_exported_predictions(tmp_path: Path
         assert [line[f"{prefix}{name}"] for name in ("map", "map_50", "map_75")] == pytest.approx(evaluation.stats[:3].tolist(), abs=1e-6)
     if task == "watershed":  # the quickest to learn
         assert line["mask_map_50"] > 0.1
+
+
+def evaluate_jittered_truth(file: Path, overrides: tuple[str, ...], folder: Path) -> None:
+    """Lets each process find the true boxes, moved at random, also beyond the image, and write them down: sample id, class, score, box."""
+    find, numbers = Detection.find, count()
+
+    def finding(task: Detection, outputs: Any, batch: dict[str, Any]) -> Any:
+        found = []
+        for index, number in enumerate(batch["sample_id"].tolist()):
+            mine, random = batch["image_index"] == index, torch.Generator().manual_seed(number)
+            boxes, labels = (batch[name][mine].repeat_interleave(3, dim=0) for name in ("boxes", "labels"))
+            scores = torch.rand(len(labels), generator=random).sort(descending=True).values
+            found.append(Detections(boxes + 2 * torch.randn(boxes.shape, generator=random) + torch.tensor([-3.0, -1, 0, 1]), scores, labels))
+            rows = zip(found[-1].labels.tolist(), scores.tolist(), found[-1].boxes.tolist(), strict=True)
+            (folder / f"{os.environ.get('RANK', 0)}_{next(numbers)}.json").write_text(json.dumps([[number, *row] for row in rows]))
+        detection.postprocess = lambda *_: found  # type: ignore[assignment]
+        return find(task, outputs, batch)
+
+    Detection.find = finding  # type: ignore[method-assign]
+    train(file, overrides)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_average_precision_of_letterboxed_images_is_that_in_the_original_images(tmp_path: Path, world_size: int) -> None:
+    """The truth comes from the scenes as they were drawn; what is found is mapped back and clipped at the original image."""
+    side, kept = (96, 288), tmp_path / "kept"
+    kept.mkdir()
+    overrides = ("train.duration=1 steps", "evaluate.pictures=0", f"data.resize={list(side)}")
+    run_processes(world_size, evaluate_jittered_truth, recipe(tmp_path, "detection"), overrides, kept)
+    (line,) = lines(tmp_path / "runs" / "run", "validation")
+    truth: dict[str, Any] = {"info": {}, "images": [], "annotations": [], "categories": [{"id": label, "name": name} for label, name in enumerate(CLASSES)]}
+    for number in range(VALIDATION):
+        image, masks, labels, crowds = scene(TRAIN + number)
+        truth["images"].append({"id": number, "height": image.shape[0], "width": image.shape[1]})
+        for mask, label, crowd in zip(masks, labels, crowds, strict=True):
+            left, top, right, bottom = box(mask)
+            entry = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top), "iscrowd": int(crowd)}
+            truth["annotations"].append(entry | {"id": len(truth["annotations"]) + 1, "image_id": number, "category_id": label})
+    results, num_outside = [], 0
+    for number, label, score, corners in (row for file in kept.glob("*.json") for row in json.loads(file.read_text())):
+        size = scene(TRAIN + number)[0].shape[:2]
+        assert size[0] != size[1]
+        original = []
+        for axis in (0, 1):  # y, x
+            inner = round(min(full / part for full, part in zip(side, size, strict=True)) * size[axis])
+            ends = [(end - (side[axis] - inner) // 2) * size[axis] / inner for end in corners[1 - axis :: 2]]
+            original.append([min(max(end, 0), size[axis]) for end in ends])
+            num_outside += original[-1] != ends
+        (top, bottom), (left, right) = original
+        results.append({"image_id": number, "category_id": label, "score": score, "bbox": [left, top, right - left, bottom - top]})
+    annotations = COCO()
+    annotations.dataset = truth
+    annotations.createIndex()
+    evaluation = COCOeval(annotations, annotations.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert num_outside > 10 and 0.1 < evaluation.stats[0] < evaluation.stats[1] < 1
+    assert [line[name] for name in ("map", "map_50", "map_75")] == pytest.approx(evaluation.stats[:3].tolist(), abs=1e-6)
 
 
 @TASKS

@@ -18,7 +18,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from trainer.components import augmentation
-from trainer.data.objects import Letterbox
 
 
 def _in_order(interval: list[float]) -> list[float]:
@@ -92,7 +91,7 @@ class Mosaic:
     """Four samples around a point, at a random scale (Bochkovskiy et al., "YOLOv4", 2020).
 
     Args:
-        size: height and width of the result; each sample is letterboxed to it first.
+        size: height and width of the result, and of the tile that each sample fills.
         p: how probable it is that a sample becomes part of a mosaic.
         scale: smallest and largest factor by which the samples are enlarged.
     """
@@ -101,19 +100,18 @@ class Mosaic:
 
     def __init__(self, size: Sequence[int], p: float, scale: Sequence[float]) -> None:
         self.size, self.p, self.scale = size, p, scale
-        self.letterbox = Letterbox(size)
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """One sample from four; boxes may reach beyond it, and those of objects outside have no area."""
-        tiles = [self.letterbox(sample) for sample in samples]
         height, width = self.size
         corners = [(0, 0), (0, width), (height, 0), (height, width)]
         # Of the four tiles side by side, a random part, which is larger the smaller the objects are to be.
         scale = torch.empty(()).uniform_(*self.scale).item()
         inner = [round(side / scale) for side in self.size]
         top, left = (int(torch.randint(2 * side - part + 1, ())) for side, part in zip(self.size, inner, strict=True))
+        tiles = [self._tile(sample) for sample in samples]
         mosaic: dict[str, Any] = {}
-        for name in samples[0]:
+        for name in tiles[0]:
             parts = [tile[name] for tile in tiles]
             if name in ("boxes", "masks"):
                 parts = [v2.functional.pad(part, [column, row, width - column, height - row]) for part, (row, column) in zip(parts, corners, strict=True)]
@@ -124,6 +122,20 @@ class Mosaic:
             else:
                 mosaic[name] = torch.cat(parts)
         return mosaic
+
+    def _tile(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """The largest part of an image, without padding, that has the aspect of the mosaic, at a random place; resized to a tile."""
+        height, width = v2.functional.get_size(sample["image"])
+        left, top, right, bottom = sample["content"].int().tolist() if "content" in sample else (0, 0, width, height)
+        scale = max(self.size[0] / (bottom - top), self.size[1] / (right - left))
+        part = [max(1, round(side / scale)) for side in self.size]
+        spare = (bottom - top - part[0], right - left - part[1])
+        top, left = (start + int(torch.randint(rest + 1, ())) if rest else start for start, rest in zip((top, left), spare, strict=True))
+        return {
+            name: v2.functional.resized_crop(value, top, left, *part, list(self.size)) if isinstance(value, tv_tensors.TVTensor) else value
+            for name, value in sample.items()
+            if name != "content"
+        }
 
 
 @augmentation()
@@ -137,7 +149,8 @@ def mosaic(
 ) -> Mosaic:
     """Puts a sample and three others around a point, with probability `p`; it must be the first augmentation.
 
-    The result has the height and width `size`, by default those of `data.resize`; the samples are enlarged by a factor in `scale`.
+    The result has the height and width `size`, by default those of `data.resize`. Each sample fills a tile of that size, cut to its aspect;
+    the four tiles are enlarged by a factor in `scale`.
 
     Raises:
         ValueError: there is no size.

@@ -59,7 +59,10 @@ class Objects:
         return len(self.column)
 
     def read(self, sample_id: int) -> dict[str, Tensor]:
-        """The objects of one sample: `boxes` float32 (M, 4), `labels` int64 (M,), `crowd` bool (M,), and `masks` uint8 (M, H, W) of instances."""
+        """The objects of one sample: `boxes` float32 (M, 4), `labels` int64 (M,), `crowd` bool (M,), and `masks` uint8 (M, H, W) of instances.
+
+        `content`, float32 (4,): left, top, right and bottom of the image without the padding of a letterbox.
+        """
         size: list[int] = self.sizes[sample_id].tolist()
         found = self.column[sample_id].as_py()
         boxes = torch.tensor([each["box"] for each in found], dtype=torch.float32).reshape(-1, 4)
@@ -68,6 +71,9 @@ class Objects:
             sample["masks"] = tv_tensors.Mask(decode_masks([each["mask"] for each in found], size))
         if self.resize:
             sample = self.resize(sample)
+        canvas = sample["boxes"].canvas_size  # type: ignore[attr-defined]
+        content = self.resize.content(*size) if isinstance(self.resize, Letterbox) else (0, 0, canvas[1], canvas[0])
+        sample["content"] = torch.tensor(content, dtype=torch.float32)
         sample["labels"] = torch.tensor([each["label"] for each in found], dtype=torch.int64)
         sample["crowd"] = torch.tensor([each["crowd"] for each in found], dtype=torch.bool)
         return sample
@@ -94,14 +100,21 @@ class Letterbox(v2.Transform):
         super().__init__()
         self.size = tuple(size)
 
+    def content(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Where an image of this size goes: left, top, right and bottom, in pixels of the result.
+
+        Its point (x, y) goes to (left + x · (right - left) / width, top + y · (bottom - top) / height).
+        """
+        scale = min(self.size[0] / height, self.size[1] / width)
+        inner_height, inner_width = (max(1, round(scale * side)) for side in (height, width))
+        top, left = (self.size[0] - inner_height) // 2, (self.size[1] - inner_width) // 2
+        return left, top, left + inner_width, top + inner_height
+
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Each part of a sample by its own size, which is that of the image."""
-        height, width = v2.functional.get_size(inpt)
-        scale = min(self.size[0] / height, self.size[1] / width)
-        inner = [max(1, round(scale * side)) for side in (height, width)]
-        resized = v2.functional.resize(inpt, inner, antialias=True)
-        bottom, right = (full - part for full, part in zip(self.size, inner, strict=True))
-        padding = [right // 2, bottom // 2, right - right // 2, bottom - bottom // 2]
+        left, top, right, bottom = self.content(*v2.functional.get_size(inpt))
+        resized = v2.functional.resize(inpt, [bottom - top, right - left], antialias=True)
+        padding = [left, top, self.size[1] - right, self.size[0] - bottom]
         return v2.functional.pad(resized, padding, fill=self.GREY if isinstance(inpt, tv_tensors.Image) else 0)
 
 
@@ -109,7 +122,8 @@ def join(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch of samples with objects.
 
     Images and masks are padded with zeros, at the right and at the bottom, to the largest of the batch; `height` and `width`, int64 (B,),
-    are those of each. The objects stand one after the other; `image_index`, int64 (M,), says which image each is in.
+    are those of each. The objects stand one after the other; `image_index`, int64 (M,), says which image each is in. `content`, float32
+    (B, 4), says what of each image isn't the padding of a letterbox; augmented samples have none.
     """
     sizes = torch.tensor([sample["image"].shape[-2:] for sample in samples])
     height, width = sizes.amax(0).tolist()
@@ -120,6 +134,8 @@ def join(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         "image_index": index,
         "image": torch.stack([_padded(sample["image"], height, width) for sample in samples]),
     }
+    if "content" in samples[0]:
+        batch["content"] = torch.stack([sample["content"] for sample in samples])
     for name in OF_OBJECTS:
         if name in samples[0]:
             parts = [_padded(sample[name], height, width) if name == "masks" else sample[name].as_subclass(Tensor) for sample in samples]

@@ -98,7 +98,7 @@ class RowGroups:
         return np.array(self.column(name).to_pylist(), dtype=np.int64)
 
     def column(self, name: str) -> Any:
-        """A column, read whole: an Arrow array.
+        """A column, read whole, or `column.field`, a struct of that field alone: an Arrow array.
 
         Raises:
             UserError: a file can't be read.
@@ -110,7 +110,7 @@ class RowGroups:
         for file, counts in self.files.items():
             try:
                 # Not read_table(), which imports pandas: seconds before the first step.
-                values = ParquetFile(file).read([name], use_pandas_metadata=False)[name]
+                values = ParquetFile(file).read([name], use_pandas_metadata=False).column(0)
                 if len(values) < sum(counts):
                     raise ValueError(f"it has {len(values)} rows instead of {sum(counts)}")
             except Exception as error:  # Arrow's errors on damaged files have no narrower base in common
@@ -180,6 +180,14 @@ class Samples(Dataset[Any]):
     def uniform(self) -> bool:
         """Whether all samples have one size before augmentation."""
         return bool((self.sizes == self.sizes[0]).all())
+
+    def spread(self, count: int) -> list[int]:
+        """Ids of so many samples, or of all, evenly from the set as its file names order it; for neighbours, e.g. frames of a video, are alike."""
+        count = min(count, len(self))
+        image = next(name for name, role in self.columns.items() if role == "image")
+        names = [each["path"] or "" for each in self.rows.column(f"{image}.path").to_pylist()]
+        ordered = sorted(range(len(self)), key=names.__getitem__)
+        return [ordered[(2 * number + 1) * len(self) // (2 * count)] for number in range(count)]
 
     def _open_cache(self, folder: Path) -> PixelCache | None:
         channels = {name: _READ[role][2] for name, role in self.columns.items() if role in _READ}
@@ -279,6 +287,7 @@ class Samples(Dataset[Any]):
             first = max(0, position - NEARBY // 2)
             near = (first + torch.randint(NEARBY, (self.mosaic.NUM_PARTNERS,))).tolist()
             sample = self.mosaic([sample, *(self._read(order.sample(each)[1])[1] for each in near)])
+        sample.pop("content", None)  # it would not move with the image
         augmented: Sample = self.transform(sample)
         return augmented
 

@@ -61,6 +61,23 @@ class Detections(NamedTuple):
     masks: Tensor | None = None
 
 
+def clip(found: Detections, content: Tensor) -> Detections:
+    """Cuts boxes and masks off where the image ends.
+
+    Args:
+        found: in one image.
+        content: float (4,), left, top, right and bottom of the image, which padding may surround.
+    """
+    low, high = content.view(2, 2).repeat(1, 2)
+    masks = found.masks
+    if masks is not None:
+        left, top, right, bottom = content.int().tolist()
+        inside = torch.zeros_like(masks)
+        inside[:, top:bottom, left:right] = masks[:, top:bottom, left:right]
+        masks = inside
+    return found._replace(boxes=found.boxes.clamp(low, high), masks=masks)
+
+
 def decode(logits: Tensor, cells: Tensor, anchors: Tensor, stride: int) -> Tensor:
     """The boxes that logits stand for, as (centre x, centre y, width, height) in pixels.
 

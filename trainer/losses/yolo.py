@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import pi
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,10 +67,10 @@ def assign(level: Level, targets: Targets, max_ratio: float) -> Matches:
     return Matches(targets.image_index[target], anchor, row, column, target)
 
 
-def complete_iou(predicted: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and complete IoU of pairs of boxes (Zheng et al., "Distance-IoU Loss", 2020, equations 8 to 11).
+def complete_iou(predicted: Tensor, true: Tensor) -> Tensor:
+    """The complete IoU of pairs of boxes (Zheng et al., "Distance-IoU Loss", 2020, equations 8 to 11).
 
-    The complete IoU is smaller by the squared distance of the centres over the squared diagonal of the smallest box
+    It is smaller than the IoU by the squared distance of the centres over the squared diagonal of the smallest box
     around both, and by α · v for different aspects, with α a constant in the backward pass.
 
     Args:
@@ -78,7 +78,7 @@ def complete_iou(predicted: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
         true: (P, 4), likewise, with sides above 0.
 
     Returns:
-        Two tensors (P,): in [0, 1], and in (-1.5, 1].
+        (P,), in (-1.5, 1].
     """
     centres, sizes = predicted[:, :2], predicted[:, 2:].clamp(min=EPS)
     true_centres, true_sizes = true[:, :2], true[:, 2:]
@@ -91,7 +91,25 @@ def complete_iou(predicted: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
     aspect = 4 / pi**2 * (_angle(true_sizes) - _angle(sizes)).square()
     with torch.no_grad():
         alpha = aspect / (1 - iou + aspect).clamp(min=EPS)
-    return iou, iou - distance - alpha * aspect
+    return iou - distance - alpha * aspect
+
+
+def _largest(values: Tensor, place: Tensor, num_places: int) -> Tensor:
+    """The largest of the values (P,) at each place, 0 where there is none; `scatter_reduce` isn't deterministic on CUDA.
+
+    Args:
+        values: at least 0.
+        place: int64 (P,).
+        num_places: so many results.
+    """
+    order = values.argsort(stable=True)
+    order = order[place[order].argsort(stable=True)]  # by place, then by value
+    values, place = values[order], place[order]
+    largest = torch.ones_like(place, dtype=torch.bool)
+    largest[:-1] = place[1:] != place[:-1]
+    # The others go to a place of their own: to leave them out, the host would wait for the device.
+    place = torch.where(largest, place, num_places)
+    return values.new_zeros(num_places + 1).scatter(0, place, torch.where(largest, values, 0.0))[:num_places]
 
 
 def _area(sizes: Tensor) -> Tensor:
@@ -108,17 +126,23 @@ class YoloLoss(Loss):
     """The weighted sum of three terms, each of which is a mean over the predictions of a scale, summed over the scales.
 
     - `box_loss`: 1 - complete IoU, of the predictions that answer for a box (see `assign`).
-    - `objectness_loss`: binary cross entropy, of all predictions. The target is the IoU with the box that a prediction
-      answers for (Redmon et al., "You Only Look Once", 2016, section 2), the largest where it does for several, and 0
-      where it does for none.
+    - `objectness_loss`: binary cross entropy, of all predictions. The target is the complete IoU with the box that a
+      prediction answers for, the largest where it does for several, and 0 where it is negative or there is no box. It is
+      a constant in the backward pass.
     - `class_loss`: binary cross entropy, of the predictions that answer for a box, a mean over the classes too. The
       target is 1 - ε / 2 for the true class and ε / 2 for the others. With a single class there is no such term.
 
     Takes `Level`s and `Targets`. Without a box only the objectness counts.
 
+    Targets, default gains and their scaling are those that YOLO v5's weights were published with. The defaults are meant for
+    80 classes, 640 x 640 pixels and three scales; for other ones, `scale_gains` multiplies the gain of the classes by
+    C / 80, that of the objectness by the pixels of the network's input over 640², and all by 3 / number of scales. The terms
+    are reported without gains.
+
     Args:
         num_classes: C.
         box_gain, obj_gain, cls_gain: weights of the terms in the loss.
+        scale_gains: whether they are scaled.
         obj_pw, cls_pw: how much more the positive part of a cross entropy weighs.
         label_smoothing: ε.
         max_ratio: by which a side of a box and of an anchor that answers for it may differ.
@@ -137,6 +161,7 @@ class YoloLoss(Loss):
         box_gain: Factor = 0.05,
         obj_gain: Factor = 1.0,
         cls_gain: Factor = 0.5,
+        scale_gains: bool = True,
         obj_pw: Annotated[float, Field(gt=0)] = 1.0,
         cls_pw: Annotated[float, Field(gt=0)] = 1.0,
         label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
@@ -146,6 +171,7 @@ class YoloLoss(Loss):
         super().__init__()
         self.num_classes = num_classes
         self.gains = {"box_loss": box_gain, "objectness_loss": obj_gain, "class_loss": cls_gain}
+        self.scale_gains = scale_gains
         self.label_smoothing = label_smoothing
         self.max_ratio = max_ratio
         # Buffers, so that they are on the device that they are needed on.
@@ -156,7 +182,7 @@ class YoloLoss(Loss):
         """Local sums of each scale, float64 (3,).
 
         `box`, `objectness` and `classes`, which become the terms; how many predictions answer for a box, `positives`, and
-        how many there are, `cells`.
+        how many there are, `cells`; how many `images`, and their `pixels`.
         """
         scales = [self._scale_sums(level, targets) for level in outputs]
         return {name: torch.stack([sums[name] for sums in scales]) for name in scales[0]}
@@ -167,12 +193,12 @@ class YoloLoss(Loss):
         found = level.logits[matches.image, matches.anchor, matches.row, matches.column].double()  # (P, 5 + C)
         cells = torch.stack([matches.column, matches.row], dim=1)
         predicted = decode(found, cells, level.anchors.double()[matches.anchor], level.stride)
-        iou, ciou = complete_iou(predicted, box_convert(targets.boxes.double(), "xyxy", "cxcywh")[matches.target])
+        ciou = complete_iou(predicted, box_convert(targets.boxes.double(), "xyxy", "cxcywh")[matches.target])
 
         objectness = level.logits[..., 4].double()
-        _, anchors, height, width = objectness.shape
+        images, anchors, height, width = objectness.shape
         place = ((matches.image * anchors + matches.anchor) * height + matches.row) * width + matches.column
-        expected = torch.zeros_like(objectness).flatten().scatter_reduce(0, place, iou.detach(), "amax").view_as(objectness)
+        expected = _largest(ciou.detach().clamp(min=0), place, objectness.numel()).view_as(objectness)
         labels = F.one_hot(targets.labels[matches.target], self.num_classes).double()
         smoothed = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
         return {
@@ -181,6 +207,8 @@ class YoloLoss(Loss):
             "classes": F.binary_cross_entropy_with_logits(found[:, 5:], smoothed, pos_weight=self.cls_pw, reduction="sum"),
             "positives": torch.full_like(self.obj_pw, len(matches.target)),
             "cells": torch.full_like(self.obj_pw, objectness.numel()),
+            "images": torch.full_like(self.obj_pw, images),
+            "pixels": torch.full_like(self.obj_pw, images * height * width * level.stride**2),
         }
 
     def combine(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -192,4 +220,13 @@ class YoloLoss(Loss):
         }
         if self.num_classes > 1:
             terms["class_loss"] = (sums["classes"] / positives).sum() / self.num_classes
-        return {"loss": torch.stack([self.gains[name] * term for name, term in terms.items()]).sum(), **terms}
+        scales = self._gain_scales(sums)
+        return {"loss": torch.stack([self.gains[name] * scales[name] * term for name, term in terms.items()]).sum(), **terms}
+
+    def _gain_scales(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+        """What the gain of each term is multiplied by."""
+        if not self.scale_gains:
+            return dict.fromkeys(self.gains, 1.0)
+        levels = 3 / len(sums["images"])
+        pixels = sums["pixels"].sum() / sums["images"].sum().clamp(min=1)
+        return {"box_loss": levels, "objectness_loss": levels * pixels / 640**2, "class_loss": levels * self.num_classes / 80}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.models.detection import (
     MaskRCNN,
@@ -43,7 +44,7 @@ def mask_rcnn(
     """Builds a plain torchvision `MaskRCNN`, whose class 0 is the background; the classes of the set follow it.
 
     It takes a list of images float (3, H, W) in [0, 1], which it normalises and resizes, and in training a list of torchvision's targets.
-    In training it returns torchvision's losses, otherwise what it found in each image.
+    In training it returns torchvision's losses, otherwise what it found in each image. Boxes are float32 at least, under autocast too.
     The keys of the state dict are torchvision's; a file made from the published weights fits once `roi_heads.box_predictor` and
     `roi_heads.mask_predictor` start new (`reset_layers`), with `frozen_norm: true` if it is for `resnet50`.
 
@@ -67,16 +68,16 @@ def mask_rcnn(
     if backbone == "resnet18":
         if weights == "coco":
             raise ValueError("there are no weights coco for backbone resnet18; set model.weights=none, or model.backbone=resnet50")
-        return _small(num_classes + 1, min_size, max_size)
+        return _with_full_precision(_small(num_classes + 1, min_size, max_size))
     if weights == "none":
-        return _large(backbone, num_classes + 1, min_size, max_size, frozen_norm)
+        return _with_full_precision(_large(backbone, num_classes + 1, min_size, max_size, frozen_norm))
     net = _large(backbone, COCO_CLASSES, min_size, max_size, frozen_norm=backbone == "resnet50")
     load_published(net, (MaskRCNN_ResNet50_FPN_Weights if backbone == "resnet50" else MaskRCNN_ResNet50_FPN_V2_Weights).COCO_V1)
     net.roi_heads.box_predictor = FastRCNNPredictor(1024, num_classes + 1)
     net.roi_heads.mask_predictor = MaskRCNNPredictor(256, 256, num_classes + 1)
     for name in ("conv1", "bn1", "layer1"):
         net.backbone.body[name].requires_grad_(False)
-    return net
+    return _with_full_precision(net)
 
 
 def _large(backbone: str, num_outputs: int, min_size: int, max_size: int, frozen_norm: bool) -> MaskRCNN:
@@ -113,3 +114,35 @@ def _small(num_outputs: int, min_size: int, max_size: int) -> MaskRCNN:
         mask_head=MaskRCNNHeads(64, (64, 64, 64, 64), dilation=1),
         mask_predictor=MaskRCNNPredictor(64, 64, num_outputs),
     )
+
+
+def _with_full_precision(net: MaskRCNN) -> MaskRCNN:
+    """Keeps boxes and masks out of autocast: between 256 and 512 pixels, neighbouring bfloat16 values are 2 pixels apart.
+
+    torchvision takes their dtype from what the heads return and, for anchors, from the feature maps.
+    """
+    for head in (net.rpn.head, net.roi_heads.box_predictor, net.roi_heads.mask_predictor):
+        head.register_forward_hook(_widen_outputs)
+    net.rpn.anchor_generator.register_forward_pre_hook(_without_values)
+    return net
+
+
+def _widen_outputs(head: nn.Module, inputs: Any, outputs: Any) -> Any:
+    return _widened(outputs)
+
+
+def _widened(values: Any) -> Any:
+    """Tensors, or tuples and lists of them, as float32 at least."""
+    if isinstance(values, Tensor):
+        return values.to(_wide(values))
+    return type(values)(map(_widened, values))
+
+
+def _without_values(anchor_generator: nn.Module, inputs: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
+    """Feature maps of which anchors see the shape, the device and a dtype, float32 at least."""
+    images, features = inputs
+    return images, [feature.new_empty((), dtype=_wide(feature)).expand_as(feature) for feature in features]
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)

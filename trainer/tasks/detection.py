@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field, PositiveInt
 from torch import nn
 
@@ -51,9 +50,4 @@ class Detection(ObjectTask):
 
     def find(self, outputs: Any, batch: Batch) -> list[Detections]:
         """Boxes within each image, after non-maximum suppression."""
-        found = []
-        for index, each in enumerate(postprocess(outputs, self.conf_threshold, self.iou_threshold, self.max_detections)):
-            width, height = int(batch["width"][index]), int(batch["height"][index])
-            limits = torch.tensor([width, height, width, height], device=each.boxes.device)
-            found.append(each._replace(boxes=each.boxes.clamp(min=torch.zeros_like(limits), max=limits)))
-        return found
+        return self.clipped(postprocess(outputs, self.conf_threshold, self.iou_threshold, self.max_detections), batch)

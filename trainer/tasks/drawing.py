@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
+from functools import cache
 
+import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from trainer.detection.boxes import Detections
@@ -13,12 +16,50 @@ from trainer.tasks.task import Color
 
 LEGIBLE = 384  # pixels: smaller images are enlarged, so that names fit in
 MASK_OPACITY = 0.5
+MIN_TEXT, TEXT_SHARE = 12, 48  # pixels of a name's letters, and how many of them the longer side of an image has
+MARGIN = 2  # pixels around a name
+# Of colours.
+BACKGROUND, BLACK, WHITE = (52, 56, 70), (0, 0, 0), (255, 255, 255)
+LEVELS = 16  # of red, green and blue that are chosen from
+MIN_CHROMA = 0.08  # in OKLab: greys are what is ignored
+DARK = 0.18  # luminance up to which white stands out more than black
 
 
 def class_colors(num_classes: int) -> list[Color]:
-    """The RGB colours (0 to 255) of the classes, always the same ones: dark blue first, then hues by the golden angle."""
-    colors = [(0.62, 0.75, 0.45)] + [((0.10 + 0.618034 * i) % 1, (0.85, 0.6)[i // 5 % 2], (1.0, 0.75)[i // 3 % 2]) for i in range(num_classes - 1)]
-    return [(round(r * 255), round(g * 255), round(b * 255)) for r, g, b in (colorsys.hsv_to_rgb(*hsv) for hsv in colors[:num_classes])]
+    """The RGB colours (0 to 255) of the classes, always the same ones: a dark grey first, then each as far from those before as can be."""
+    return list(_palette(num_classes))
+
+
+@cache
+def _palette(num_colors: int) -> tuple[Color, ...]:
+    """Farthest-point selection in OKLab (Ottosson, "A perceptual color space for image processing", 2020)."""
+    steps = torch.linspace(0, 255, LEVELS, dtype=torch.float64)
+    candidates = torch.cartesian_prod(steps, steps, steps)
+    places = _oklab(candidates)
+    colorful = places[:, 1:].norm(dim=1) > MIN_CHROMA
+    candidates, places = candidates[colorful], places[colorful]
+    taken = _oklab(torch.tensor([BACKGROUND, BLACK, WHITE], dtype=torch.float64))
+    distances = torch.cdist(places, taken).amin(dim=1)
+    colors: list[Color] = [BACKGROUND]
+    while len(colors) < num_colors:
+        farthest = int(distances.argmax())
+        red, green, blue = candidates[farthest].round().int().tolist()
+        colors.append((red, green, blue))
+        distances = torch.minimum(distances, (places - places[farthest]).norm(dim=1))
+    return tuple(colors[:num_colors])
+
+
+def _linear(rgb: Tensor) -> Tensor:
+    """Intensities of sRGB colours float64 (…, 3), 0 to 255."""
+    share = rgb / 255
+    return torch.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+
+
+def _oklab(rgb: Tensor) -> Tensor:
+    """Lightness, green to red, and blue to yellow, of sRGB colours float64 (N, 3)."""
+    cones = [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005]]
+    opponents = [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]]
+    return (_linear(rgb) @ rgb.new_tensor(cones).T) ** (1 / 3) @ rgb.new_tensor(opponents).T
 
 
 def draw_objects(image: Tensor, found: Detections, classes: Sequence[str], with_scores: bool) -> Tensor:
@@ -37,4 +78,19 @@ def draw_objects(image: Tensor, found: Detections, classes: Sequence[str], with_
         canvas = draw_segmentation_masks(canvas, masks, MASK_OPACITY, class_colors(len(masks) + 1)[1:])
     labels, palette = found.labels.tolist(), class_colors(len(classes) + 1)[1:]
     names = [classes[label] + (f" {score:.2f}" if with_scores else "") for label, score in zip(labels, found.scores.tolist(), strict=True)]
-    return draw_bounding_boxes(canvas, factor * found.boxes, names, [palette[label] for label in labels], width=2)
+    colors = [palette[label] for label in labels]
+    boxes = factor * found.boxes
+    drawing = to_pil_image(draw_bounding_boxes(canvas, boxes, colors=colors, width=2))
+    for name, color, (left, top, *_) in zip(names, colors, boxes.int().tolist(), strict=True):
+        _write(drawing, name, color, left, top)
+    return pil_to_tensor(drawing)
+
+
+def _write(drawing: Image.Image, text: str, background: Color, x: int, y: int) -> None:
+    """Writes on a filled rectangle that stands on (x, y), or as near as the image has room for it."""
+    draw, font = ImageDraw.Draw(drawing), ImageFont.load_default(max(MIN_TEXT, max(drawing.size) // TEXT_SHARE))
+    width, height = (int(side) + 2 * MARGIN for side in draw.textbbox((0, 0), text, font=font)[2:])
+    x, y = max(0, min(x, drawing.width - width)), max(0, y - height)
+    is_dark = _linear(torch.tensor(background, dtype=torch.float64)) @ torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64) < DARK
+    draw.rectangle((x, y, x + width - 1, y + height - 1), background)
+    draw.text((x + MARGIN, y + MARGIN), text, WHITE if is_dark else BLACK, font)

@@ -40,18 +40,22 @@ class MaskRcnnTask(ObjectTask):
         return model(images, targets), len(images)
 
     def predict(self, model: Forward, batch: Batch) -> list[Detections]:
-        """What is found in each image, at its own size; one by one, since torchvision pads the images of a batch to one size, and sees the padding."""
-        found = [each for image in self._images(batch) for each in model([image])]
-        return [Detections(each["boxes"], each["scores"], each["labels"] - 1, each["masks"][:, 0] > FOREGROUND) for each in found]
+        """What is found in each image, at its own size."""
+        return self.find(self._run_one_by_one(model, batch), batch)
 
-    def find(self, outputs: list[Detections], batch: Batch) -> list[Detections]:
-        """`outputs` is that already."""
-        return outputs
+    def find(self, outputs: list[dict[str, Tensor]], batch: Batch) -> list[Detections]:
+        """From torchvision's results."""
+        found = (Detections(each["boxes"], each["scores"], each["labels"] - 1, each["masks"][:, 0] > FOREGROUND) for each in outputs)
+        return self.clipped(found, batch)
 
     def evaluation_sums(self, model: Forward, batch: Batch) -> dict[str, Tensor]:
         """`samples` (int64), and `rows` as `rows/…`."""
-        rows = {ROWS + name: value for name, value in self.rows(self.predict(model, batch), batch).items()}
+        rows = {ROWS + name: value for name, value in self.rows(self._run_one_by_one(model, batch), batch).items()}
         return rows | {"samples": torch.tensor(len(batch["image"]), device=batch["image"].device)}
+
+    def _run_one_by_one(self, model: Forward, batch: Batch) -> list[dict[str, Tensor]]:
+        """Results of torchvision, image by image: it would pad several to one size, and see the padding."""
+        return [each for image in self._images(batch) for each in model([image])]
 
     def _images(self, batch: Batch) -> list[Tensor]:
         """Each image without its padding, float (3, H, W) in [0, 1]."""

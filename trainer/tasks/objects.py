@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.detection.boxes import Detections
+from trainer.detection.boxes import Detections, clip
 from trainer.errors import UserError
 from trainer.losses.loss import Loss
 from trainer.metrics import coco
@@ -53,6 +54,10 @@ class ObjectTask(Task):
     @abstractmethod
     def find(self, outputs: Any, batch: Batch) -> list[Detections]:
         """What was found in each image of a batch, the best first."""
+
+    def clipped(self, found: Iterable[Detections], batch: Batch) -> list[Detections]:
+        """What was found in each image of a batch, without what reaches into the padding of a letterbox."""
+        return [clip(each, content) for each, content in zip(found, batch["content"], strict=True)]
 
     def counts(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Nothing adds up: see `rows`."""

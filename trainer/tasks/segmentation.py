@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -22,6 +22,8 @@ IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 OPACITY = 0.65  # of the class colours over the image
 MEANS = {"iou": "miou", "class_accuracy": "class_accuracy", "ap": "map"}  # what the mean of each metric over the classes is called
+# Shares of the pixels: a model that predicts one class for so many has not learnt the others, where fewer than so many have that class.
+EVERYWHERE, NEARLY_ALL = 0.999, 0.99
 STRIPES = ((70, 70, 70), (200, 200, 200))  # of ignored pixels
 STRIPE_WIDTH = 4  # pixels along a row
 
@@ -106,6 +108,19 @@ class Segmentation(Task):
             values |= {MEANS[name] + ending: float(mean_over_present(each[subset])) for ending, subset in self.subsets.items()}
             values |= {f"{name}/{label}": value for label, value in zip(self.classes, each.tolist(), strict=True)}
         return values | {"confusion": dict(zip(self.classes, matrix.tolist(), strict=True))}
+
+    def advice(self, metrics: Mapping[str, Any]) -> str | None:
+        """Against predicting one class everywhere, where there are others."""
+        counts = torch.tensor(list(metrics["confusion"].values()), dtype=torch.float64)
+        predicted, true = (counts.sum(dim) / counts.sum() for dim in (0, 1))
+        share, index = predicted.max(0)
+        name, true_share = self.classes[index], true[index]
+        if not (share >= EVERYWHERE and true_share < NEARLY_ALL):
+            return None
+        return (
+            f"the model predicts {name} for {share:.1%} of the validation pixels, of which {true_share:.1%} are {name}: lower optimizer.lr, train more "
+            "layers (model.train_only), or begin with loss=cross_entropy, and loss.class_weights=inverse_frequency where classes are rare"
+        )
 
     def pictures(self, model: Forward, batch: Batch) -> Tensor:
         """The image, and the colours of the true and of the predicted classes over it; ignored pixels of the truth are striped."""

@@ -65,6 +65,10 @@ class Task(ABC):
         evenly spaced from 0 to 1.
         """
 
+    def advice(self, metrics: Mapping[str, Any]) -> str | None:
+        """What to do about metrics of a model that learns nothing, in one line; None otherwise, and by default."""
+        return None
+
     @abstractmethod
     def pictures(self, model: Forward, batch: Batch) -> Tensor:
         """Draws samples: uint8 (N, P, 3, H, W), each in P panels such as image, truth and prediction."""

@@ -54,4 +54,4 @@ class Watershed(ObjectTask):
     def find(self, outputs: WatershedOutput, batch: Batch) -> list[Detections]:
         """The instances of each image."""
         maps = zip(outputs.semantic, outputs.distance, strict=True)
-        return [instances(logits.float().softmax(dim=0), distance, self.threshold, self.min_pixels) for logits, distance in maps]
+        return self.clipped((instances(logits.float().softmax(dim=0), distance, self.threshold, self.min_pixels) for logits, distance in maps), batch)

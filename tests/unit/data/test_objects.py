@@ -39,11 +39,11 @@ def augmentation(name: str, **settings: Any) -> Any:
     return catalogue("augmentation")[name].build(settings, ignore_index=None, resize=SIZE, has_objects=True)
 
 
-def check_batch(batch: dict[str, Tensor], tolerance: float) -> int:
+def check_batch(batch: dict[str, Tensor], tolerance: float, border: int = 1) -> int:
     """Asserts that masks lie on pixels of their class's colour and boxes around their masks; returns how many objects there were."""
     for mask, label, each, index in zip(batch["masks"].bool(), batch["labels"], batch["boxes"], batch["image_index"], strict=True):
         color = torch.tensor(COLORS[label], dtype=torch.float32)
-        inner = -torch.nn.functional.max_pool2d(-mask[None].float(), 3, 1, 1)[0] > 0  # borders may be mixtures after a resize
+        inner = -torch.nn.functional.max_pool2d(-mask[None].float(), 2 * border + 1, 1, border)[0] > 0  # borders may be mixtures after a resize
         image = batch["image"][index].float()
         if inner.any():
             assert (image[:, inner] - color[:, None]).abs().mean() < 40
@@ -115,6 +115,17 @@ def test_objects_move_with_their_images_under_every_augmentation(prepared: tuple
         assert (sides >= 1).all() and (batch["boxes"] >= 0).all()
         assert (batch["boxes"][:, 2] <= batch["width"][batch["image_index"]]).all() and (batch["boxes"][:, 3] <= batch["height"][batch["image_index"]]).all()
         assert len(batch["masks"]) == len(batch["boxes"]) == len(batch["labels"]) == len(batch["crowd"])
+
+
+@pytest.mark.parametrize("size", [[64, 96], [96, 40]], ids=["wide", "high"])
+def test_a_mosaic_of_letterboxed_samples_has_no_padding_and_their_objects_move_along(prepared: tuple[Path, Card], size: list[int]) -> None:
+    mosaic = catalogue("augmentation")["mosaic"].build({"scale": [0.5, 1.4]}, ignore_index=None, resize=size, has_objects=True)
+    found = samples(prepared, transforms=[mosaic], resize=size, resize_mode="letterbox")
+    batches = list(islice(Batches(found, Slices(4, 1, 0, 1, 0), 0), 12))
+    for batch in batches:  # scenes have dark pixels and two colours
+        assert not ((batch["image"] > Letterbox.GREY - 20) & (batch["image"] < Letterbox.GREY + 20)).all(dim=1).any()
+    assert all(batch["image"].shape[-2:] == (size[0], size[1]) for batch in batches)
+    assert sum(check_batch(batch, tolerance=3, border=3) for batch in batches) > 50
 
 
 def test_a_mosaic_is_the_same_wherever_training_begins_and_whoever_loads_it(prepared: tuple[Path, Card]) -> None:

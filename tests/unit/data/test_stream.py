@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torchvision.transforms import v2
 
 from trainer.components import catalogue
+from trainer.data.archives import Member
 from trainer.data.card import Card
 from trainer.data.order import Order, Shard, Slices
 from trainer.data.prepare import encode_png, prepare
@@ -27,6 +29,15 @@ from trainer.data.stream import Batches, Samples
 from trainer.errors import TrainingFailed, UserError
 
 COUNT = 30
+
+
+def _named_rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
+    """Of three videos of 10, 20 and 30 frames, as a set may hold them."""
+    names = [f"video_{video}/{frame:03d}.png" for video in (2, 0, 1) for frame in range(10 * (video + 1))]
+    for index, name in enumerate([*names[1::2], *names[::2]]):
+        for number, split in enumerate(("train", "validation")):
+            image = Member(name, encode_png(np.full((4, 4, 3), 2 * index + number, np.uint8)))
+            yield split, {"image": image, "mask": encode_png(np.zeros((4, 4), np.uint8)), "label": 0}
 
 
 def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
@@ -302,3 +313,18 @@ next(batches)
 raise SystemExit(3)
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 3
+
+
+def test_samples_for_pictures_are_spread_over_the_set_by_file_name(tmp_path: Path) -> None:
+    card = prepare(replace(SOURCE, rows=_named_rows), tmp_path, None, lambda line: None)
+    validation = samples((tmp_path / "paired", card), split="validation")
+    names = [each["path"] for each in validation.rows.column("image").to_pylist()]
+    shown = [names[sample_id] for sample_id in validation.spread(6)]
+    assert [name.partition("/")[0] for name in shown] == ["video_0", "video_1", "video_1", "video_2", "video_2", "video_2"]
+    assert shown == sorted(names)[5::10]
+    assert sorted(validation.spread(60)) == list(range(60)) == sorted(validation.spread(100))
+    assert validation.spread(0) == []
+
+
+def test_samples_without_file_names_are_spread_by_their_ids(prepared: tuple[Path, Card]) -> None:
+    assert samples(prepared, split="validation").spread(2) == [1, 3]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_convert, complete_box_iou_loss
 
 from trainer.detection.boxes import Level, Targets, decode
@@ -58,18 +61,18 @@ def test_complete_iou_is_torchvisions() -> None:
         torch.rand(2, 500, 2, generator=generator, dtype=torch.float64) * 60 + 1,
     )
     predicted, true = torch.cat([centres, sizes], dim=-1).requires_grad_()
-    iou, ciou = complete_iou(predicted, true)
+    ciou = complete_iou(predicted, true)
     expected = complete_box_iou_loss(*(box_convert(boxes, "cxcywh", "xyxy") for boxes in (predicted, true)))
     torch.testing.assert_close(1 - ciou, expected, rtol=0, atol=1e-6)
     gradients = [torch.autograd.grad(each.sum(), predicted)[0] for each in (1 - ciou, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
-    assert 0.1 < (iou > 0).double().mean() < 0.9
+    assert 0.1 < (ciou > 0).double().mean() < 0.9
 
 
 def test_equal_boxes_have_a_complete_iou_of_one_and_boxes_without_area_a_finite_gradient() -> None:
     box = torch.tensor([[20.0, 20.0, 7.0, 9.0], [20.0, 20.0, 0.0, 0.0], [20.0, 20.0, 1e-160, 1e-160]], dtype=torch.float64, requires_grad=True)
-    iou, ciou = complete_iou(box, torch.tensor([[20.0, 20.0, 7.0, 9.0]] * 3, dtype=torch.float64))
-    assert iou[0] == ciou[0] == 1 and ciou[1:].max() < 0.01
+    ciou = complete_iou(box, torch.tensor([[20.0, 20.0, 7.0, 9.0]] * 3, dtype=torch.float64))
+    assert ciou[0] == 1 and ciou[1:].max() < 0.01
     (gradient,) = torch.autograd.grad(ciou.sum(), box)
     assert gradient.isfinite().all()
 
@@ -121,7 +124,7 @@ def test_each_term_is_its_formula() -> None:
     """One box that one scale alone takes, everything else summed by hand."""
     levels, targets = outputs(batch=1), Targets(torch.tensor([[12.0, 18.0, 22.0, 28.0]]), torch.tensor([2]), torch.tensor([0]))
     epsilon, obj_pw, cls_pw, balance = 0.2, 1.7, 2.5, (4.0, 1.0, 0.4)
-    loss = YoloLoss(CLASSES, max_ratio=1.5, label_smoothing=epsilon, obj_pw=obj_pw, cls_pw=cls_pw)
+    loss = YoloLoss(CLASSES, max_ratio=1.5, label_smoothing=epsilon, obj_pw=obj_pw, cls_pw=cls_pw, scale_gains=False)
     terms = loss.combine(loss(levels, targets))
     places = [(0, 2, 2), (0, 3, 2)]  # centre at column 2.125, row 2.875, and the left neighbour below
     places += [(0, 2, 1)]
@@ -130,9 +133,9 @@ def test_each_term_is_its_formula() -> None:
     for anchor, row, column in places:
         logits = levels[0].logits[0, anchor, row, column].detach()
         predicted = decode(logits, torch.tensor([column, row]), ANCHORS[0, anchor], 8)[None]
-        iou, ciou = complete_iou(predicted, torch.tensor([[17.0, 23.0, 10.0, 10.0]], dtype=torch.float64))
+        ciou = complete_iou(predicted, torch.tensor([[17.0, 23.0, 10.0, 10.0]], dtype=torch.float64))
         box += (1 - ciou.item()) / len(places)
-        expected[anchor, row, column] = iou.item()
+        expected[anchor, row, column] = max(ciou.item(), 0.0)
         for label, p in enumerate(logits[5:].sigmoid().tolist()):
             y = 1 - epsilon / 2 if label == 2 else epsilon / 2
             classes -= (cls_pw * y * math.log(p) + (1 - y) * math.log(1 - p)) / len(places) / CLASSES
@@ -145,6 +148,100 @@ def test_each_term_is_its_formula() -> None:
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(
         {"loss": 0.05 * box + objectness + 0.5 * classes, "box_loss": box, "objectness_loss": objectness, "class_loss": classes}, rel=1e-9
     )
+
+
+def slow_loss(logits: list[Tensor], targets: Targets, constants: dict[Any, float]) -> Tensor:
+    """The loss of images of 64 x 96 pixels, box by box and cell by cell.
+
+    What the backward pass takes for constant, alpha of the complete IoU and the target of the objectness, is in `constants` from the first call on.
+    """
+    terms = {"box": torch.zeros(()), "objectness": torch.zeros(()), "class": torch.zeros(())}
+    for level, (values, anchors, stride, balance) in enumerate(zip(logits, ANCHORS.double(), (8, 16, 32), (4.0, 1.0, 0.4), strict=True)):
+        pairs: list[tuple[Tensor, Tensor]] = []
+        goals: dict[tuple[int, ...], float] = {}
+        for number, ((left, top, right, bottom), label, image) in enumerate(zip(*(field.tolist() for field in targets), strict=True)):
+            x, y, w, h = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+            for anchor, row, column in product(range(3), range(64 // stride), range(96 // stride)):
+                aw, ah = anchors[anchor].tolist()
+                dx, dy = x / stride - column - 0.5, y / stride - row - 0.5  # from the middle of the cell
+                inside = [-0.5 <= d < 0.5 for d in (dx, dy)]
+                near = all(inside) or (any(inside) and max(abs(dx), abs(dy)) < 1)
+                if not near or max(w / aw, aw / w, h / ah, ah / h) >= 4:
+                    continue
+                found = values[image, anchor, row, column]
+                px, py = ((2 * found[i].sigmoid() - 0.5 + cell) * stride for i, cell in ((0, column), (1, row)))
+                pw, ph = ((2 * found[2 + i].sigmoid()) ** 2 * side for i, side in enumerate((aw, ah)))
+                sides = tensors(px, pw, x, w), tensors(py, ph, y, h)
+                shared = [(torch.minimum(p + ps / 2, t + ts / 2) - torch.maximum(p - ps / 2, t - ts / 2)).clamp(min=0) for p, ps, t, ts in sides]
+                whole = [torch.maximum(p + ps / 2, t + ts / 2) - torch.minimum(p - ps / 2, t - ts / 2) for p, ps, t, ts in sides]
+                iou = shared[0] * shared[1] / (pw * ph + w * h - shared[0] * shared[1])
+                aspect = 4 / math.pi**2 * (math.atan(w / h) - torch.atan(pw / ph)) ** 2
+                alpha = constants.setdefault(("alpha", level, number, anchor, row, column), (aspect / (1 - iou + aspect)).item())
+                ciou = iou - ((px - x) ** 2 + (py - y) ** 2) / (whole[0] ** 2 + whole[1] ** 2) - alpha * aspect
+                place = (image, anchor, row, column)
+                goals[place] = max(goals.get(place, 0.0), ciou.item())
+                wanted = torch.full((CLASSES,), 0.05, dtype=torch.float64)
+                wanted[label] = 0.95
+                p = found[5:].sigmoid()
+                pairs.append((1 - ciou, -(wanted * p.log() + (1 - wanted) * (1 - p).log()).mean()))
+        goal = torch.zeros(values.shape[:4], dtype=torch.float64)
+        for place in product(*map(range, goal.shape)):
+            goal[place] = constants.setdefault(("goal", level, *place), goals.get(place, 0.0))
+        p = values[..., 4].sigmoid()
+        terms["objectness"] = terms["objectness"] - balance * (goal * p.log() + (1 - goal) * (1 - p).log()).mean()
+        for name, each in zip(("box", "class"), zip(*pairs, strict=True), strict=True):
+            terms[name] = terms[name] + torch.stack(each).mean()
+    return 0.05 * terms["box"] + 64 * 96 / 640**2 * terms["objectness"] + 0.5 * CLASSES / 80 * terms["class"]
+
+
+def tensors(*values: Any) -> list[Tensor]:
+    return [torch.as_tensor(each, dtype=torch.float64) for each in values]
+
+
+def test_value_and_gradient_are_those_of_a_slow_reference_whose_gradient_is_that_of_finite_differences() -> None:
+    levels, targets = outputs(batch=2), sample(batch=2)
+    logits = [level.logits for level in levels]
+    constants: dict[Any, float] = {}
+    expected = slow_loss(logits, targets, constants)
+    assert torch.autograd.gradcheck(lambda *values: slow_loss(list(values), targets, constants), logits, fast_mode=True)
+    found = value(YoloLoss(CLASSES, label_smoothing=0.1), levels, targets)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
+    goals = [goal for (name, *_), goal in constants.items() if name == "goal" and goal]
+    num_matches = sum(name == "alpha" for name, *_ in constants)
+    assert 10 < len(goals) < num_matches - 10, "some predictions answer for two boxes, or for one that they don't overlap"
+
+
+def test_gains_are_for_80_classes_640_pixels_and_three_scales() -> None:
+    """Reported terms are means, whatever the gains."""
+    levels, targets = outputs(), sample()
+    for used, classes in ((levels, CLASSES), (levels[:2], CLASSES), (outputs(classes=7), 7)):
+        balance = [4.0, 1.0, 0.4][: len(used)]
+        scaled, plain = (YoloLoss(classes, balance=balance, scale_gains=scale) for scale in (True, False))
+        terms = scaled.combine(scaled(used, targets))
+        assert {name: term for name, term in terms.items() if name != "loss"} == {
+            name: term for name, term in plain.combine(plain(used, targets)).items() if name != "loss"
+        }
+        gains = {"box_loss": 0.05, "objectness_loss": 64 * 96 / 640**2, "class_loss": 0.5 * classes / 80}
+        assert terms["loss"].item() == pytest.approx(sum(3 / len(used) * gain * terms[name].item() for name, gain in gains.items()), rel=1e-12)
+
+
+def test_the_objectness_target_is_made_without_what_cuda_has_no_deterministic_version_of() -> None:
+    class Operations(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: set[str] = set()
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.add(function.name())
+            return function(*args, **(kwargs or {}))
+
+    loss, levels = YoloLoss(CLASSES), outputs()
+    with Operations() as operations:
+        torch.autograd.grad(value(loss, levels, sample()), [level.logits for level in levels])
+    assert "aten::binary_cross_entropy_with_logits" in operations.names
+    assert not {name for name in operations.names if name.startswith(("aten::scatter_reduce", "aten::index_reduce", "aten::put"))}
 
 
 def test_gradient_of_objectness_and_classes_is_that_of_finite_differences() -> None:
@@ -217,13 +314,13 @@ def test_a_single_class_has_no_class_term() -> None:
         assert gradient[..., :5].any() and not gradient[..., 5:].any()
 
 
-def test_objectness_learns_the_iou_and_nothing_else_learns_from_it() -> None:
+def test_objectness_learns_the_complete_iou_and_nothing_else_learns_from_it() -> None:
     loss, levels = YoloLoss(CLASSES, box_gain=0.0, cls_gain=0.0), outputs()
     for gradient in torch.autograd.grad(value(loss, levels, sample()), [level.logits for level in levels]):
         assert gradient[..., 4].all() and not gradient[..., :4].any() and not gradient[..., 5:].any()
 
 
-def test_a_prediction_that_answers_for_two_boxes_learns_the_larger_iou() -> None:
+def test_a_prediction_that_answers_for_two_boxes_learns_the_larger_complete_iou() -> None:
     loss, levels, targets = YoloLoss(CLASSES), outputs(), sample()
     twice = Targets(*(torch.cat([field, field]) for field in targets))
     once, again = (loss.combine(loss(levels, each)) for each in (targets, twice))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +120,64 @@ def test_what_is_found_has_masks_at_the_size_of_each_image() -> None:
         found = model(images)
     assert [tuple(each["masks"].shape[1:]) for each in found] == [(1, 64, 80), (1, 70, 50)]
     assert all(len(each["boxes"]) and set(each["labels"].tolist()) <= {1, 2} for each in found)
+
+
+def decoded(model: nn.Module, images: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of the proposals and of the final boxes: deltas, the boxes that they refer to, and what these decode to, under autocast to `dtype`."""
+    calls = []
+    for part in (model.rpn, model.roi_heads):
+        plain = part.box_coder.decode
+
+        def record(deltas: Tensor, boxes: list[Tensor], plain: Any = plain) -> Tensor:
+            calls.append((deltas, torch.cat(boxes), plain(deltas, boxes)))
+            return calls[-1][2]
+
+        part.box_coder.decode = record
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model(images)
+    return calls
+
+
+def expected_boxes(deltas: Tensor, boxes: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+    """Girshick et al., "Rich feature hierarchies", 2014, appendix C, in double precision."""
+    parts = deltas.double().view(len(boxes), -1, 4) / torch.tensor(weights, dtype=torch.float64)
+    low, high = boxes.double()[:, None].split(2, dim=2)
+    centres = (low + high) / 2 + parts[..., :2] * (high - low)
+    halves = (high - low) * parts[..., 2:].exp() / 2
+    return torch.cat([centres - halves, centres + halves], dim=-1)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["model", "copy"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_boxes_under_autocast_are_decoded_in_full_precision(dtype: torch.dtype, copied: bool) -> None:
+    images = [torch.rand(3, 120, 64), torch.rand(3, 70, 90)]
+    models = [deepcopy(small()).eval() if copied else small().eval() for _ in range(2)]
+    calls, plain_calls = decoded(models[0], images, dtype), decoded(models[1], images, torch.float32)
+    assert len(calls) == 2, "proposals, then boxes"
+    for (deltas, boxes, found), weights in zip(calls, [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)], strict=True):
+        assert deltas.dtype == boxes.dtype == found.dtype == torch.float32
+        expected = expected_boxes(deltas, boxes, weights)
+        assert (found.view_as(expected) - expected).abs().max() < 0.01
+    assert torch.equal(calls[0][1], plain_calls[0][1]), "anchors don't depend on the precision of the network"
+
+
+def test_regression_targets_under_autocast_are_those_of_full_precision() -> None:
+    model, (images, targets) = small(), sample()
+    encoded: list[Tensor] = []
+    for part in (model.rpn, model.roi_heads):
+        plain = part.box_coder.encode
+
+        def record(true: list[Tensor], boxes: list[Tensor], plain: Any = plain) -> Any:
+            assert {each.dtype for each in (*true, *boxes)} == {torch.float32}
+            encoded.extend(plain(true, boxes))
+            return encoded[-len(boxes) :]
+
+        part.box_coder.encode = record
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(images, targets)
+    assert len(encoded) == 2 * len(images) and {each.dtype for each in encoded} == {torch.float32}
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_recipes_know_its_keys() -> None:

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from tests.scenes import CLASSES, scenes
 from trainer.commands import main
+from trainer.data.objects import Letterbox
 from trainer.data.prepare import prepare
-from trainer.detection.boxes import Detections
+from trainer.data.stream import Samples
+from trainer.detection.boxes import Detections, Level
+from trainer.losses.yolo import YoloLoss
 from trainer.recipe import RecipeError, load_recipe
 from trainer.tasks.build import TASK_CHECKS, build_untrained, learning_layers
+from trainer.tasks.detection import Detection
 from trainer.tasks.drawing import LEGIBLE, draw_objects
 
 RECIPE = """
@@ -62,6 +67,27 @@ def test_a_set_of_ones_own_without_masks_doesnt_fit_a_task_that_needs_them(tmp_p
     assert "data: task watershed needs masks, and this set has only boxes (got scenes)" in found
 
 
+class Fixed(nn.Module):
+    """Answers with the same box in every cell: one that covers 64 x 64 pixels."""
+
+    def forward(self, image: Tensor) -> list[Level]:
+        logits = torch.full((len(image), 1, 2, 2, 8), -9.0)
+        logits[:, 0, 0, 0] = torch.tensor([9.0, 9, 9, 9, 9, 9, -9, -9])
+        return [Level(logits, torch.tensor([[30.0, 30.0]]), 32)]
+
+
+def test_boxes_end_where_the_letterboxed_image_does(tmp_path: Path) -> None:
+    card = prepare(scenes(), tmp_path, None, lambda line: None)
+    samples = Samples(tmp_path / "scenes", card, "validation", None, [64, 64], (), False, 2, resize_mode="letterbox")
+    batch = samples.__getitems__([0, 1, 2])
+    task = Detection(Fixed(), YoloLoss(3), CLASSES, conf_threshold=0.5)
+    for number, found in enumerate(task.find(task.model(batch["image"]), batch)):
+        seen = (batch["image"][number] != Letterbox.GREY).any(0)
+        rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
+        assert found.boxes.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
+        assert found.boxes[0].tolist() != [0, 0, 64, 64]
+
+
 def test_objects_are_drawn_with_boxes_masks_and_names() -> None:
     image = torch.zeros(3, 60, 100, dtype=torch.uint8)
     masks = torch.zeros(2, 60, 100, dtype=torch.bool)
@@ -73,7 +99,7 @@ def test_objects_are_drawn_with_boxes_masks_and_names() -> None:
     assert drawn.shape == (3, 60 * factor, 100 * factor) and drawn.dtype == torch.uint8
     left, right = (drawn[:, 25 * factor, column * factor] for column in (15, 70))
     assert left.any() and right.any() and not torch.equal(left, right)
-    assert not drawn[:, 45 * factor, 40 * factor].any()
+    assert not drawn[:, 57 * factor, 40 * factor].any()
     alone = draw_objects(image, Detections(*(part[[1, 0]] for part in found)), CLASSES, with_scores=True)
     assert torch.equal(alone, drawn)  # colours go from left to right
     nothing = draw_objects(image, Detections(boxes[:0], torch.zeros(0), torch.zeros(0, dtype=torch.int64)), CLASSES, with_scores=True)

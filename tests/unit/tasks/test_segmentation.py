@@ -138,6 +138,32 @@ def test_metrics_are_finite_numbers_that_json_can_hold() -> None:
     json.dumps(metrics, allow_nan=False)
 
 
+def advice(rows: dict[str, list[int]]) -> str | None:
+    return segmentation().advice({"miou": 0.16, "confusion": rows})
+
+
+def test_a_model_that_predicts_one_class_everywhere_gets_advice() -> None:
+    found = advice({"background": [70_000, 3, 0], "flower": [20_000, 2, 0], "leaf": [10_000, 0, 0]})
+    assert found and found.startswith("the model predicts background for 100.0% of the validation pixels, of which 70.0% are background:")
+    for key in ("optimizer.lr", "loss=cross_entropy", "loss.class_weights", "model.train_only"):
+        assert key in found
+    assert advice({"background": [0, 70_000, 0], "flower": [0, 20_000, 0], "leaf": [0, 0, 0]})
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"background": [70, 10, 0], "flower": [15, 5, 0], "leaf": [10, 0, 0]},
+        {"background": [99_990, 10, 0], "flower": [10, 20, 0], "leaf": [0, 0, 0]},
+        {"background": [100, 0, 0], "flower": [0, 0, 0], "leaf": [0, 0, 0]},
+        {"background": [0, 0, 0], "flower": [0, 0, 0], "leaf": [0, 0, 0]},
+    ],
+    ids=["two classes", "rare classes", "nothing else there", "nothing"],
+)
+def test_a_model_that_predicts_what_is_there_gets_none(rows: dict[str, list[int]]) -> None:
+    assert advice(rows) is None
+
+
 @torch.no_grad()
 def test_pictures_show_image_truth_and_prediction() -> None:
     task, data = segmentation(), batch(size=2)
