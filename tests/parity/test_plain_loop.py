@@ -69,8 +69,8 @@ SGD = (
     "schedule={name: cosine, warmup: 20%}",
 )
 VARIANTS = {
-    "averaged, accumulated and clipped": ("train.accumulate=2", f"train.clip_norm={CLIP}", f"train.ema={EMA}"),
-    "none of them": (),
+    "everything": ("train.accumulate=2", f"train.clip_norm={CLIP}", f"train.ema={EMA}"),
+    "nothing": (),
 }
 
 

@@ -35,7 +35,7 @@ def test_a_rank_that_hangs_is_named_when_the_timeout_has_passed_and_not_before(m
     monkeypatch.setattr(watchdog, "LONGEST_INTERVAL_S", 0.01)
     monkeypatch.setattr(watchdog, "_store", lambda *_: store)
     monkeypatch.setattr(Watchdog, "_exit", exit_of)
-    ranks = [Watchdog(rank, 2, TIMEOUT_S, on_failure=lambda: None) for rank in (0, 1)]
+    ranks = [Watchdog(rank, 2, TIMEOUT_S, on_failure=lambda *_: None) for rank in (0, 1)]
     for place in ("reading data", "waiting for the other ranks"):
         for rank in ranks:
             if (place, rank.rank) != ("waiting for the other ranks", 1):  # which hangs

@@ -27,7 +27,12 @@ def found(**settings: Any) -> list[tuple[float, float]]:
     level = Level(logits, torch.full((4, 2), 16.0), STRIDE)
     component = catalogue("task")["detection"]
     task = component.build(dict(component.schema(**settings)), model=nn.Conv2d(3, 1, 1), loss=YoloLoss(2), classes=("a", "b"))
-    batch: dict[str, Tensor] = {"height": torch.tensor([SIDE]), "width": torch.tensor([SIDE]), "image": torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)}
+    batch: dict[str, Tensor] = {
+        "image": torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8),
+        "height": torch.tensor([SIDE]),
+        "width": torch.tensor([SIDE]),
+        "content": torch.tensor([[0.0, 0, SIDE, SIDE]]),
+    }
     (each,) = task.find([level], batch)
     return [(round(float(box[0])), round(float(score), 3)) for box, score in zip(each.boxes, each.scores, strict=True)]
 
