@@ -1,6 +1,6 @@
 """The order of the samples and their fingerprint once more, in plain Python, as the documentation describes them: shares nothing with `trainer`.
 
-    an epoch permutes the row groups; `window` consecutive ones are permuted together; batch k holds positions k·B … k·B + B - 1
+an epoch permutes the row groups; `window` consecutive ones are permuted together; batch k holds positions k·B … k·B + B - 1
 """
 
 from __future__ import annotations

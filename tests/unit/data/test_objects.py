@@ -98,7 +98,9 @@ def test_letterbox_pads_on_both_sides_with_grey() -> None:
     assert (boxed[:, :12] == 114).all() and (boxed[:, 20:] == 114).all() and not boxed[:, 12:20].any()
 
 
-@pytest.mark.parametrize(("height", "width", "inner"), [(10, 40, (8, 32)), (40, 10, (32, 8)), (20, 20, (32, 32)), (48, 60, (26, 32)), (64, 63, (32, 32)), (300, 2, (32, 1))])
+@pytest.mark.parametrize(
+    ("height", "width", "inner"), [(10, 40, (8, 32)), (40, 10, (32, 8)), (20, 20, (32, 32)), (48, 60, (26, 32)), (64, 63, (32, 32)), (300, 2, (32, 1))]
+)
 def test_a_letterboxed_image_fills_one_side_and_boxes_and_masks_cover_it_exactly(height: int, width: int, inner: tuple[int, int]) -> None:
     size = (height, width)
     whole = {
