@@ -56,7 +56,7 @@ class TrainSettings(Settings):
     """`train:`, how the loop runs. `freeze: N` keeps the first N layers of a model that numbers them (`model.0`, `model.1`, …) as they are."""
 
     duration: Duration
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     accumulate: PositiveInt = 1
     clip_norm: Annotated[float, Field(gt=0)] | None = None
