@@ -43,7 +43,9 @@ def test_the_gpu_is_seen_by_gpu_tests_that_run_alone_and_by_no_others(tmp_path: 
     shutil.copy(CONFTEST, tmp_path)
     (tmp_path / "test_it.py").write_text(TESTS, encoding="utf-8")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n gpu: x\n slow: x\n", encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | ({} if before is None else {"CUDA_VISIBLE_DEVICES": before})
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | (
+        {} if before is None else {"CUDA_VISIBLE_DEVICES": before}
+    )
     command = [sys.executable, "-m", "pytest", "-sq", "-p", "no:cacheprovider", *options]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == (0 if expected else 5), done.stdout + done.stderr
