@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from trainer.errors import UserError
+from trainer.errors import TrainingFailed, UserError
+from trainer.failures import lost_connection
 from trainer.recipe import Problem, Recipe
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
 
     Raises:
         UserError: processes were launched that don't see each other.
+        TrainingFailed: one of them is gone.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -153,17 +155,27 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     _keep_freed_memory()
     precision = resolve_precision(recipe.train.precision)
     timeout = timedelta(minutes=float(recipe.train.timeout.value)) + AFTER_WATCHDOG
-    accelerator = Accelerator(
-        # Without a GPU a bare Accelerator() ignores the launcher: every process would be rank 0 of 1.
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timeout),
-        ],
-    )
-    accelerator.gradient_accumulation_steps = 1  # the loop divides by itself; an equal setting in the launch file must not divide again
     launched = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        accelerator = Accelerator(
+            # Without a GPU a bare Accelerator() ignores the launcher: every process would be rank 0 of 1.
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timeout),
+            ],
+        )
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        failure = TrainingFailed(
+            f"the {launched} processes didn't find each other within {timeout.total_seconds():.0f} s: one of them is gone or never started, or the network "
+            f"between them is closed; look at the logs of the others ({str(error).splitlines()[0]})"
+        )
+        failure.on_one_rank = True
+        raise failure from error
+    accelerator.gradient_accumulation_steps = 1  # the loop divides by itself; an equal setting in the launch file must not divide again
     if launched != accelerator.num_processes:
         raise UserError(
             f"{launched} processes were launched, but each sees {accelerator.num_processes}: "

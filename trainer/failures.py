@@ -28,7 +28,7 @@ def failures_told(watchdog: Watchdog, fail: Callable[[], None], recipe: Recipe, 
         watchdog.close()
         raise
     except BaseException as error:
-        if world_size > 1 and _lost_connection(error):
+        if world_size > 1 and lost_connection(error):
             watchdog.cut_off()  # another rank is to blame; this ends the process when it is known which
         watchdog.failed(error)
         with suppress(Exception):  # what went wrong first is what is reported
@@ -40,7 +40,8 @@ def failures_told(watchdog: Watchdog, fail: Callable[[], None], recipe: Recipe, 
     watchdog.close()
 
 
-def _lost_connection(error: BaseException) -> bool:
+def lost_connection(error: BaseException) -> bool:
+    """Whether an error means that another rank is gone, or never came."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 

@@ -25,13 +25,16 @@ class OnDevice(Tensor):
 
 
 class Scaled:
-    """One weight trained as fp16 is: a scaler, an optimizer and the guard; a step is its loss and the gradient before unscaling."""
+    """One weight trained as fp16 is: a scaler, an optimizer and the guard; a step is its loss and its gradient.
 
-    def __init__(self, optimizer: type[torch.optim.Optimizer], fused: bool, skip: bool, on_device: bool) -> None:
-        self.weight = nn.Parameter(torch.ones(3))
+    `on_device` plays a GPU on the CPU; `device` may be a real one.
+    """
+
+    def __init__(self, optimizer: type[torch.optim.Optimizer], fused: bool, skip: bool, on_device: bool = False, device: str = "cpu") -> None:
+        self.weight = nn.Parameter(torch.ones(3, device=device))
         self.optimizer = optimizer([self.weight], lr=0.1, fused=fused)  # type: ignore[call-arg]
-        self.scaler = torch.amp.GradScaler("cpu")
-        self.scaler.scale(torch.ones(()))  # creates the scale
+        self.scaler = torch.amp.GradScaler(device)
+        self.scaler.scale(torch.ones((), device=device))  # creates the scale
         self.guard = Guard(self.optimizer, [], skip=skip, scaled=True)
         self.means, self.on_device, self.number = Means(), on_device, 0
 
@@ -39,12 +42,12 @@ class Scaled:
         """Returns whether it changed the weight."""
         before = self.weight.tolist()
         self.guard.begin_step()
-        self.weight.grad = torch.full((3,), gradient * self.scaler.get_scale())
+        self.weight.grad = torch.full_like(self.weight, gradient * self.scaler.get_scale())
         self.scaler.unscale_(self.optimizer)
-        terms = {"loss": torch.tensor(loss), GRADIENTS: self.weight.grad.norm()}
+        terms = {"loss": torch.tensor(loss, device=self.weight.device), GRADIENTS: self.weight.grad.norm()}
         if self.on_device:
             terms = {name: term.as_subclass(OnDevice) for name, term in terms.items()}
-        passes, counts = self.guard.passes(self.number, terms, [torch.tensor(loss == loss)])
+        passes, counts = self.guard.passes(self.number, terms, [terms["loss"].as_subclass(Tensor).isfinite()])
         assert passes, "without this call the scaler would never be updated"
         self.scaler.step(self.optimizer)
         self.scaler.update()
