@@ -3,8 +3,8 @@
 RECIPE ?= recipes/quickstart.yaml
 # key.path=value overrides of the recipe and --resume for `train`, pytest's arguments for `test`.
 ARGS ?=
-# A process for each GPU that PyTorch sees, as many as the power of two that divides usual batch sizes; one without GPUs.
-NUM_PROCESSES ?= $(if $(shell command -v nvidia-smi),$(shell $(BIN)/python -c "import torch; n = max(1, torch.cuda.device_count()); print(1 << n.bit_length() - 1)"),1)
+# A process for each GPU that PyTorch sees, rounded down to a power of two; one without GPUs.
+NUM_PROCESSES ?= $(shell PATH="$(CURDIR)/$(BIN):$$PATH" launch/num_processes.sh)
 # The interpreter of the virtual environment; unset, the first one found that is at least 3.11.
 PYTHON ?=
 

@@ -43,7 +43,7 @@ P
 python3 -m pytest -q -m gpu tests/gpu >"$out/tests.log" 2>&1
 tests=$(tail -n 1 "$out/tests.log")
 short=("train.duration=$steps steps" "evaluate.every=100%" "checkpoint.every=100%" "train.log_every=$((steps / 2)) steps" evaluate.pictures=0)
-for precision in fp32 bf16 fp16; do
+for precision in fp32 tf32 bf16 fp16; do
     measure "flowers-$precision" recipes/deeplab_cpu_iou.yaml "data.resize=[320,320]" "train.precision=$precision" "${short[@]}"
 done
 measure flowers-bf16-compile recipes/deeplab_cpu_iou.yaml "data.resize=[320,320]" train.precision=bf16 train.compile=true "${short[@]}"

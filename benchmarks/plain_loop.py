@@ -90,6 +90,13 @@ def evaluate(model: nn.Module, images: Tensor, masks: Tensor, inputs: Callable[.
     return loss / masks.numel(), correct / masks.numel()
 
 
+def configure_backends(threads: int) -> None:
+    """What the framework sets for `train.precision: fp32` and images of one size."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    torch.set_num_threads(threads)
+
+
 def shapes(folder: Path, steps: int, batch_size: int) -> None:
     """Prints the loss of the first and last step, and samples a second over the second half of them."""
     images, masks = read(folder / "train")
@@ -128,7 +135,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    configure_backends(len(os.sched_getaffinity(0)))
     folder = Path(os.environ.get("TRAINER_DATA", "data")) / options.set
     if options.set == "shapes":
         shapes(folder, options.steps, options.batch_size or 16)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a recipe on this machine, with a process for each GPU (else one), and goes on by itself after a crash:
+# Trains a recipe on this machine, with a process for each visible GPU (see num_processes.sh), and goes on by itself after a crash:
 #
 #   launch/local.sh recipes/quickstart.yaml train.seed=1
 #
@@ -18,13 +18,13 @@ fi
 memory=$(mktemp -d)
 trap 'rm -r "$memory"' EXIT
 export TRAINER_ATTEMPT=$memory/attempt
-gpus=$(command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 1)
+processes=${TRAINER_PROCESSES_PER_NODE:-$("$TRAINER_HOME/launch/num_processes.sh")}
 stopping=""
 set -m # the launcher becomes a group of its own: it would take Ctrl-C and the signal passed on below for two
 
 code=75
 while ((code == 75)); do
-    accelerate launch --config_file "$TRAINER_HOME/accelerate_config.yaml" --num_processes "${TRAINER_PROCESSES_PER_NODE:-$gpus}" \
+    accelerate launch --config_file "$TRAINER_HOME/accelerate_config.yaml" --num_processes "$processes" \
         --no_python "$TRAINER_HOME/launch/rank.sh" "$@" &
     launcher=$!
     trap 'stopping=yes; trap "" INT TERM; kill -TERM "$launcher"' INT TERM

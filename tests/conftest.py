@@ -16,6 +16,10 @@ import pytest
 
 # Each worker of pytest-xdist has one core to itself, and a forked child hangs in OpenMP with more than one thread.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Forked tests would ask for CUDA, and several ranks for one card: only tests that need a GPU see one, where they run alone.
+# Here, since this file is read before any that imports torch.
+_VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 GRACE_S = 20.0  # for a process that a test has ended already
@@ -30,6 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":  # a grandchild whose parent has ended becomes a child of this process, where it is found
         ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if items and all(item.get_closest_marker("gpu") for item in items):
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if _VISIBLE is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = _VISIBLE
 
 
 @pytest.fixture(autouse=True)

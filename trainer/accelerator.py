@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from trainer.errors import UserError
@@ -20,8 +21,11 @@ from trainer.recipe import Problem, Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from trainer.tasks.task import Task
+
 LAUNCH_FILE = Path("accelerate_config.yaml")
-TIMEOUT = timedelta(minutes=30)  # of a collective of the model's
+# A collective of the model's gives up so much later than train.timeout: the watchdog, which names the rank, comes first.
+AFTER_WATCHDOG = timedelta(minutes=1)
 CONTROL_TIMEOUT = timedelta(days=7)  # of a process that waits for a decision: rank 0 may be preparing a data set; the watchdog ends what hangs
 
 
@@ -105,6 +109,8 @@ def _check_device(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem("train.precision", "fp16 needs a GPU; use bf16, fp32 or auto", precision)
     if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield recipe.problem("train.precision", "this GPU has no fast bf16; use fp16, fp32 or auto", precision)
+    if precision == "tf32" and not (torch.cuda.is_available() and torch.cuda.is_tf32_supported()):
+        yield recipe.problem("train.precision", "tf32 needs an NVIDIA GPU of the Ampere generation or later; use fp32 or auto", precision)
 
 
 def resolve_precision(precision: str) -> str:
@@ -142,7 +148,7 @@ def launched_as(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """The Accelerator of this process, as the recipe says; sets threads and determinism too.
+    """The Accelerator of this process, as the recipe says; configures PyTorch's backends too.
 
     Raises:
         UserError: processes were launched that don't see each other.
@@ -152,35 +158,101 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
 
     _keep_freed_memory()
     precision = resolve_precision(recipe.train.precision)
+    timeout = timedelta(minutes=float(recipe.train.timeout.value)) + AFTER_WATCHDOG
+    launched = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
         # Without a GPU a bare Accelerator() ignores the launcher: every process would be rank 0 of 1.
         cpu=not torch.cuda.is_available(),
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=TIMEOUT),
+            InitProcessGroupKwargs(timeout=timeout),
         ],
     )
     accelerator.gradient_accumulation_steps = 1  # the loop divides by itself; an equal setting in the launch file must not divide again
-    launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise UserError(
             f"{launched} processes were launched, but each sees {accelerator.num_processes}: "
             "start them with `accelerate launch --config_file accelerate_config.yaml --num_processes N`"
         )
-    if precision == "fp32":
-        torch.backends.cudnn.allow_tf32 = False  # the recipe says 32 bits
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(num_threads(recipe.train.threads, local))
+    configure_backends(recipe)
+    return accelerator
+
+
+def configure_backends(recipe: Recipe) -> None:
+    """Sets PyTorch's threads, TF32 and deterministic algorithms for this process, as the recipe says."""
+    precision = resolve_precision(recipe.train.precision)
+    if precision in ("fp32", "tf32"):
+        # The older of PyTorch's two interfaces, since Accelerate uses it too: a mixture is an error.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_num_threads(num_threads(recipe.train.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     deterministic = recipe.train.deterministic
     if deterministic is True or (deterministic == "auto" and not torch.cuda.is_available()):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time and hides nothing here
-        torch.backends.cudnn.benchmark = False
-    elif torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = True
-    return accelerator
+
+
+def place(task: Task, recipe: Recipe, device: torch.device, uniform: bool) -> nn.Module:
+    """Moves model and loss to the device, in the recipe's precision and memory layout, and has cuDNN search kernels where that pays.
+
+    Args:
+        task: owns both.
+        recipe: see above.
+        device: also `meta`.
+        uniform: whether all images have one size before augmentation.
+
+    Returns:
+        The model, which is the same object.
+    """
+    task.loss.to(device)
+    model = task.model.to(device)
+    if recipe.train.precision == "fp64":
+        model.double()
+    if recipe.train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    # Two searches may end with different kernels, so with different bits.
+    torch.backends.cudnn.benchmark = shapes_are_fixed(recipe, task, uniform) and not torch.are_deterministic_algorithms_enabled()
+    return model
+
+
+def shapes_are_fixed(recipe: Recipe, task: Task, uniform: bool) -> bool:
+    """Whether all training steps see the same shapes: cuDNN searches its fastest kernels anew for every other one.
+
+    Args:
+        recipe: an augmentation of it may cut everything to one size.
+        task: its network may resize images by itself.
+        uniform: whether all images have one size before augmentation, e.g. by `data.resize`.
+    """
+    return task.fixed_shapes and (uniform or any(getattr(settings, "size", None) for _, settings in recipe.augmentations))
+
+
+def why_bits_may_differ(saved: Mapping[str, Any], world_size: int, device: torch.device) -> Iterator[str]:
+    """Sentences for a run that is resumed: why it may not end with the bits of one that was never interrupted.
+
+    Args:
+        saved: the counters of the checkpoint.
+        world_size: of the resumed run.
+        device: of this process.
+    """
+    before, now = (saved["world_size"], saved["threads"]), (world_size, torch.get_num_threads())
+    if before != now:
+        yield f"saved by {before[0]} processes of {before[1]} threads, going on with {now[0]} of {now[1]}: the same batches, but roundings may differ"
+    if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        yield (
+            "this GPU computes without deterministic kernels: the same batches, but floating-point results may differ slightly from those of "
+            "an uninterrupted run; with train.deterministic=true from the start they are equal to the bit"
+        )
+
+
+def leave_processes(failed: bool) -> None:
+    """Ends this process's part of the group; after a failure without waiting for a rank that may be gone, as NCCL would (gloo doesn't)."""
+    if not dist.is_initialized():
+        return
+    if failed and dist.get_backend() != "gloo":
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def _keep_freed_memory() -> None:

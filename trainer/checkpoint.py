@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -369,17 +369,38 @@ def load(folder: Path) -> Checkpoint:
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """A copy of weights and buffers on the CPU, in the standard memory layout."""
-    return {key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True) for key, value in model.state_dict().items()}
+    return _copies(model.state_dict())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """A copy of the optimizer's state by parameter name; hyperparameters come from the recipe and aren't stored."""
-    return {
-        f"{names[parameter]}/{key}": torch.as_tensor(value).detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if value is not None
-    }
+    return _copies(
+        {
+            f"{names[parameter]}/{key}": torch.as_tensor(value)
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+            if value is not None
+        }
+    )
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU; those from a GPU share a block of pinned memory for each dtype, and are waited for together."""
+    values = {key: value.detach() for key, value in tensors.items()}
+    parts: dict[torch.dtype, Iterator[Tensor]] = {}
+    for dtype in {value.dtype for value in values.values() if value.is_cuda}:
+        sizes = [value.numel() for value in values.values() if value.is_cuda and value.dtype == dtype]
+        parts[dtype] = iter(torch.empty(sum(sizes), dtype=dtype, pin_memory=True).split(sizes))
+    copies: dict[str, Tensor] = {}
+    for key, value in values.items():
+        if value.is_cuda:
+            copies[key] = next(parts[value.dtype]).view(value.shape)
+            copies[key].copy_(value, non_blocking=True)
+        else:
+            copies[key] = value.to("cpu", memory_format=torch.contiguous_format, copy=True)
+    if parts:
+        torch.cuda.current_stream().synchronize()
+    return copies
 
 
 def restore(state: Checkpoint, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:

@@ -25,12 +25,14 @@ class Ema:
         floating = [key for key, value in sources.items() if value.is_floating_point()]
         self._averages: list[Tensor] = [averages[key].detach() for key in floating]
         self._sources: list[Tensor] = [sources[key].detach() for key in floating]
-        self._counters = [(averages[key], sources[key]) for key in sources if key not in set(floating)]
+        counters = [key for key, value in sources.items() if not value.is_floating_point()]
+        self._counters: list[Tensor] = [averages[key] for key in counters]
+        self._counted: list[Tensor] = [sources[key] for key in counters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves the average towards the weights after optimizer step number `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
-        for average, source in self._counters:
-            average.copy_(source)
+        if self._counters:
+            torch._foreach_copy_(self._counters, self._counted)

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.accelerator import resolve_precision
+from trainer.accelerator import place, resolve_precision
 from trainer.data.source import DataInfo
+from trainer.ema import Ema
 from trainer.errors import UserError
 from trainer.models.freeze import set_train_mode, train_only
 from trainer.recipe import Recipe
@@ -50,7 +52,7 @@ class Cost:
 
 
 def measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, width: int) -> Cost:
-    """Trains a new model for a few steps, with only `layers` learning (empty: all); one process, the recipe's precision.
+    """Trains a new model for a few steps, with only `layers` learning (empty: all), as the recipe says but for `compile`; one process.
 
     A step is `data.batch_size` made-up samples in `train.accumulate` micro-batches; `saved_bytes` is that of one of these.
 
@@ -70,16 +72,14 @@ def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, wid
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = _start_peak(device)
     task = build_task(recipe, info)
-    model = task.model.to(device)
+    model = place(task, recipe, device, uniform=True)
     train_only(model.requires_grad_(True), layers)
     set_train_mode(model)
     precision = resolve_precision(recipe.train.precision)
-    if precision == "fp64":
-        model.double()
-    if recipe.train.channels_last:
-        model.to(memory_format=torch.channels_last)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ema = Ema(model, recipe.train.ema) if recipe.train.ema else None
     optimizer = recipe.build("optimizer", parameters=trainable)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     batch = _made_up(recipe, info, height, width, device)
     saved: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -97,21 +97,29 @@ def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, wid
     def loss_of_micro_batch() -> Tensor:
         return task.loss.combine(task.loss_sums(forward, batch))["loss"]
 
+    def update() -> None:
+        scaler.unscale_(optimizer)
+        if recipe.train.clip_norm:
+            clip_grad_norm_(trainable, recipe.train.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if ema:
+            ema.update(1)
+
     def step() -> None:
         for _ in range(recipe.train.accumulate):
-            loss_of_micro_batch().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            scaler.scale(loss_of_micro_batch()).backward()
+        update()
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = loss_of_micro_batch()
         saved_bytes = sum(saved.values())
-        loss.backward()
+        scaler.scale(loss).backward()
     gradient_bytes = sum(parameter.grad.untyped_storage().nbytes() for parameter in trainable if parameter.grad is not None)
     del loss
     saved.clear()
-    optimizer.step()
-    optimizer.zero_grad()
+    update()
     seconds = [_timed(step, device) for _ in range(STEPS)]
     state_bytes = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     peak = _peak(device)

@@ -20,9 +20,7 @@ from trainer.signals import STOP, Stopped
 
 def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
     """Reads the recipe, builds the Trainer, fits."""
-    import torch.distributed as dist
-
-    from trainer.accelerator import Launch
+    from trainer.accelerator import Launch, leave_processes
     from trainer.recipe import load_recipe
     from trainer.tasks.build import TASK_CHECKS
 
@@ -30,14 +28,16 @@ def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
 
     from trainer.trainer import Trainer  # only now: it imports accelerate and datasets
 
+    failed = True
     try:
         Trainer(recipe, resume).fit()
+        failed = False
     except Stopped:
+        failed = False
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped on {STOP.signal_name or 'a signal'} before training began; the same command starts again", file=sys.stderr, flush=True)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes(failed)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -53,10 +53,16 @@ class NamedSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """`train:`, how the loop runs. `freeze: N` keeps the first N layers of a model that numbers them (`model.0`, `model.1`, …) as they are."""
+    """`train:`, how the loop runs.
+
+    `precision: tf32` stores fp32 and computes products and convolutions in TF32, on GPUs from Ampere on; `fp32` never does.
+    `deterministic: auto` is true on CPUs and false on GPUs, where it costs speed: there a resumed run has the bits of an uninterrupted
+    one with `true` only. `timeout` is how long a rank may stand still.
+    `freeze: N` keeps the first N layers of a model that numbers them (`model.0`, `model.1`, …) as they are.
+    """
 
     duration: Duration
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     accumulate: PositiveInt = 1
     clip_norm: Annotated[float, Field(gt=0)] | None = None

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainer import checkpoint as checkpoints
-from trainer.accelerator import CONTROL_TIMEOUT, as_in_training, build_accelerator, launched_as, resolve_precision
+from trainer.accelerator import CONTROL_TIMEOUT, as_in_training, build_accelerator, launched_as, place, resolve_precision, why_bits_may_differ
 from trainer.best import Best
 from trainer.checkpoint import Checkpoint, Writer
 from trainer.data.build import Data
@@ -150,12 +150,7 @@ class Trainer:
     def _wrap_model(self) -> None:
         """Optimizer, schedule and average; the model wrapped for N processes and mixed precision."""
         train = self.recipe.train
-        self.task.loss.to(self.device)
-        model = self.task.model.to(self.device)
-        if train.precision == "fp64":
-            model.double()
-        if train.channels_last:
-            model.to(memory_format=torch.channels_last)
+        model = place(self.task, self.recipe, self.device, self.data.train.uniform)
         if self.world_size > 1:
             use_global_batch_norm(model)
         if train.compile:
@@ -345,13 +340,12 @@ class Trainer:
         if not finding:
             return
         self.num_skipped += finding.count
+        if not finding.what:
+            return
         message = finding.describe(self.data, self.control)
         if self.recipe.train.non_finite == "error":
-            raise TrainingFailed(
-                f"{message}; the weights are still those before it, and the last checkpoint is older: lower optimizer.lr, "
-                "set train.clip_norm=1.0 or train.precision=fp32, or leave such steps out with train.non_finite=skip"
-            )
-        self.report.say(f"{message}; skipped, {self.num_skipped} so far")
+            raise TrainingFailed(f"{message}; the weights are still those before it, and the last checkpoint is older: {finding.advice}")
+        self.report.say(f"{message}; skipped, {self.num_skipped} so far" + (f": {finding.advice}" if finding.advice else ""))
 
     def _gather_unreadable(self) -> None:
         """Makes every process know the unreadable samples of all; too many end the training."""
@@ -420,7 +414,7 @@ class Trainer:
         self._look_at_guard()
         self._gather_unreadable()
         fingerprint = self._global_fingerprint()
-        if not all(bool(parameter.isfinite().all()) for parameter in self.trainable):
+        if not torch.stack([parameter.isfinite().all() for parameter in self.trainable]).all():
             raise TrainingFailed(f"weights are not finite after step {self.step} and aren't saved; lower optimizer.lr or set train.clip_norm=1.0")
         if not self.is_main:
             return
@@ -458,11 +452,8 @@ class Trainer:
         if self.is_main:
             checkpoints.restore_best(self.folder.checkpoints, self.best.step)
         self.report.say(f"resumed {self.recipe.name} from step {self.step}")
-        before, now = (counters["world_size"], counters["threads"]), (self.world_size, torch.get_num_threads())
-        if before != now:
-            self.report.say(
-                f"saved by {before[0]} processes of {before[1]} threads, going on with {now[0]} of {now[1]}: the same batches, but roundings may differ"
-            )
+        for reason in why_bits_may_differ(counters, self.world_size, self.device):
+            self.report.say(reason)
 
     def _summary(self, status: Status) -> None:
         self.report.summary(status, **self._facts())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, Counters, InvalidCheckpoint
@@ -153,3 +157,63 @@ def test_a_restored_optimizer_takes_the_same_steps_in_any_memory_layout(name: st
     step(again, restored, 9)
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
+
+
+class OnGpu(torch.Tensor):
+    """A tensor on the CPU that claims to be on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+class Transfers(TorchDispatchMode):
+    """Plays the GPU's part: pinned memory, copies that nobody waits for; counts the blocks of pinned memory, the copies and the waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.blocks = self.copies = self.waits = self.blocking = 0
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: self)
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        self.blocks += bool(kwargs.pop("pin_memory", False))
+        name = func.overloadpacket.__name__
+        self.copies += name == "copy_"
+        self.blocking += name == "_to_copy" or (name == "copy_" and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")))
+        return func(*args, **kwargs)
+
+
+def test_a_copy_of_a_state_on_a_gpu_takes_one_block_of_memory_for_each_dtype_and_one_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)))).to(memory_format=torch.channels_last)
+    expected = {key: value.clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
+    monkeypatch.setattr(model, "state_dict", lambda: {key: value.as_subclass(OnGpu) for key, value in expected.items()})
+    parameter = next(model.parameters())
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    optimizer.state[parameter] = {"step": torch.tensor(3.0).as_subclass(OnGpu), "exp_avg": parameter.detach().as_subclass(OnGpu), "none": None, "own": 2}
+    with Transfers(monkeypatch) as transfers:
+        copied = checkpoints.snapshot(model)
+    assert (transfers.blocks, transfers.copies, transfers.waits, transfers.blocking) == (2, len(expected), 1, 0)  # of float32 and int64
+    with Transfers(monkeypatch) as transfers:
+        states = checkpoints.optimizer_tensors(optimizer, {parameter: "weight"})
+    assert (transfers.blocks, transfers.waits) == (1, 1)
+    assert {key: float(value.sum()) for key, value in states.items() if value.numel() == 1} == {"weight/step": 3.0, "weight/own": 2.0}
+    assert torch.equal(states["weight/exp_avg"], parameter) and states["weight/exp_avg"].is_contiguous()
+    assert list(copied) == list(expected)
+    with torch.no_grad():
+        for value in expected.values():
+            value.fill_(9)  # training continues while the copy is written
+    file = checkpoints.save(tmp_path, replace(make(1), model=copied, optimizer=states), keep=2, best=False) / "model.safetensors"
+    assert all(torch.equal(value, copied[key]) for key, value in load_file(file).items()) and not torch.equal(copied["0.weight"], expected["0.weight"])
+
+
+def test_a_copy_of_a_state_on_a_cpu_is_a_copy_of_each_tensor_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(20)))
+    with Transfers(monkeypatch) as transfers:
+        copied = checkpoints.snapshot(model)
+    assert (transfers.blocks, transfers.copies, transfers.waits, transfers.blocking) == (0, 0, 0, len(copied))
+    before = copied["0.weight"].clone()
+    with torch.no_grad():
+        model[0].weight.add_(1)  # type: ignore[operator]
+    assert torch.equal(copied["0.weight"], before)

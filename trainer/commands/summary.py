@@ -123,10 +123,12 @@ def _polynomials(recipe: Recipe, height: int, width: int) -> dict[str, str]:
 
 def _measure(recipe: Recipe, learning: list[str], height: int, width: int) -> list[dict[str, Any]]:
     """Cost of training everything and of training the layers that the recipe has learn, at this size and at twice the height and width."""
+    from trainer.accelerator import configure_backends
     from trainer.data.card import CARD, Card
     from trainer.data.prepare import data_dir
     from trainer.memory import measure
 
+    configure_backends(recipe)
     source = recipe.build("data")
     info = Card.load(data_dir() / source.name).info if (data_dir() / source.name / CARD).exists() else source.info
     kinds: dict[str, list[str]] = {"everything": []}

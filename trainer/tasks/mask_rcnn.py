@@ -25,6 +25,7 @@ class MaskRcnnTask(ObjectTask):
     """
 
     kinds = {"mask_": "segm", "box_": "bbox"}
+    fixed_shapes = False
 
     def __init__(self, model: nn.Module, loss: Loss, classes: tuple[str, ...], /) -> None:
         super().__init__(model, loss, classes)

@@ -34,11 +34,13 @@ class Task(ABC):
             in `loss` are better when lower, all others when higher.
         panels: names of the panels of `pictures`.
         legend: what the colours in them mean.
+        fixed_shapes: whether the network computes at the size of the images it gets, not at one that it chooses for each.
     """
 
     metric_names: tuple[str, ...] = ("loss",)
     panels: tuple[str, ...] = ()
     legend: Mapping[str, Color] = {}
+    fixed_shapes: bool = True
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         self.model = model
