@@ -27,8 +27,8 @@ setup: ## only set up .venv
 train: setup ## train RECIPE (default recipes/quickstart.yaml) with NUM_PROCESSES processes and ARGS
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml --num_processes $(NUM_PROCESSES) trainer/run.py $(RECIPE) $(ARGS)
 
-test: setup ## run the tests; ARGS go to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests, two at a time; ARGS go to pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 faults: setup ## the long form of the tests that kill, fill, cut off and damage: some 20 minutes
 	TRAINER_FAULTS=long $(BIN)/python -m pytest tests/faults $(ARGS)

@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,29 @@ def _end_with(function: Callable[..., Any], *arguments: Any) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # a terminal that was closed
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)  # not through the parent's exit handlers
 
 
 def _child(rank: int, function: Callable[..., Any], world_size: int, port: int, arguments: tuple[Any, ...]) -> None:
     _enter(rank, world_size, port)
     _end_with(function, *arguments)
+
+
+def enter_command(rank: int = 0, world_size: int = 1, port: int = 0) -> None:
+    """In a forked child whose output is where it belongs: makes it what `trainer/run.py` is at its start."""
+    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    _enter(rank, world_size, port)
+    STOP.__init__()  # type: ignore[misc]  # it remembers whose signals it handles
+    STOP.install()
+    Reporter._draw_curves = lambda reporter: None  # type: ignore[method-assign]  # a second at the end of each run
+
+
+def end_with_command(*arguments: str | Path) -> None:
+    """In a forked child: what `trainer/run.py` does with that command line, until the child's end."""
+    _end_with(lambda: sys.exit(main([str(argument) for argument in arguments])))
 
 
 def _free_port() -> int:
@@ -110,14 +126,10 @@ class Job:
         os.setpgid(0, self.group)
         for descriptor in (1, 2):
             os.dup2(self._output.fileno(), descriptor)
-        sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-        _enter(rank, world_size, port)
-        STOP.__init__()  # type: ignore[misc]  # it remembers whose signals it handles
-        STOP.install()
-        Reporter._draw_curves = lambda reporter: None  # type: ignore[method-assign]  # a second at the end of each run
+        enter_command(rank, world_size, port)
         if fault:
             fault(rank)
-        _end_with(lambda: sys.exit(main(arguments)))
+        end_with_command(*arguments)
 
     def __enter__(self) -> Job:
         return self

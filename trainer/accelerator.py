@@ -134,6 +134,13 @@ def num_workers(setting: str | int, local_processes: int) -> int:
     return min(8, max(1, num_cores() // local_processes - 1)) if torch.cuda.is_available() else 0
 
 
+def launched_as(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Rank of this process and number of processes, as a launcher set them; (0, 1) where it set too little for them to meet."""
+    if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        return 0, 1
+    return int(environment["RANK"]), int(environment.get("WORLD_SIZE", 1))
+
+
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """The Accelerator of this process, as the recipe says; sets threads and determinism too.
 

@@ -3,6 +3,7 @@
     checkpoints/step_00000123/   model.safetensors, ema.safetensors, optimizer.safetensors, trainer.json, manifest.json
     checkpoints/last             link to the newest
     checkpoints/best             link to hard links of the best, which outlive its own folder
+    checkpoints/.invalid-step_…  one that wasn't intact when the run resumed from an older one
 
 A folder is written under another name, with a manifest of SHA-256 sums, flushed to disk, and renamed:
 a kill at any moment leaves the previous checkpoints and at most a leftover that nothing reads. A thread does this,
@@ -19,9 +20,10 @@ import re
 import shutil
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from pydantic import TypeAdapter
@@ -34,7 +36,7 @@ from trainer.errors import TrainingFailed, UserError
 
 FORMAT = 3
 MANIFEST = "manifest.json"
-WRITING, REPLACED, REMOVED = ".writing-", ".replaced-", ".removed-"
+WRITING, REPLACED, REMOVED, INVALID = ".writing-", ".replaced-", ".removed-", ".invalid-"
 
 
 def folder_name(step: int) -> str:
@@ -58,6 +60,7 @@ class Counters(TypedDict):
     scaler: dict[str, Any] | None
     world_size: int
     threads: int
+    data: NotRequired[str]  # identity of the prepared set; older versions didn't record it
 
 
 @dataclass
@@ -86,7 +89,7 @@ _counters = TypeAdapter(Counters)
 
 
 class InvalidCheckpoint(Exception):
-    """A checkpoint folder that isn't whole; the message says what is wrong with it."""
+    """A checkpoint folder that isn't intact; the message says what is wrong with it."""
 
 
 def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
@@ -124,6 +127,9 @@ def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
     older = [step for step in steps(root) if step < checkpoint.step]
     for old in older[: max(0, len(older) - (keep - 1))]:
         _remove(root, root / folder_name(old))
+    for invalid in root.glob(f"{INVALID}*"):
+        if int(invalid.name.rpartition("_")[2]) <= checkpoint.step:  # the training has come past it again
+            shutil.rmtree(invalid, ignore_errors=True)
     return final
 
 
@@ -200,14 +206,47 @@ def restore_best(root: Path, step: int | None) -> None:
         _keep_best(root, root / folder_name(step))
 
 
-def adopt(root: Path, checkpoint: Path) -> Path:
-    """Makes a checkpoint of another folder one of `root`'s, by hard links where that is possible; returns where it is now."""
-    final = root / checkpoint.name
-    temporary = root / f"{WRITING}{checkpoint.name}"
-    _link_files(checkpoint, temporary)
-    temporary.rename(final)
+def adopt(root: Path, checkpoint: Path, best: Path | None) -> Path:
+    """Makes a checkpoint of another folder, and the best one, those of a new `root`, by hard links where that is possible.
+
+    Returns:
+        Where the checkpoint is now.
+    """
+    final = root / folder_name(read_counters(checkpoint)["step"])
+    _link_files(checkpoint, final)
     _point(root / "last", final.name)
+    if best:
+        _keep_best(root, best)
+    for path in (final, root):
+        _flush(path)
     return final
+
+
+def find_best(root: Path, step: int) -> Path | None:
+    """The folder of an intact checkpoint of that step, which was the best at its time; None where there is none any more."""
+    for folder in (root / ".best" / folder_name(step), root / folder_name(step)):
+        with suppress(InvalidCheckpoint):
+            verify(folder)
+            return folder
+    return None
+
+
+def set_newer_aside(root: Path, step: int) -> list[Path]:
+    """Moves all checkpoints after `step`, which aren't intact, to names that are never read as checkpoints, and points `last` to `step`.
+
+    A file system that fails for a moment brings them back later. The run has gone on from `step` by then, so they belong to
+    another history, though they look newer.
+
+    Returns:
+        Where they are now, newest first.
+    """
+    moved = []
+    for newer in reversed([each for each in steps(root) if each > step]):
+        target = root / f"{INVALID}{folder_name(newer)}"
+        shutil.rmtree(target, ignore_errors=True)
+        moved.append((root / folder_name(newer)).rename(target))
+    _point(root / "last", folder_name(step))
+    return moved
 
 
 def _keep_best(root: Path, checkpoint: Path) -> None:
@@ -293,13 +332,13 @@ def verify(folder: Path) -> None:
 
 
 def newest_valid(root: Path) -> tuple[int | None, list[str]]:
-    """Step of the newest checkpoint that is whole (None: there is none), and what is wrong with the newer ones."""
+    """Step of the newest intact checkpoint (None: there is none), and what is wrong with each newer one, newest first."""
     complaints = []
     for step in reversed(steps(root)):
         try:
             verify(root / folder_name(step))
         except InvalidCheckpoint as error:
-            complaints.append(f"{folder_name(step)} is not whole: {error}")
+            complaints.append(f"{folder_name(step)} is not intact: {error}")
         else:
             return step, complaints
     return None, complaints

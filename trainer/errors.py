@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+LONGEST_LINE = 500
+
 
 class UserError(Exception):
     """A mistake in what the user gave: one message that says what, where and what to do. Exit code 2."""
@@ -20,6 +22,12 @@ class TrainingFailed(Exception):
 
     label = "training failed: "
     on_one_rank = False
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line: the message alone where it is made for people."""
+    name = "" if isinstance(error, UserError | TrainingFailed) else f"{type(error).__name__}: "
+    return " ".join(f"{name}{error}".split())[:LONGEST_LINE]
 
 
 def exit_code(run: Callable[..., Any], *arguments: Any) -> int:

@@ -20,20 +20,32 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.
 
 
 @contextmanager
-def failures_told(watchdog: Watchdog, fail: Callable[[], None], recipe: Recipe, world_size: int, folder: Path) -> Iterator[None]:
-    """Inside, whatever goes wrong is told to the other processes and by `fail`, then raised in this project's words."""
+def reported_to_peers(watchdog: Watchdog, world_size: int) -> Iterator[None]:
+    """Inside, an error is reported to the other processes before it is raised; where one of them is to blame, it ends this process."""
     try:
         yield
     except Stopped:
-        watchdog.close()
         raise
     except BaseException as error:
         if world_size > 1 and _lost_connection(error):
             watchdog.cut_off()  # another rank is to blame; this ends the process when it is known which
         watchdog.failed(error)
-        with suppress(Exception):  # what went wrong first is what is reported
-            fail()
+        raise
+
+
+@contextmanager
+def failures_told(watchdog: Watchdog, fail: Callable[[BaseException], None], recipe: Recipe, world_size: int, folder: Path) -> Iterator[None]:
+    """Inside, whatever goes wrong is reported to the other processes and by `fail`, then raised in this project's words."""
+    try:
+        with reported_to_peers(watchdog, world_size):
+            yield
+    except Stopped:
+        watchdog.close()
+        raise
+    except BaseException as error:
         failure = _as_training_failure(error, recipe, world_size, folder)
+        with suppress(Exception):  # what went wrong first is what is reported
+            fail(failure or error)
         if failure:
             raise failure from error
         raise

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from trainer.signals import leave_closed_terminal
+
+
+@contextmanager
+def _survives_terminal() -> Iterator[None]:
+    """Training continues without what is printed inside where the terminal was closed."""
+    try:
+        yield
+    except OSError:
+        if not leave_closed_terminal():
+            raise
 
 
 class Progress:
@@ -17,6 +31,7 @@ class Progress:
         self.enabled = enabled
         self._bar: Any = None
 
+    @_survives_terminal()
     def start(self, total_steps: int | None, step: int) -> None:
         """Shows the bar at `step` of `total_steps` (None where the training's duration is in minutes)."""
         if self.enabled and sys.stderr.isatty():
@@ -28,11 +43,13 @@ class Progress:
             self._task = self._bar.add_task("", total=total_steps, completed=step)
             self._bar.start()
 
+    @_survives_terminal()
     def step(self, step: int) -> None:
         """Moves the bar to `step`."""
         if self._bar:
             self._bar.update(self._task, completed=step)
 
+    @_survives_terminal()
     def train(self, line: dict[str, Any]) -> None:
         """Shows a train line of the metrics."""
         text = f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['samples_per_second']:.0f} samples/s"
@@ -41,6 +58,7 @@ class Progress:
         else:
             self.say(f"step {line['step']:6d}  epoch {line['epoch']:6.2f}  {text}")
 
+    @_survives_terminal()
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         if not self.enabled:
@@ -50,8 +68,9 @@ class Progress:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    @_survives_terminal()
     def close(self) -> None:
         """Ends the bar."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar:
+            bar.stop()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.curves import draw_confusion, draw_curves, draw_precision_recall, save_sheet
+from trainer.errors import TrainingFailed, UserError, one_line
 from trainer.progress import Progress
 from trainer.recipe import Recipe
 from trainer.tasks.task import Color
@@ -108,6 +109,13 @@ class Reporter:
                 self._advise(self._advice)
             if text:
                 self.say(text + figure)
+
+    def fail(self, error: BaseException, facts: dict[str, Any]) -> None:
+        """Closes everything where the run has begun, and records why it failed; `facts` as in `summary`."""
+        if self.is_open:
+            self.end("failed", "", error=one_line(error), **facts)
+        elif isinstance(error, UserError | TrainingFailed):  # anything else may not happen again
+            self.folder.write_standing("failed", error=one_line(error))
 
     def _draw_curves(self) -> None:
         draw_curves(self.folder.read_metrics(), self.folder.pictures / "curves.png")

@@ -26,7 +26,7 @@ def find_run(given: str) -> Path:
     for folder in (runs_dir() / given, Path(given)):
         if (folder / "checkpoints").is_dir():
             return folder
-    known = sorted(path.parent.name for path in runs_dir().glob("*/checkpoints"))
+    known = sorted(path.parent.name for path in runs_dir().glob("[!.]*/checkpoints"))
     raise UserError(f"no run {given!r} in {runs_dir()}; {nearest(given, known)}")
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 BEFORE_LIMIT_S = 120.0  # a checkpoint is saved so long before a known time limit
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(BaseException):
@@ -33,9 +33,10 @@ class StopRequest:
         self._at_once = False
 
     def install(self) -> None:
-        """Handles SIGTERM, SIGINT and SIGUSR1 from now on."""
+        """Handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP from now on; SIGHUP stays ignored where it is, as `nohup` has it."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -58,6 +59,8 @@ class StopRequest:
         if number == signal.SIGINT and self.signal_name == "SIGINT":
             os.write(2, b"\nsecond Ctrl-C: ending at once; the last checkpoint stays\n")  # print() may be in the middle of another line
             os._exit(130)
+        if number == signal.SIGHUP:
+            leave_closed_terminal()  # or the next line that is printed would end the training
         self.signal_name = self.signal_name or signal.Signals(number).name
         if self._at_once:
             self._at_once = False  # once: what cleans up must not be interrupted again
@@ -65,6 +68,22 @@ class StopRequest:
 
 
 STOP = StopRequest()
+
+
+def leave_closed_terminal() -> bool:
+    """Discards what is printed from now on where its terminal or pipe was closed; returns whether one was."""
+    import select  # only now: a process is deaf until `install` is called
+
+    found = False
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)  # reports errors alone
+        if poll.poll(0):
+            found = True
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
+    return found
 
 
 class TimeLimit:

@@ -200,7 +200,7 @@ class WandbRun:
         import wandb
 
         status = summary.get("status", "running")
-        self._run.summary.update({key: value for key, value in summary.items() if key not in ("best", "final")})
+        self._run.summary.update({key: value for key, value in summary.items() if key not in ("best", "final", "error")})
         for name, best in summary.get("best", {}).items():
             self._run.summary.update({f"best/{name}": best["value"], f"best/{name}_step": best["step"]})
         if (curves := self._folder.pictures / "curves.png").exists():

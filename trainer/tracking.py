@@ -79,10 +79,12 @@ class RunFolder:
 
     Attributes:
         path: `runs/<name>`.
+        is_open: whether this process has the run, and its recipe is the one that is trained, see `open_run`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_open = False
 
     @property
     def checkpoints(self) -> Path:
@@ -167,7 +169,7 @@ class RunFolder:
 
         Args:
             status: what the run is from now on.
-            facts: what else it says, e.g. `seconds` of training over all interruptions.
+            facts: what else it says, e.g. `seconds` of training over all interruptions, or the `error` that ended it.
         """
         best: dict[str, dict[str, float]] = {}
         final: dict[str, dict[str, float]] = {}
@@ -181,6 +183,13 @@ class RunFolder:
         summary = {"status": status, "best": best, "final": final, **facts}
         atomic_write(self.path / "summary.json", _pretty(summary))
         return summary
+
+    def write_standing(self, status: Status, **facts: Any) -> None:
+        """Changes the status in `summary.json` before training begins, if this process has the run; a finished one stays finished."""
+        before = self.read_summary()
+        if self.is_open and before.get("status") != "finished":
+            kept = {key: value for key, value in before.items() if key not in ("status", "best", "final", "error")}
+            self.write_summary(status, **kept, **facts)
 
     def read_summary(self) -> dict[str, Any]:
         """What `write_summary` wrote last; empty for a run that hasn't come so far."""

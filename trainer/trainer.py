@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainer import checkpoint as checkpoints
-from trainer.accelerator import CONTROL_TIMEOUT, as_in_training, build_accelerator, resolve_precision
+from trainer.accelerator import CONTROL_TIMEOUT, as_in_training, build_accelerator, launched_as, resolve_precision
 from trainer.best import Best
 from trainer.checkpoint import Checkpoint, Writer
 from trainer.data.build import Data
@@ -40,7 +40,7 @@ from trainer.durations import Clock, Span
 from trainer.ema import Ema
 from trainer.errors import TrainingFailed
 from trainer.evaluation import evaluate
-from trainer.failures import failures_told
+from trainer.failures import failures_told, reported_to_peers
 from trainer.guard import GRADIENTS, Guard
 from trainer.metrics.means import Means
 from trainer.models.freeze import set_train_mode
@@ -76,11 +76,15 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, resume: str = "auto") -> None:
         self.recipe, self.resume = recipe, resume
-        self.accelerator = build_accelerator(recipe)
+        self.rank, self.world_size = launched_as()
+        # First, since another rank may never start.
+        self.watchdog = Watchdog(self.rank, self.world_size, 60 * float(recipe.train.timeout.value), on_failure=self._fail)
+        with reported_to_peers(self.watchdog, self.world_size):
+            self.accelerator = build_accelerator(recipe)
+            self.control = Control(CONTROL_TIMEOUT)  # small messages between the processes
+        self.watchdog.at("preparing", patient=True)
         self.device = self.accelerator.device
-        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.rank == 0
-        self.control = Control(CONTROL_TIMEOUT)  # small messages between the processes
 
         # The counters of a run, which checkpoints hold beside weights, averages and optimizer state.
         self.step = 0  # optimizer steps done
@@ -97,8 +101,6 @@ class Trainer:
         self.folder = RunFolder(runs_dir() / recipe.name)
         self.report = Reporter(self.folder, recipe, self.is_main)
         self.writer = Writer(self.folder.checkpoints, recipe.checkpoint.keep)
-        minutes = float(recipe.train.timeout.value)
-        self.watchdog = Watchdog(self.rank, self.world_size, 60 * minutes, on_failure=self._fail)
 
     def fit(self) -> Status:
         """Trains until the duration has passed or a stop is asked for; returns `finished` or `stopped`.
@@ -122,7 +124,6 @@ class Trainer:
 
     def build(self) -> Checkpoint | None:
         """Opens the run folder, prepares the data, builds everything; returns the checkpoint to go on from."""
-        self.watchdog.at("preparing", patient=True)
         restore_from = self.control.on_main(self._open_run)
         self._build_data()
         self.control.on_main(self._build_task)  # rank 0 first: what it downloads, the others find
@@ -257,12 +258,11 @@ class Trainer:
             text = f"finished {self.recipe.name}{early}: {self.step} steps in {self.seconds:.0f} s; see {self.folder.path}"
         self.report.end(status, text, **self._facts())
 
-    def _fail(self) -> None:
-        """Says in the run folder and to the trackers that training failed, unless it hadn't begun."""
-        if self.report.is_open:
-            with suppress(TrainingFailed):  # what went wrong first is what is reported
-                self.writer.wait(WRITER_TIMEOUT_S)
-            self.report.end("failed", "", **self._facts())
+    def _fail(self, error: BaseException) -> None:
+        """Records in the run folder and in the trackers why training failed."""
+        with suppress(TrainingFailed):  # what went wrong first is what is reported
+            self.writer.wait(WRITER_TIMEOUT_S)
+        self.report.fail(error, self._facts() if self.report.is_open else {})
 
     # ------------------------------------------------------------ one optimizer step
 
@@ -431,6 +431,7 @@ class Trainer:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "world_size": self.world_size,
             "threads": torch.get_num_threads(),
+            "data": self.data.identity,
         }
         self.writer.wait()  # one copy in memory at a time
         state = Checkpoint(
@@ -445,6 +446,7 @@ class Trainer:
     def _restore(self, state: Checkpoint) -> None:
         """Puts a checkpoint's state in place."""
         counters = state.counters
+        self.data.check_unchanged(counters.get("data"))
         checkpoints.restore(state, self.task.model, self.ema.model if self.ema else None, self.optimizer.optimizer, self.trainable)
         if self.accelerator.scaler and counters["scaler"]:
             self.accelerator.scaler.load_state_dict(counters["scaler"])

@@ -3,6 +3,7 @@
 Every few seconds the threads write to the store of torch.distributed. Rank 0 reads what all have written; the others
 read what rank 0 wrote, and its verdict. A rank is lost when
 
+- it doesn't start: the others wait for it until `timeout`;
 - it writes no more: killed, stopped, or its machine is gone;
 - its training stands still for longer than `timeout`: of those that stand still, the ones furthest behind are meant,
   since the others only wait for them;
@@ -29,6 +30,8 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from trainer.errors import TrainingFailed, one_line
+
 LONGEST_SILENCE_S = 120.0  # between two messages of a rank; a thread waits while another holds Python's lock
 LONGEST_INTERVAL_S = 5.0
 POLL_S = 0.1  # while this rank ends
@@ -42,7 +45,7 @@ class Report:
     """What a rank says of itself.
 
     Attributes:
-        beat: number of this message.
+        beat: number of this message; 0 before the first one.
         marks: places that its training has come past.
         place: what it is doing, e.g. `reading data`.
         step: optimizer steps done.
@@ -69,24 +72,30 @@ class Watchdog:
     """Watches one process, and on rank 0 all of them.
 
     Args:
-        rank, world_size: of this process.
-        timeout: seconds that training may stand still, or a rank be silent.
-        on_failure: called on rank 0 when another rank failed, before this one ends.
+        rank, world_size: of this process. The watch begins before the processes meet in torch.distributed.
+        timeout: seconds that a rank may take to start, that training may stand still, or a rank be silent.
+        on_failure: called on rank 0 with the verdict when another rank failed, before this one ends.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: float, on_failure: Callable[[], Any]) -> None:
+    def __init__(self, rank: int, world_size: int, timeout: float, on_failure: Callable[[TrainingFailed], Any]) -> None:
         self.rank, self.world_size, self.timeout, self.on_failure = rank, world_size, timeout, on_failure
         self.silence = min(timeout, LONGEST_SILENCE_S)
         self.interval = min(timeout / 10, LONGEST_INTERVAL_S)
         # Written by the training, read by the thread: marks, place, step, when it was reached (None: it may take any time).
-        self._here: tuple[int, str, int, float | None] = (0, "starting", 0, None)
+        self._here: tuple[int, str, int, float | None] = (0, "starting", 0, time.monotonic())
         self._state: tuple[State, str] = ("training", "")
         self._beat, self._resumed = 0, 0.0
         self._published, self._wake = threading.Event(), threading.Event()
         self._heard: dict[int, tuple[Report, float]] = {}
         self._peer_failed = False
         self._warned = 0  # marks of the place that was warned of
-        self._store = _store(world_size, self.silence / 2)
+        try:
+            self._store = _store(rank, world_size, timeout)
+        except dist.DistError:
+            if rank == 0:  # its port is taken
+                raise
+            self._lose_store()
+        self._store.set_timeout(timedelta(seconds=self.silence / 2))
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -98,7 +107,7 @@ class Watchdog:
 
     def failed(self, error: BaseException) -> None:
         """Tells the other ranks that this one ends with an error of its own."""
-        self._tell("failed", " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        self._tell("failed", one_line(error))
         self._thread.join(GRACE_S + 2 * self.interval)
 
     def cut_off(self) -> None:
@@ -180,8 +189,11 @@ class Watchdog:
                 return f"rank {rank} failed ({report}): {report.error}"
         patience = self._patience(any(report.state == "cut off" for report, _ in active.values()))
         for rank, (report, silent) in active.items():
-            if report.state != "failed" and silent > patience:
-                return f"rank {rank} does not answer any more, killed or stopped; last heard of {silent:.0f} s ago, {report}"
+            if report.beat and report.state != "failed" and silent > patience:
+                return _not_responding(rank, report, silent)
+        late = [rank for rank, (report, _) in active.items() if not report.beat]
+        if late:
+            return _not_started(late, self.timeout) if active[late[0]][1] > self.timeout else ""
         return self._standstill({rank: report for rank, (report, _) in active.items() if report.state == "training"})
 
     def _standstill(self, reports: dict[int, Report]) -> str:
@@ -191,13 +203,13 @@ class Watchdog:
             return ""
         behind = min(report.marks for report in reports.values())
         blamed = [rank for rank, report in reports.items() if report.marks == behind]
-        who = f"rank {blamed[0]}" if len(blamed) == 1 else "all ranks" if len(blamed) == self.world_size else f"ranks {', '.join(map(str, blamed))}"
+        who = "all ranks" if 1 < len(blamed) == self.world_size else _named(blamed)
         told = f"{who} at a standstill for {idle:.0f} s ({reports[blamed[0]]})"
         if idle > self.timeout:
             return told + ("" if len(blamed) == self.world_size else "; the others wait")
         if behind != self._warned:
             self._warned = behind
-            print(f"warning: {told}; the job ends after {self.timeout:.0f} s, train.timeout", file=sys.stderr, flush=True)
+            _print(f"warning: {told}; the job ends after {self.timeout:.0f} s, train.timeout")
         return ""
 
     def _hear(self) -> str:
@@ -209,8 +221,10 @@ class Watchdog:
         silent = time.monotonic() - since
         if report.state == "failed" and silent > GRACE_S:
             return f"rank 0 failed ({report}): {report.error}"
+        if not report.beat:
+            return _not_started([0], self.timeout) if silent > self.timeout else ""
         if report.state in ("training", "cut off") and silent > self._patience(self._state[0] == "cut off"):
-            return f"rank 0 does not answer any more, killed or stopped; last heard of {silent:.0f} s ago, {report}"
+            return _not_responding(0, report, silent)
         return ""
 
     def _patience(self, cut_off: bool) -> float:
@@ -221,10 +235,10 @@ class Watchdog:
         """Ends this process; the first one to know says why."""
         if not self._store.check([VERDICT]):
             self._store.set(VERDICT, verdict)
-            _print(verdict)
+            _print_failure(verdict)
         if self._peer_failed:
             with suppress(Exception):
-                self.on_failure()
+                self.on_failure(TrainingFailed(verdict))
         self._state = ("done", "")
         self._publish()
         if self.rank == 0:
@@ -233,8 +247,8 @@ class Watchdog:
 
     def _lose_store(self) -> None:
         if self.rank == 1:  # the first who can still tell
-            last = self._heard[0][0] if 0 in self._heard else "when it started"
-            _print(f"rank 0, or what launched the job, does not answer any more; it was last heard of {last}")
+            last = f"last heartbeat {self._heard[0][0]}" if 0 in self._heard else "no heartbeat so far"
+            _print_failure(f"rank 0, or what launched the job, is not responding; {last}")
         self._exit()
 
     def _exit(self) -> None:
@@ -243,13 +257,41 @@ class Watchdog:
         os._exit(3)
 
 
-def _print(verdict: str) -> None:
-    print(f"training failed: {verdict}; the last checkpoint stays", file=sys.stderr, flush=True)
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-def _store(world_size: int, timeout: float) -> Any:
-    """A connection of its own to the store through which the processes found each other; a private one for a single process."""
+def _not_started(ranks: list[int], timeout: float) -> str:
+    return f"{_named(ranks)} did not start, or ended at once: no heartbeat within {timeout:.0f} s (train.timeout)"
+
+
+def _not_responding(rank: int, report: Report, silent: float) -> str:
+    return f"rank {rank} is not responding, killed or stopped; last heartbeat {silent:.0f} s ago, {report}"
+
+
+def _print_failure(verdict: str) -> None:
+    _print(f"training failed: {verdict}; the last checkpoint stays")
+
+
+def _print(line: str) -> None:
+    with suppress(OSError):  # a terminal that was closed
+        print(line, file=sys.stderr, flush=True)
+
+
+def _store(rank: int, world_size: int, timeout: float) -> Any:
+    """The store through which the processes find each other, a private one for a single process.
+
+    Rank 0 holds it where no launcher does; torch.distributed then meets in the same one.
+    """
     if world_size == 1:
         return dist.HashStore()
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=timeout))
+    launcher_holds_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0 and not launcher_holds_it,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+        multi_tenant=True,  # for this process, which may open it more than once
+    )
     return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # an elastic launcher keeps its store over restarts

@@ -51,7 +51,7 @@ def test_every_flipped_byte_and_truncation_is_noticed_and_the_checkpoint_before_
             tally("damaged checkpoints: white space of the manifest, which says the same")
             continue
         assert found == "step_00000015" and len(said) == 1, said
-        assert said[0].startswith(f"{newest.name} is not whole: "), said
+        assert said[0].startswith(f"{newest.name} is not intact: "), said
         # A damaged manifest may say something wrong of another file.
         assert victim.name in said[0] or (victim.name == "manifest.json" and any(name in said[0] for name in before["files"])), said
         tally("damaged checkpoints noticed, the one before used, and said")
@@ -71,4 +71,4 @@ def test_a_checkpoint_without_one_of_its_files_is_not_used(tmp_path: Path) -> No
         copy = RunFolder(shutil.copytree(tmp_path / "runs" / "run", tmp_path / "runs" / name, symlinks=True))
         (copy.checkpoints / "step_00000020" / name).unlink()
         found, said = go_on(copy, load_recipe(file, OPTIONS))
-        assert found == "step_00000015" and said[0].startswith("step_00000020 is not whole: ") and name in said[0]
+        assert found == "step_00000015" and said[0].startswith("step_00000020 is not intact: ") and name in said[0]

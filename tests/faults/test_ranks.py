@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import BRIEF, LONG, Tally, Undisturbed
-from tests.faults.hooks import Gate, in_reading
+from tests.faults.hooks import Gate, before_call, in_reading
 from tests.processes import TINY, Job, lines, weights, write_recipe
+from trainer import trainer as trainer_module
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = "train.timeout=0.1 minutes"
@@ -88,6 +89,39 @@ def wait_but_for(job: Job, victim: int) -> list[int | None]:
     return job.wait(0)
 
 
+def ends_before_it_meets_the_others() -> None:
+    os._exit(1)
+
+
+def ends_while_it_meets_the_others() -> None:
+    before_call(trainer_module, "build_accelerator", lambda recipe: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def fails_while_it_meets_the_others() -> None:
+    before_call(trainer_module, "build_accelerator", lambda recipe: raises())
+
+
+AT_START = (ends_before_it_meets_the_others, ends_while_it_meets_the_others, fails_while_it_meets_the_others)
+STARTS = [(fault, 2, victim) for fault in AT_START for victim in (0, 1)]
+SHORT_STARTS = [STARTS[0], STARTS[3], STARTS[5], (ends_before_it_meets_the_others, 4, 2)]
+
+
+@pytest.mark.parametrize(("fault", "world_size", "victim"), [*STARTS, SHORT_STARTS[-1]] if LONG else SHORT_STARTS)
+def test_a_rank_lost_before_all_have_met_ends_the_job_in_time_and_is_named(
+    tmp_path: Path, tally: Tally, fault: Callable[[], None], world_size: int, victim: int
+) -> None:
+    """The others wait for it in `init_process_group`, whose own limit is minutes and whose message names nobody."""
+    began = time.monotonic()
+    with Job(world_size, write_recipe(tmp_path), *BRIEF, TIMEOUT, fault=lambda rank: fault() if rank == victim else None) as job:
+        codes = job.wait(30)
+        took = time.monotonic() - began
+    assert [code for rank, code in enumerate(codes) if rank != victim] == [3] * (world_size - 1) and took < 2 * LIMIT_S, (codes, took, job.output)
+    told = [line for line in job.output.splitlines() if line.startswith("training failed: ")]
+    assert told and all(f"rank {victim}" in line for line in told), job.output
+    assert fault is fails_while_it_meets_the_others or "Traceback" not in job.output, job.output
+    tally(f"lost ranks: one of {world_size} {fault.__name__.replace('_', ' ')}: named, ended", seconds=took)
+
+
 @pytest.mark.launch
 @pytest.mark.skipif(not LONG, reason="make faults: a launch takes long")
 def test_a_rank_killed_under_a_launcher_ends_the_job_in_time_and_is_named(tmp_path: Path, tally: Tally, undisturbed: Undisturbed) -> None:
@@ -99,7 +133,7 @@ def test_a_rank_killed_under_a_launcher_ends_the_job_in_time_and_is_named(tmp_pa
     killed = subprocess.run(command, cwd=ROOT, env=os.environ | {"GATE_PLACE": "killed"}, capture_output=True, text=True, timeout=120)
     took = time.time() - max(began, (tmp_path / "runs" / "run" / "metrics.jsonl").stat().st_mtime)
     assert killed.returncode != 0 and took < 2 * LIMIT_S, killed.stderr  # the launcher's own end included
-    assert re.search(rf"training failed: rank 1 does not answer any more.* reading data, after step {STEP}", killed.stderr), killed.stderr
+    assert re.search(rf"training failed: rank 1 is not responding.* reading data, after step {STEP}", killed.stderr), killed.stderr
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "finished run" in done.stderr, done.stderr
     assert (weights(tmp_path / "runs" / "run"), lines(tmp_path / "runs" / "run")) == undisturbed(2, recipe)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 
 from tests.faults.conftest import BRIEF, LONG, Tally, Undisturbed
 from tests.faults.hooks import Gate, before_call, before_step
-from tests.processes import TINY, Job, lines, weights, write_recipe
+from tests.processes import TINY, Job, end_with_command, enter_command, lines, weights, write_recipe
 from trainer import checkpoint as checkpoints
 from trainer import trainer as trainer_module
 from trainer.data import prepare
@@ -60,6 +62,7 @@ def in_building(gate: Gate) -> Callable[[int], None]:
     ("place", "world_size", "arrivals", "number", "to_rank", "says"),
     [
         (in_first_step, 1, 1, signal.SIGUSR1, None, "stopped on SIGUSR1 at step 1, checkpoint saved"),
+        (in_first_step, 1, 1, signal.SIGHUP, None, "stopped on SIGHUP at step 1, checkpoint saved"),
         (in_first_step, 2, 2, signal.SIGTERM, None, "stopped on SIGTERM at step 1, checkpoint saved"),
         (in_evaluation, 2, 2, signal.SIGTERM, None, "stopped on SIGTERM at step 7, checkpoint saved"),
         (in_evaluation, 2, 2, signal.SIGTERM, 1, "stopped on a signal at step 7, checkpoint saved"),
@@ -67,7 +70,7 @@ def in_building(gate: Gate) -> Callable[[int], None]:
         (in_preparation, 2, 1, signal.SIGTERM, None, "stopped on SIGTERM before training began"),
         (in_building, 2, 1, signal.SIGTERM, None, "stopped on SIGTERM before training began"),
     ],
-    ids=["first-step-SIGUSR1", "first-step", "evaluation", "evaluation-to-one-rank", "save", "preparation", "building"],
+    ids=["first-step-SIGUSR1", "first-step-SIGHUP", "first-step", "evaluation", "evaluation-to-one-rank", "save", "preparation", "building"],
 )
 def test_a_stop_is_heard_at_once_and_the_same_command_goes_on_exactly(
     tmp_path: Path,
@@ -117,6 +120,35 @@ def test_a_second_ctrl_c_ends_at_once_and_what_is_saved_is_whole(tmp_path: Path,
         checkpoints.verify(root / checkpoints.folder_name(step))
     assert go_on(1, recipe)[1] == undisturbed(1, recipe)
     tally("second Ctrl-C in the middle of a save: exit 130 at once, checkpoints whole, went on exactly")
+
+
+def test_a_hang_up_of_a_whole_process_group_leaves_loader_workers_to_the_process_that_started_them(tmp_path: Path) -> None:
+    gate = Gate()
+    with Job(1, write_recipe(tmp_path), *BRIEF, "data.workers=1", fault=lambda rank: before_step(1, gate.stop_here)) as job:
+        gate.await_arrival()
+        os.killpg(job.group, signal.SIGHUP)
+        gate.open()
+        assert job.wait() == [0], job.output
+    assert "stopped on SIGHUP at step 2, checkpoint saved" in job.output and "worker" not in job.output, job.output
+
+
+@pytest.mark.parametrize(("ignored", "status"), [(False, "stopped"), (True, "finished")], ids=["handled", "as-nohup-does"])
+def test_a_run_whose_terminal_is_closed_saves_a_checkpoint_and_one_that_ignores_hang_ups_trains_on(tmp_path: Path, ignored: bool, status: str) -> None:
+    recipe, gate = write_recipe(tmp_path), Gate()
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        enter_command()
+        before_step(3, gate.stop_here)
+        end_with_command(recipe, *BRIEF)
+    gate.await_arrival()
+    os.close(terminal)
+    gate.open()
+    _, code = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(code) == 0
+    run = tmp_path / "runs" / "run"
+    assert json.loads((run / "summary.json").read_text())["status"] == status
+    assert (run / "checkpoints" / "last").resolve().name == ("step_00000010" if ignored else "step_00000004")
 
 
 def start(recipe: Path, gate: Gate, place: str, *options: str, **variables: str) -> subprocess.Popen[str]:

@@ -113,7 +113,7 @@ def test_any_flipped_byte_or_truncation_is_detected_and_the_one_before_is_used(t
     if file.name == "manifest.json" and step == 2:  # white space or another spelling of the same JSON
         assert json.loads(content)["files"].keys() and complaints == []
     else:
-        assert step == 1 and len(complaints) == 1 and "step_00000002 is not whole" in complaints[0]
+        assert step == 1 and len(complaints) == 1 and "step_00000002 is not intact" in complaints[0]
 
 
 def test_a_manifest_that_names_other_folders_reads_nothing_there(tmp_path: Path) -> None:

@@ -171,6 +171,15 @@ def test_mappings_merge_deeply_but_a_new_name_replaces(tmp_path: Path) -> None:
         assert check(tmp_path, "", *overrides).optimizer.momentum == 0.9
 
 
+def test_of_two_overrides_of_a_key_the_last_counts(tmp_path: Path) -> None:
+    recipe = check(
+        tmp_path, "", "optimizer.lr=1", "train={seed: 3, accumulate: 2}", "optimizer.lr=0.5", "train.seed=4", "data.augment=[vertical_flip]", "data.augment=[]"
+    )
+    assert (recipe.optimizer.lr, recipe.train.seed, recipe.train.accumulate, recipe.augmentations) == (0.5, 4, 2, [])
+    assert check(tmp_path, "", "optimizer=sgd", "optimizer.lr=2", "optimizer={lr: 0.25, momentum: 0.5}").optimizer.lr == 0.25
+    assert check(tmp_path, "", "loss=dice", "loss={name: soft_iou, channel: 2}").loss.channel == 2
+
+
 def test_the_name_is_the_files_unless_the_recipe_says_one(tmp_path: Path) -> None:
     assert check(tmp_path, "").name == "r"
     assert check(tmp_path, "", "optimizer.lr=1").name == "r"

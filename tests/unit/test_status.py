@@ -33,10 +33,10 @@ def make_run(runs: Path, name: str, status: str | None, *checkpoints: int) -> Pa
     ("status", "code", "said"),
     [
         ("finished", 0, "r  finished  step 30 of 100  miou 0.7500  12 s  see {folder}"),
-        ("stopped", 75, "r  stopped  step 30 of 100  miou 0.7500  12 s  the same command goes on from step 30"),
-        ("failed", 3, "r  failed  step 30 of 100  miou 0.7500  12 s  its log says why; with that mended, the same command goes on from step 30"),
-        ("running", 75, "r  interrupted  step 30 of 100  miou 0.7500  12 s  the same command goes on from step 30"),
-        (None, 75, "r  interrupted  step 30  the same command goes on from step 30"),
+        ("stopped", 75, "r  stopped  step 30 of 100  miou 0.7500  12 s  the same command resumes from step 30"),
+        ("failed", 3, "r  failed  step 30 of 100  miou 0.7500  12 s  see its log; fix this, and the same command resumes from step 30"),
+        ("running", 75, "r  interrupted  step 30 of 100  miou 0.7500  12 s  the same command resumes from step 30"),
+        (None, 75, "r  interrupted  step 30  the same command resumes from step 30"),
     ],
 )
 def test_a_line_says_where_a_run_stands_and_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str | None, code: int, said: str) -> None:
@@ -46,10 +46,18 @@ def test_a_line_says_where_a_run_stands_and_what_to_do(tmp_path: Path, capsys: p
         assert capsys.readouterr().out == said.format(folder=folder) + "\n"
 
 
+def test_a_failed_run_says_what_went_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "runs", "r", "failed", 30)
+    summary = json.loads((folder / "summary.json").read_text()) | {"error": "data/tiny is damaged"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert main(["status", "r"]) == 3
+    assert capsys.readouterr().out.endswith("12 s  data/tiny is damaged; fix this, and the same command resumes from step 30\n")
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_the_beginning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "runs", "r", None)
     assert main(["status", "r"]) == 75
-    assert capsys.readouterr().out == "r  interrupted  the same command starts from the beginning\n"
+    assert capsys.readouterr().out == "r  interrupted  the same command starts from scratch\n"
 
 
 def test_a_run_that_a_process_has_is_running_until_that_process_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +108,7 @@ def test_json_has_everything_for_scripts(tmp_path: Path, capsys: pytest.CaptureF
         "name": "r",
         "status": "stopped",
         "code": 75,
-        "note": "the same command goes on from step 30",
+        "note": "the same command resumes from step 30",
         "step": 30,
         "total_steps": 100,
         "checkpoint": 30,

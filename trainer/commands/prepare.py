@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer.components import catalogue
 from trainer.data.card import Card
-from trainer.data.files import VALIDATION
+from trainer.data.files import VALIDATION, flag
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared
 from trainer.data.sets import coco, folder, yolo
 from trainer.data.source import Source
@@ -49,7 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"share of the images that validate (default: {VALIDATION}); folder, yolo: or a folder with two called like those of --images and of "
         "--masks or --labels (where these are called alike, the name of the folders beside them); coco: or a COCO file of those that do",
     )
-    files.add_argument("--invalid", choices=("refuse", "drop"), help="yolo, coco: what becomes of an object that can't be so (default: refuse)")
+    files.add_argument("--validation-images", type=Path, metavar="DIR", help="images that validate; coco: those that the file of --validation lists")
+    files.add_argument("--validation-masks", type=Path, metavar="DIR", help="folder: the masks of --validation-images")
+    files.add_argument("--validation-labels", type=Path, metavar="DIR", help="yolo: the text files of --validation-images")
+    files.add_argument("--test", metavar="DIR | FILE", help="a third split, which no training reads; otherwise like --validation, but never a share")
+    files.add_argument("--test-images", type=Path, metavar="DIR", help="images of the test split; coco: those that the file of --test lists")
+    files.add_argument("--test-masks", type=Path, metavar="DIR", help="folder: the masks of --test-images")
+    files.add_argument("--test-labels", type=Path, metavar="DIR", help="yolo: the text files of --test-images")
+    files.add_argument("--invalid", choices=("refuse", "drop"), help="yolo, coco: what becomes of an invalid object (default: refuse)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,11 +104,14 @@ def _source(args: argparse.Namespace) -> Source:
     for option in given:
         if option not in own:
             owners = " or ".join(f"`trainer prepare {kind}`" for kind, of_kind in options.items() if option in of_kind)
-            raise UserError(f"--{option} belongs to {owners}, not to {args.dataset}")
+            raise UserError(f"{flag(option)} belongs to {owners}, not to {args.dataset}")
     if own:
         make, usage = OF_FILES[args.dataset]
-        if args.settings or any(parameter.default is parameter.empty and option not in given for option, parameter in own.items()):
-            raise UserError(f"trainer prepare {usage}")
+        lacking = [flag(option) for option, parameter in own.items() if parameter.default is parameter.empty and option not in given]
+        if lacking:
+            raise UserError(f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing: trainer prepare {usage}")
+        if args.settings:
+            raise UserError(f"{args.settings[0]} is no option: trainer prepare {usage}")
         return make(**given)
     component = datasets[args.dataset]
     reader = Reader(named=())

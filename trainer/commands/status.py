@@ -110,13 +110,13 @@ def standing_of(folder: Path) -> Standing:
     summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     steps = [int(match[1]) for path in (folder / "checkpoints").iterdir() if (match := re.fullmatch(r"step_(\d+)", path.name))]
     newest = max(steps, default=None)
-    go_on = f"the same command goes on from step {newest}" if steps else "the same command starts from the beginning"
+    go_on = f"the same command resumes from step {newest}" if steps else "the same command starts from scratch"
     if is_locked(folder):
         status, code, note = "running", TO_BE_RESUMED, "a process is training it"
     elif (said := summary.get("status")) == "finished":
         status, code, note = said, 0, f"see {folder}"
     elif said == "failed":
-        status, code, note = said, FAILED, f"its log says why; with that mended, {go_on}"
+        status, code, note = said, FAILED, f"{summary.get('error', 'see its log')}; fix this, and {go_on}"
     elif said == "stopped":
         status, code, note = said, TO_BE_RESUMED, go_on
     else:  # it says that it is running, but nobody is

@@ -30,6 +30,7 @@ class Data:
         validation: the validation samples, by id.
         validation_batches: this process's share of them.
         validation_rounds: batches of the process that has most.
+        identity: of the prepared set; another one means other samples, or another order.
 
     Raises:
         UserError: the set isn't there, or can't be evaluated in batches.
@@ -39,8 +40,9 @@ class Data:
         settings = recipe.data
         self.rank, self.world_size = rank, world_size
         self.batch_size, self.accumulate = settings.batch_size, recipe.train.accumulate
-        folder = data_dir() / recipe.build("data").name
+        self.folder = folder = data_dir() / recipe.build("data").name
         card = Card.load(folder)
+        self.identity = card.identity
         if settings.overfit:
             card = card.of_first(settings.overfit)
         self.info = card.info
@@ -63,6 +65,18 @@ class Data:
         """This process's micro-batches from a step on, without end."""
         slices = Slices(self.batch_size, self.accumulate, self.rank, self.world_size, first_step)
         return iter(Batches(self.train, slices, self.workers))
+
+    def check_unchanged(self, identity: str | None) -> None:
+        """Compares the set with the one that a run began with; None is unknown, as in checkpoints of older versions.
+
+        Raises:
+            UserError: it is another one.
+        """
+        if identity not in (None, self.identity):
+            raise UserError(
+                f"{self.folder} holds other samples than this run began with: it was prepared again. "
+                "Prepare it from the same files as before, or give this run another name=… (--resume never starts it from scratch)"
+            )
 
     def sample_ids(self, step: int, micro_batch: int, rank: int) -> list[int]:
         """Ids of the samples that a process trains on in one micro-batch of a step."""

@@ -66,7 +66,7 @@ class Card:
         classes: names in the order of their index.
         ignore_index: the label that counts nowhere, or None.
         columns: role of each column that the source describes; `height` and `width` come on top.
-        splits: `train` and `validation`.
+        splits: `train` and `validation`, and perhaps `test`, which no training reads.
         archives: SHA-256 of each archive the rows were read from.
         notes: sentences for people, e.g. how the set was split.
         statistics: what was measured when it was prepared: `class_pixels` (list of int, the pixels of each class in the training split;
@@ -101,12 +101,21 @@ class Card:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
+    def identity(self) -> str:
+        """SHA-256 in hex of the rows that train and validate, and of what their labels mean.
+
+        Runs record it, so no later version may compute another one of the same set.
+        """
+        rows = [(shard.sha256, shard.row_groups) for split in ("train", "validation") for shard in self.splits[split].files]
+        return hashlib.sha256(json.dumps([self.classes, self.ignore_index, self.columns, rows], sort_keys=True).encode()).hexdigest()
+
+    @property
     def again(self) -> str:
         """What to do about a damaged set."""
         return f"`trainer prepare {self.command or self.name}` makes it again"
 
     def of_first(self, count: int) -> Card:
-        """The card of a set whose splits both are the first `count` training samples (all, where there are fewer), in the same files."""
+        """The card of a set that trains and validates on the first `count` training samples (all, where there are fewer), in the same files."""
         shards, left = [], count
         for shard in self.splits["train"].files:
             groups = []
@@ -195,7 +204,7 @@ class Card:
 
     def _is_sound(self) -> bool:
         """Whether what it says fits together: files of this folder that can hold as many rows as their row groups have."""
-        return self.splits.keys() == {"train", "validation"} and all(
+        return self.splits.keys() - {"test"} == {"train", "validation"} and all(
             re.fullmatch(rf"{name}/\d{{5}}\.parquet", shard.name) and min(shard.row_groups, default=0) > 0 and sum(shard.row_groups) <= shard.bytes
             for name, split in self.splits.items()
             for shard in split.files

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -15,7 +16,7 @@ from pydantic import AfterValidator
 
 from trainer.components import catalogue
 from trainer.data.archives import Member
-from trainer.data.card import Card
+from trainer.data.card import Card, sha256
 from trainer.data.prepare import data_dir, image_size
 from trainer.data.source import DataInfo, Role, Row, Source, in_validation
 from trainer.errors import UserError
@@ -55,7 +56,7 @@ def prepared_set(name: str) -> Source:
     def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{data_dir() / name} is damaged; {card.again}")
 
-    return Source(name, card.info, card.columns, rows, command=card.command, version=card.version)
+    return Source(name, card.info, card.columns, rows, command=card.command, version=card.version, splits=tuple(card.splits))
 
 
 # ---------------------------------------------------------------- making it
@@ -73,8 +74,22 @@ class File(NamedTuple):
         Raises:
             UserError: it can't be read.
         """
-        try:
+        with self._errors_reported():
             return Member(self.name, self.path.read_bytes())
+
+    def digest(self) -> str:
+        """SHA-256 of its bytes, in hex, without holding them in memory.
+
+        Raises:
+            UserError: it can't be read.
+        """
+        with self._errors_reported():
+            return sha256(self.path)
+
+    @contextmanager
+    def _errors_reported(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(f"{self.path} can't be read: {error.strerror}") from error
 
@@ -97,12 +112,14 @@ def source_of_files(
     read: Sequence[File],
     remedy: str,
     note: str = "",
+    ignore_option: str = "",
 ) -> Source:
     """The set that `trainer prepare KIND` makes of files.
 
     Args:
         kind: name of the data set in the catalogue.
-        options: of the command, by their names: `name`, `validation`, perhaps `invalid`, and what else it has; those that are None don't count.
+        options: of the command, by their names: `name`, `validation`, `validation_images`, `test`, `test_images`, perhaps `invalid`, and what
+            else it has; those that are None don't count.
         info: classes and ignored label.
         columns: role of each column.
         samples: an image each, and what belongs to it.
@@ -110,71 +127,124 @@ def source_of_files(
         read: the files whose change makes the set another.
         remedy: what to do about a row that can't be used.
         note: what the card says, after how the set was split.
+        ignore_option: see `Source`.
 
     Raises:
-        UserError: the name can't be so.
+        UserError: the name is invalid, or an image is in more than one split.
     """
-    name, validation, invalid = options["name"], options["validation"], options.get("invalid", "refuse")
+    name, invalid = options["name"], options.get("invalid", "refuse")
     if not NAME.fullmatch(name) or name == DOWNLOADS:
         raise UserError(f"--name {name}: a set's name is made of letters, digits and . _ -, and names a folder in {data_dir()}")
     if name in catalogue("dataset"):
         raise UserError(f"--name {name}: there is a data set of that name already; choose another")
-    share = share_of(validation)
+    given = {option: value.resolve() if isinstance(value, Path) else value for option, value in options.items() if value is not None}
+    validation, test = (given.get(split, given.get(f"{split}_images")) for split in ("validation", "test"))
+    share = share_of(str(validation))
+    _refuse_leaks(samples)
 
     def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
         splits = set()
         for split, file, labels in sorted(samples, key=_draw):  # mixed, so that neighbours in a folder are not alike
             image = file.read()
-            if share and in_validation(image.data, share):
+            if share and split == "train" and in_validation(image.data, share):
                 split = "validation"
             splits.add(split)
             yield split, row(image, labels)
-        if len(splits) < 2:
-            raise UserError(f"--validation {validation}: of {len(samples)} images all or none were drawn; give another share, or what validates")
+        if not {"train", "validation"} <= splits:
+            drawn_from = sum(sample.split == "train" for sample in samples)
+            raise UserError(f"--validation {validation}: of {drawn_from} images all or none were drawn; give another share, or what validates")
 
-    split = f"Split: {share:.0%} validate, drawn by a hash of the image's bytes." if share else f"Split: {validation} validates."
-    rows.__doc__ = "\n".join([split, note]).rstrip()
-    said = {option: value.resolve() if isinstance(value, Path) else value for option, value in options.items() if value is not None}
+    drawn = f"Split: {share:.0%} validate, drawn by a hash of the image's bytes." if share else f"Split: {validation} validates."
+    kept = f"{test} is the test split, which no training reads." if test else ""
+    rows.__doc__ = "\n".join(line for line in (drawn, kept, note) if line)
     states = [(file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in read]
     return Source(
         name,
         info,
         columns,
         rows,
-        command=shlex.join([kind, *(str(word) for option, value in said.items() for word in (f"--{option}", value))]),
+        command=shlex.join([kind, *(str(word) for option, value in given.items() for word in (flag(option), value))]),
         # Names, sizes and times; over all bytes, to see that nothing changed would take as long as preparing.
         version=hashlib.sha256(json.dumps([share, invalid, [sample.split for sample in samples], states]).encode()).hexdigest(),
         remedy=remedy,
         invalid=invalid,
+        splits=("train", "validation", "test") if test else ("train", "validation"),
+        ignore_option=ignore_option,
     )
 
 
-def share_of(validation: str) -> float | None:
-    """The share that `--validation` says, or None where it names a folder or a file.
+def flag(option: str) -> str:
+    """How the command line spells an option."""
+    return f"--{option.replace('_', '-')}"
+
+
+def _refuse_leaks(samples: Sequence[Sample[Any]]) -> None:
+    """Raises `UserError` where an image is in more than one split, byte for byte; reads only files whose size occurs in another split too."""
+    by_size: dict[int, list[Sample[Any]]] = {}
+    for sample in samples:
+        by_size.setdefault(sample.image.path.stat().st_size, []).append(sample)
+    by_digest: dict[str, dict[str, File]] = {}
+    for alike in by_size.values():
+        if len({sample.split for sample in alike}) > 1:
+            for sample in alike:
+                by_digest.setdefault(sample.image.digest(), {}).setdefault(sample.split, sample.image)
+    leaks = [", ".join(f"{file.path} ({split})" for split, file in found.items()) for found in by_digest.values() if len(found) > 1]
+    refuse(f"{len(leaks)} images are in more than one split, so metrics would be measured on images used in training; leave each in one split only:", leaks)
+
+
+def share_of(value: str, split: str = "validation") -> float | None:
+    """The share that `--validation` says, or None where it names a folder or a file, as `--test` always does.
 
     Raises:
-        UserError: a share can't be so.
+        UserError: the share is invalid.
     """
     try:
-        share = float(validation)
+        share = float(value)
     except ValueError:
         return None
+    if split != "validation":
+        raise UserError(f"--{split} {value}: only the validation split can be a share; name the files of the {split} split")
     if not 0 < share < 1:
-        raise UserError(f"--validation {validation}: a share is between 0 and 1, e.g. {VALIDATION}")
+        raise UserError(f"--validation {value}: a share is between 0 and 1, e.g. {VALIDATION}")
     return share
 
 
-def validation_folders(validation: str, *folders: Path) -> tuple[str, list[Path]]:
-    """The folders that validate, where `--validation` names no share: in a folder, called like `folders`; or, where these are
-    called alike, beside them, called as it says, e.g. `val` beside `images/train` and `labels/train`.
+def split_folders(options: Mapping[str, Any], *kinds: str) -> tuple[dict[str, Any], dict[str, list[Path]]]:
+    """The folders of each split, as options of the command give them, each of which holds one of `kinds`, e.g. `images` and `masks`.
+
+    Options of these names give the training split. Another split is given by `validation_images`, `validation_masks` and so on, or by
+    `validation` alone: the folder whose subfolders are called like those that train; or, where these are called alike, the name of the
+    folders beside them, e.g. `val` beside `images/train` and `labels/train`. Where nothing says what validates, it is a share.
 
     Returns:
-        What `--validation` says wherever the command is called, and the folders.
+        The options, so that they mean the same wherever the command is called, and the folders, by split.
+
+    Raises:
+        UserError: options exclude each other, or one lacks its companion.
     """
-    whole = [folder.resolve() for folder in folders]
+    options = dict(options)
+    folders = {"train": [options[kind] for kind in kinds]}
+    for split in ("validation", "test"):
+        value, own = options[split], {flag(f"{split}_{kind}"): options[f"{split}_{kind}"] for kind in kinds}
+        given = [option for option, folder in own.items() if folder]
+        if given and value is not None:
+            raise UserError(f"--{split} {value} and {given[0]} exclude each other; give one of them")
+        if given and len(given) < len(own):
+            raise UserError(f"{given[0]} needs {next(option for option in own if option not in given)} beside it")
+        if given:
+            folders[split] = [*own.values()]
+        elif value is not None and share_of(value, split) is None:
+            options[split], folders[split] = _folders_named(value, folders["train"])
+        elif split == "validation" and value is None:
+            options[split] = VALIDATION
+    return options, folders
+
+
+def _folders_named(value: str, train: Sequence[Path]) -> tuple[str, list[Path]]:
+    whole = [folder.resolve() for folder in train]
     if len({folder.name for folder in whole}) < len(whole):
-        return validation, [folder.parent / validation for folder in whole]
-    return str(Path(validation).resolve()), [Path(validation, folder.name) for folder in whole]
+        return value, [folder.parent / value for folder in whole]
+    return str(Path(value).resolve()), [Path(value, folder.name) for folder in whole]
 
 
 def class_names(file: Path, at_least: int, at_most: int) -> tuple[str, ...]:

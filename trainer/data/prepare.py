@@ -3,6 +3,7 @@
     <data>/<name>/card.json
     <data>/<name>/train/00000.parquet …
     <data>/<name>/validation/00000.parquet …
+    <data>/<name>/test/00000.parquet …         where there is a test split
 
 Rows are written to a hidden folder beside it, which is renamed at the very end: a set is whole or it isn't there.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,7 +28,7 @@ from trainer.data.archives import Member, locate, locked
 from trainer.data.card import CARD, Card, Shard, Split, sha256
 from trainer.data.object_checks import OBJECTS, checked_objects
 from trainer.data.png import check_png
-from trainer.data.source import DataInfo, Role, Row, Source
+from trainer.data.source import Role, Row, Source
 from trainer.errors import UserError
 from trainer.signals import STOP
 
@@ -37,7 +39,8 @@ MIN_GROUPS = 8
 FILE_BYTES = 256 * 2**20
 
 MASK = "mask"  # the column of class indices
-SHOWN = 5  # objects that a note lists
+IGNORED = 255  # the label that most sets with one ignore
+SHOWN = 5  # objects that a note lists, and labels or differences that a message does
 DEPTH_BYTE = 24  # of a PNG, where it says how many bits a channel has
 
 Say = Callable[[str], None]
@@ -115,15 +118,38 @@ def _ready(source: Source, folder: Path, say: Say = lambda line: None) -> Card |
     except UserError as error:
         say(str(error))
         return None
-    if (card.info, card.columns) != (source.info, source.columns):
-        say(f"{folder} was prepared with other classes or columns")
-    elif card.version != source.version:
-        say(f"{folder} was prepared from other files")
+    made, makes = card.command or card.name, source.command or source.name
+    if made.split()[0] != makes.split()[0] and (card.version or source.version):  # a set of files: nothing else can make it again
+        raise UserError(
+            f"{folder} was made by `trainer prepare {made}`, which `trainer prepare {makes}` would replace; choose another name, or delete {folder}"
+        )
+    if (card.info, card.columns, {*card.splits}, card.version) != (source.info, source.columns, {*source.splits}, source.version):
+        reason = _differences(card, source) or "the name, size or time of a file has changed"
     elif MASK in card.columns and "class_pixels" not in card.statistics:
-        say(f"{folder} was prepared without class frequencies")
+        reason = "its card has no class frequencies"
     else:
         return card
+    say(f"{folder} is prepared again: {reason}")
     return None
+
+
+def _differences(card: Card, source: Source) -> str:
+    """In which properties and options a set was prepared otherwise than it is described today."""
+
+    def described(each: Card | Source) -> dict[str, str]:
+        words = shlex.split(each.command)[1:]
+        return {
+            **{f"class {label}": name for label, name in enumerate(each.info.classes)},
+            **({} if each.info.ignore_index is None else {"the ignored label": str(each.info.ignore_index)}),
+            **{f"column {column}": role for column, role in each.columns.items()},
+            **{f"split {split}": "present" for split in each.splits},
+            **{option: value for option, value in zip(words[::2], words[1::2], strict=False) if option.startswith("--")},
+        }
+
+    before, after = described(card), described(source)
+    pairs = {what: (before.get(what, "absent"), after.get(what, "absent")) for what in before | after}
+    found = [f"{what} was {old} and is now {new}" for what, (old, new) in pairs.items() if old != new]
+    return ", ".join(found[:SHOWN] + ["…"] * (len(found) > SHOWN))
 
 
 @contextmanager
@@ -197,20 +223,24 @@ def _checked_mask(data: bytes) -> tuple[bytes, npt.NDArray[np.uint8]]:
     return data if ready else encode_png(indices), indices
 
 
-def _count_classes(indices: npt.NDArray[np.uint8], info: DataInfo) -> Counts:
+def _count_classes(indices: npt.NDArray[np.uint8], source: Source) -> Counts:
     """How many pixels of a mask (H, W) each class has, int64 (C,).
 
     Raises:
-        ValueError: there is a label that is no class, and isn't ignored.
+        ValueError: there is a label that is no class, and isn't ignored; it says what to do.
     """
+    info, remedy = source.info, source.remedy
     counts = np.bincount(indices.ravel(), minlength=256)
     ignored = "none is ignored"
     if info.ignore_index is not None:
         counts[info.ignore_index] = 0
         ignored = f"{info.ignore_index} is ignored"
-    unknown = [str(label) for label in np.flatnonzero(counts) if label >= info.num_classes]
+    unknown = [label for label in np.flatnonzero(counts).tolist() if label >= info.num_classes]
     if unknown:
-        raise ValueError(f"this mask holds the labels {', '.join(unknown[:5])}; classes are 0 to {info.num_classes - 1}, and {ignored}")
+        if source.ignore_option and info.ignore_index is None and (len(unknown) == 1 or IGNORED in unknown):
+            remedy = f"if {unknown[-1]} marks pixels that don't count, pass {source.ignore_option.format(unknown[-1])}; otherwise {remedy}"
+        labels = ", ".join(map(str, unknown[:SHOWN]))
+        raise ValueError(f"this mask holds the labels {labels}; classes are 0 to {info.num_classes - 1}, and {ignored}; {remedy}")
     return counts[: info.num_classes]
 
 
@@ -242,9 +272,9 @@ def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts, lis
             raise UserError(f"{place}: this {role} can't be decoded ({error}); {source.remedy}") from error
         if column == MASK:
             try:
-                class_counts = _count_classes(indices, source.info)
+                class_counts = _count_classes(indices, source)
             except ValueError as error:
-                raise UserError(f"{place}: {error}; {source.remedy}") from error
+                raise UserError(f"{place}: {error}") from error
         checked[column] = {"bytes": data, "path": name}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{column} {width} x {height}" for column, (width, height) in sizes.items())
@@ -264,7 +294,7 @@ def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts, lis
 def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
     """Writes all rows and the card into `folder`."""
     schema = _schema(source.columns)
-    writers = {split: _SplitWriter(folder, split, schema) for split in ("train", "validation")}
+    writers = {split: _SplitWriter(folder, split, schema) for split in source.splits}
     class_counts = np.zeros(source.info.num_classes, np.int64)
     dropped: list[str] = []
     try:

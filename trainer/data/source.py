@@ -74,13 +74,15 @@ class Source:
         info: classes and ignored label.
         columns: role of each column; one called `mask` holds class indices.
         rows: given the local path of each archive, yields `(split, row)` for every sample, always the same
-            rows in the same order; splits are `train` and `validation`.
+            rows in the same order; splits are those of `splits`.
         archives: what `rows` reads; none for generated sets.
         statistics: measures the set (JSON) for the card, given the path of each archive; `class_pixels` comes by itself.
         command: what follows `trainer prepare` to make the set; "" is its name alone.
         version: of the files it is read from where these are no archives; a set that was prepared from another one is made again.
         remedy: what to do about a row that can't be used.
         invalid: what becomes of an object that can't be so: the set is refused, or the object left out, which the card's notes say.
+        splits: `train` and `validation`, and perhaps `test`, which no training reads.
+        ignore_option: what tells the set to ignore a label, which replaces `{}`, e.g. `--ignore {}`; "" where nothing does.
     """
 
     name: str
@@ -93,6 +95,8 @@ class Source:
     version: str = ""
     remedy: str = "replace the archive it comes from"
     invalid: Literal["refuse", "drop"] = "refuse"
+    splits: tuple[str, ...] = ("train", "validation")
+    ignore_option: str = ""
 
 
 def in_validation(key: bytes, share: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from trainer.data.card import Card
 from trainer.data.prepare import data_dir
 
 SIZE = (12, 8)  # width and height
+
+
+def command_line(options: Mapping[str, Any]) -> list[str]:
+    """Options as words; those that are None are left out."""
+    return [str(word) for option, value in options.items() if value is not None for word in (f"--{option.replace('_', '-')}", value)]
 
 
 def picture(seed: int, format: str = "JPEG", size: tuple[int, int] = SIZE, **options: Any) -> bytes:

@@ -156,6 +156,29 @@ def test_a_card_that_names_other_files_or_impossible_rows_is_damaged(folder: Pat
         Card.load(folder)
 
 
+def test_a_card_has_two_splits_or_three(folder: Path) -> None:
+    card = Card.load(folder)
+    (folder / "test").mkdir()
+    (folder / "test/00000.parquet").write_bytes(b"four" * 20)
+    shard = Shard("test/00000.parquet", sha256(folder / "test/00000.parquet"), 80, (16, 4))
+    third = replace(card, splits=card.splits | {"test": Split(20, (shard,))})
+    third.save(folder)
+    assert Card.load(folder) == third and third.row_groups("test") == [16, 4]
+    third.verify(folder)
+    assert third.of_first(3).splits.keys() == {"train", "validation"}
+    (folder / "test/00000.parquet").unlink()
+    with pytest.raises(UserError, match=r"test/00000\.parquet is missing"):
+        Card.load(folder)
+
+
+@pytest.mark.parametrize("splits", [{"train"}, {"train", "test"}, {"validation", "test"}, {"train", "validation", "val"}], ids=sorted)
+def test_a_card_with_other_splits_is_damaged(folder: Path, splits: set[str]) -> None:
+    card = Card.load(folder)
+    replace(card, splits={split: card.splits.get(split, Split(0, ())) for split in sorted(splits)}).save(folder)
+    with pytest.raises(UserError, match=r"card\.json is damaged"):
+        Card.load(folder)
+
+
 def test_the_fingerprint_follows_the_content_and_nothing_else(folder: Path) -> None:
     card = Card.load(folder)
     assert card.fingerprint == Card.load(folder).fingerprint
@@ -163,3 +186,18 @@ def test_the_fingerprint_follows_the_content_and_nothing_else(folder: Path) -> N
     changed = replace(card.splits["train"].files[0], sha256="0")
     assert card.fingerprint != replace(card, splits=card.splits | {"train": Split(20, (changed,))}).fingerprint
     assert card.fingerprint != replace(card, classes=("yes", "no")).fingerprint
+
+
+def test_the_identity_that_runs_record_is_the_same_in_every_version_and_follows_the_samples(folder: Path) -> None:
+    card = Card.load(folder)
+    assert card.identity == "377630fe497ebde18a1ddb40c7f7c14d41c783c0263da992976fa659b2ce7e20"
+    assert replace(card, notes=(), statistics={"class_pixels": [1, 2]}, command="toy", version="2", archives={}).identity == card.identity
+    train, validation = card.splits["train"], card.splits["validation"]
+    others = [
+        replace(card, classes=("yes", "no")),
+        replace(card, ignore_index=None),
+        replace(card, splits={"train": replace(train, files=train.files[::-1]), "validation": validation}),
+        replace(card, splits={"train": train, "validation": train}),
+        card.of_first(3),
+    ]
+    assert len({card.identity, *(other.identity for other in others)}) == 6

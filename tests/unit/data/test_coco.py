@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.data.objects import SIZE, by_image, picture, save
+from tests.unit.data.objects import SIZE, by_image, command_line, picture, save
 from trainer.commands import main
 from trainer.components import catalogue
 from trainer.data.card import Card
@@ -52,7 +52,7 @@ def files(tmp_path: Path) -> Path:
 def prepare(folder: Path, found: dict[str, Any], **changed: Any) -> int:
     save(folder / "instances.json", json.dumps(found))
     given = {"name": "mine", "images": folder / "photos", "annotations": folder / "instances.json", "validation": 0.1} | changed
-    return main(["prepare", "coco", *(str(word) for key, value in given.items() for word in (f"--{key}", value))])
+    return main(["prepare", "coco", *command_line(given)])
 
 
 def objects() -> dict[str, list[dict[str, Any]]]:
@@ -100,6 +100,82 @@ def test_another_file_can_validate(files: Path) -> None:
     (data_dir() / "mine").rename(data_dir().parent / "away")
     assert main(["prepare", *shlex.split(card.command)]) == 0
     assert Card.load(data_dir() / "mine") == card
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["in one folder", "in folders of their own"])
+def test_each_split_has_its_file_and_may_have_its_folder(files: Path, elsewhere: bool) -> None:
+    given = {}
+    for split, listed in {"validation": range(9, 11), "test": range(11, 12)}.items():
+        save(files / f"{split}.json", json.dumps(content(listed)))
+        given[split] = files / f"{split}.json"
+        if elsewhere:
+            for i in listed:
+                save(files / f"{split} photos/{i:02d}.jpg", (files / f"photos/b/{i:02d}.jpg").read_bytes())
+                (files / f"photos/b/{i:02d}.jpg").unlink()
+            given[f"{split}_images"] = files / f"{split} photos"
+    assert prepare(files, content(range(9)), **given) == 0
+    assert [sorted(by_image("mine", split)) for split in ("train", "validation", "test")] == [[f"{i:02d}" for i in range(9)], ["09", "10"], ["11"]]
+    card = Card.load(data_dir() / "mine")
+    (data_dir() / "mine").rename(data_dir().parent / "away")
+    assert main(["prepare", *shlex.split(card.command)]) == 0
+    assert Card.load(data_dir() / "mine") == card
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"validation_images": "photos"}, "--validation-images photos holds the images of a COCO file; name it by --validation FILE"),
+        ({"test_images": "photos"}, "--test-images photos holds the images of a COCO file; name it by --test FILE"),
+        ({"test": "0.1"}, "--test 0.1: only the validation split can be a share; name the files of the test split"),
+        ({"test": "nothing.json"}, "nothing.json can't be read: No such file"),
+        ({"test_masks": "masks"}, "--test-masks belongs to `trainer prepare folder`, not to coco"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_or_need_one_another_are_a_mistake(
+    files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(files, content(), **changed) == 2
+    assert expected in capsys.readouterr().err and not (data_dir() / "mine").exists()
+
+
+def test_a_file_that_lists_no_images_is_a_mistake(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(files / "held out.json", json.dumps(content(range(0))))
+    for split in ("validation", "test"):
+        assert prepare(files, content(), **{split: files / "held out.json"}) == 2
+        assert "held out.json lists no images" in capsys.readouterr().err
+
+
+def test_all_files_have_the_same_categories(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = content(range(11, 12))
+    other["categories"].reverse()
+    save(files / "test.json", json.dumps(other))
+    assert prepare(files, content(range(11)), test=files / "test.json") == 2
+    assert "instances.json and " in (said := capsys.readouterr().err) and "test.json list other categories" in said
+
+
+@pytest.mark.parametrize("listed", [range(12), range(11, 13)], ids=["the same file", "one image of two"])
+def test_an_image_on_both_sides_of_the_split_is_refused_by_name(files: Path, listed: range, capsys: pytest.CaptureFixture[str]) -> None:
+    save(files / "photos/12.jpg", picture(12))
+    save(files / "held out.json", json.dumps(content(listed)))
+    assert prepare(files, content(), validation=files / "held out.json") == 2
+    image, said = f"{files}/photos/{'a/00' if 0 in listed else 'b/11'}.jpg", capsys.readouterr().err
+    assert f"{12 if 0 in listed else 1} images are in more than one split" in said and f"\n  {image} (train), {image} (validation)\n" in said
+    assert not (data_dir() / "mine").exists()
+
+
+def test_a_set_of_another_kind_is_not_replaced(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(12):
+        save(files / f"texts/{'a' if i < 6 else 'b'}/{i:02d}.txt", "0 0.5 0.5 0.5 0.5")
+    save(files / "classes.txt", "cell\n")
+    yolo = {"name": "mine", "images": files / "photos", "labels": files / "texts", "classes": files / "classes.txt", "validation": 0.1}
+    assert main(["prepare", "yolo", *command_line(yolo)]) == 0
+    card = Card.load(data_dir() / "mine")
+    assert prepare(files, content()) == 2
+    said, folder = capsys.readouterr().err, data_dir() / "mine"
+    assert said.startswith(f"error: {folder} was made by `trainer prepare yolo --name mine --images ")
+    assert "which `trainer prepare coco --name mine --images " in said and said.endswith(f"would replace; choose another name, or delete {folder}\n")
+    assert Card.load(folder) == card
 
 
 def test_files_are_found_by_the_end_of_their_path(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

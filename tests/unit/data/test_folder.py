@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.processes import run_processes, train, write_recipe
+from tests.unit.data.objects import command_line
 from trainer.commands import main
 from trainer.data.card import Card
 from trainer.data.prepare import data_dir, ensure_prepared, read_indices
@@ -61,7 +63,7 @@ def files(tmp_path: Path) -> Path:
 
 def options(folder: Path, name: str = "mine", **changed: Any) -> list[str]:
     given = {"name": name, "images": folder / "photos", "masks": folder / "masks", "classes": folder / "classes.txt", "ignore": 255} | changed
-    return ["prepare", "folder", *(str(word) for key, value in given.items() if value is not None for word in (f"--{key}", value))]
+    return ["prepare", "folder", *command_line(given)]
 
 
 def prepared(name: str = "mine") -> Card:
@@ -140,6 +142,127 @@ def test_so_can_the_folders_beside_where_images_and_masks_are_called_alike(files
     assert list(rows("train")) == ["train"] and list(rows("validation")) == ["val"]
 
 
+@pytest.fixture
+def splits(tmp_path: Path) -> Path:
+    """Six folders: train, trainannot, val, valannot, test, testannot, with 5, 3 and 2 images."""
+    folder = tmp_path / "CamVid"
+    for offset, (split, count) in enumerate({"train": 5, "val": 3, "test": 2}.items()):
+        for i in range(count):
+            save(folder / f"{split}/{split}{i}.png", pixels(10 * offset + i))
+            save(folder / f"{split}annot/{split}{i}.png", labels(10 * offset + i))
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    return folder
+
+
+def of_splits(folder: Path, **changed: Any) -> list[str]:
+    given = {"images": folder / "train", "masks": folder / "trainannot", "validation_images": folder / "val", "validation_masks": folder / "valannot"}
+    return options(folder, **given | changed)
+
+
+def test_images_and_masks_that_validate_can_lie_anywhere(splits: Path) -> None:
+    assert main(of_splits(splits)) == 0
+    assert sorted(rows("train")) == [f"train{i}" for i in range(5)] and sorted(rows("validation")) == ["val0", "val1", "val2"]
+    card = prepared()
+    assert card.splits.keys() == {"train", "validation"} and card.notes == (f"Split: {splits}/val validates.",)
+
+
+@pytest.mark.parametrize("validation", [{}, {"validation_images": None, "validation_masks": None, "validation": 0.5}], ids=["folders", "share"])
+def test_a_test_split_is_prepared_like_the_others_and_changes_nothing_in_them(
+    splits: Path, validation: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(of_splits(splits, **validation)) == 0
+    without = prepared()
+    with_test = {"test_images": splits / "test", "test_masks": splits / "testannot"}
+    assert main(of_splits(splits, **validation, **with_test)) == 0
+    card = prepared()
+    assert {split: card.splits[split] for split in without.splits} == without.splits and card.statistics == without.statistics
+    assert sorted(rows("test")) == ["test0", "test1"] and np.array_equal(read_indices(rows("test")["test1"]["mask"]["bytes"]), labels(21))
+    assert card.notes == (*without.notes, f"{splits}/test is the test split, which no training reads.")
+    assert ", 2 test\n" in capsys.readouterr().out
+    (data_dir() / "mine").rename(data_dir().parent / "away")
+    assert main(["prepare", *shlex.split(card.command)]) == 0
+    assert prepared() == card
+
+
+def test_a_folder_can_test_as_a_folder_can_validate(files: Path) -> None:
+    for i, split in enumerate(("train", "val", "test")):
+        save(files / f"images/{split}/{split}.png", pixels(i))
+        save(files / f"labels/{split}/{split}.png", labels(i))
+    assert main(options(files, images=files / "images/train", masks=files / "labels/train", validation="val", test="test")) == 0
+    assert [list(rows(split)) for split in ("train", "validation", "test")] == [["train"], ["val"], ["test"]]
+    card = prepared()
+    (data_dir() / "mine").rename(data_dir().parent / "away")
+    assert main(["prepare", *shlex.split(card.command)]) == 0
+    assert prepared() == card
+
+
+@pytest.mark.parametrize("other", ["train", "val"])
+def test_an_image_of_the_test_split_is_in_no_other(splits: Path, other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (splits / "test/test1.png").write_bytes((splits / f"{other}/{other}2.png").read_bytes())
+    said = refused(capsys, of_splits(splits, test_images=splits / "test", test_masks=splits / "testannot"))
+    assert f"{splits}/{other}/{other}2.png ({'validation' if other == 'val' else other}), {splits}/test/test1.png (test)" in said
+    assert nothing_half_written()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"validation": "val"}, "--validation val and --validation-images exclude each other; give one of them"),
+        ({"validation": "0.3", "validation_images": None}, "--validation 0.3 and --validation-masks exclude each other; give one of them"),
+        ({"validation_masks": None}, "--validation-images needs --validation-masks beside it"),
+        ({"validation_images": None}, "--validation-masks needs --validation-images beside it"),
+        ({"test_images": "test"}, "--test-images needs --test-masks beside it"),
+        ({"test": "x", "test_masks": "test"}, "--test x and --test-masks exclude each other; give one of them"),
+        ({"test": "0.1"}, "--test 0.1: only the validation split can be a share; name the files of the test split"),
+        ({"test": "nowhere"}, "no folder nowhere/train, which should hold images"),
+        ({"validation_labels": "val"}, "--validation-labels belongs to `trainer prepare yolo`, not to folder"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_or_need_one_another_are_a_mistake(
+    splits: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refused(capsys, of_splits(splits, **changed))
+    assert nothing_half_written()
+
+
+@pytest.mark.parametrize("as_copy", [False, True], ids=["the same file", "equal bytes"])
+def test_an_image_on_both_sides_of_the_split_is_refused_by_name(files: Path, as_copy: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = files
+    if as_copy:
+        held_out = files / "held out"
+        for i in range(7):
+            save(held_out / f"photos/new {i}.png", pixels(90 + i))
+            save(held_out / f"masks/new {i}.png", labels(90 + i))
+        (held_out / "photos/new 3.png").write_bytes((files / "photos/town 2/05.PNG").read_bytes())
+    said = refused(capsys, options(files, validation=held_out))
+    if as_copy:
+        assert "1 images are in more than one split" in said
+        assert f"\n  {files}/photos/town 2/05.PNG (train), {held_out}/photos/new 3.png (validation)\n" in said
+    else:
+        first = f"{files}/photos/town 0/00.jpg"
+        assert "24 images are in more than one split" in said and f"\n  {first} (train), {first} (validation)\n" in said and said.endswith("\n  …\n")
+    assert nothing_half_written()
+
+
+def test_so_it_is_in_a_set_that_was_prepared_before_anyone_looked(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with monkeypatch.context() as blind:
+        digests = itertools.count()
+        blind.setattr("trainer.data.files.sha256", lambda path: str(next(digests)))
+        assert main(options(files, validation=files)) == 0
+    assert "24 images are in more than one split" in refused(capsys, options(files, validation=files))
+
+
+def test_only_files_of_equal_size_are_read_to_compare_them(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(files / "held out/photos/a.png", pixels(90))
+    save(files / "held out/masks/a.png", labels(90))
+    with (files / "held out/photos/a.png").open("ab") as file:
+        file.write(bytes(10_000))
+    monkeypatch.setattr("trainer.data.files.sha256", lambda path: pytest.fail(f"{path} was read"))
+    arguments = {"name": "mine", "images": files / "photos", "masks": files / "masks", "classes": files / "classes.txt"}
+    assert from_files(**arguments, validation=str(files / "held out")).name == "mine"
+
+
 def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options(files)) == 0
     capsys.readouterr()
@@ -147,10 +270,10 @@ def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: 
     assert "preparing" not in capsys.readouterr().out
     save(files / "masks/town 0/00.png", labels(50))
     assert main(options(files)) == 0
-    assert "was prepared from other files" in capsys.readouterr().out
+    assert f"{data_dir() / 'mine'} is prepared again: the name, size or time of a file has changed\n" in capsys.readouterr().out
     assert np.array_equal(read_indices((rows("train") | rows("validation"))["00"]["mask"]["bytes"]), labels(50))
     assert main(options(files, validation=0.4)) == 0
-    assert "was prepared from other files" in capsys.readouterr().out
+    assert f"{data_dir() / 'mine'} is prepared again: --validation was 0.2 and is now 0.4\n" in capsys.readouterr().out
 
 
 def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
@@ -244,6 +367,11 @@ def test_a_bad_file_is_named_and_nothing_half_written_stays(files: Path, damage:
     assert nothing_half_written()
 
 
+def test_a_label_that_is_no_class_may_be_one_to_ignore(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, options(files, ignore=None))
+    assert "this mask holds the labels 255; classes are 0 to 2, and none is ignored; if 255 marks pixels that don't count, pass --ignore 255; otherwise" in said
+
+
 def test_a_bad_file_leaves_the_set_that_was_there(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options(files)) == 0
     before = prepared()
@@ -264,7 +392,10 @@ def test_a_bad_file_leaves_the_set_that_was_there(files: Path, capsys: pytest.Ca
         ({"validation": "1.5"}, "--validation 1.5: a share is between 0 and 1"),
         ({"validation": "0.0001"}, "--validation 0.0001: of 24 images all or none were drawn"),
         ({"validation": "held out"}, "no folder held out/photos, which should hold images"),
-        ({"masks": None}, "trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE [--ignore LABEL] [--validation SHARE|DIR]"),
+        (
+            {"masks": None},
+            "--masks is missing: trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE [--ignore LABEL] [--validation SHARE|DIR ",
+        ),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from tests.scenes import COLORS, TRAIN, box, scene, scenes
@@ -95,6 +96,25 @@ def test_letterbox_pads_on_both_sides_with_grey() -> None:
     boxed = Letterbox([32, 32])(image)
     assert boxed.shape == (3, 32, 32)
     assert (boxed[:, :12] == 114).all() and (boxed[:, 20:] == 114).all() and not boxed[:, 12:20].any()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "inner"), [(10, 40, (8, 32)), (40, 10, (32, 8)), (20, 20, (32, 32)), (48, 60, (26, 32)), (64, 63, (32, 32)), (300, 2, (32, 1))]
+)
+def test_a_letterboxed_image_fills_one_side_and_boxes_and_masks_cover_it_exactly(height: int, width: int, inner: tuple[int, int]) -> None:
+    size = (height, width)
+    whole = {
+        "image": v2.functional.to_image(np.full((height, width, 3), 250, np.uint8)),
+        "masks": tv_tensors.Mask(torch.ones(1, *size, dtype=torch.uint8)),
+        "boxes": tv_tensors.BoundingBoxes(torch.tensor([[0.0, 0, width, height]]), format="XYXY", canvas_size=size),
+    }
+    boxed = Letterbox([32, 32])(whole)
+    top, left = (32 - inner[0]) // 2, (32 - inner[1]) // 2
+    expected = torch.zeros(32, 32, dtype=torch.bool)
+    expected[top : top + inner[0], left : left + inner[1]] = True
+    assert torch.equal(boxed["masks"][0].bool(), expected)
+    assert all(torch.equal(channel == 250, expected) and torch.equal(channel == 114, ~expected) for channel in boxed["image"].as_subclass(Tensor))
+    assert boxed["boxes"].tolist() == [pytest.approx([left, top, left + inner[1], top + inner[0]])]
 
 
 AUGMENTATIONS = {

@@ -183,6 +183,19 @@ def test_a_split_without_samples_is_an_error(tmp_path: Path) -> None:
         prepare(source(lambda: rows(3, 0)), tmp_path, None)
 
 
+def test_a_set_of_any_kind_may_have_a_test_split(tmp_path: Path) -> None:
+    def three() -> Iterator[tuple[str, Row]]:
+        yield from rows()
+        yield "test", {"image": picture(99), "mask": mask(1)}
+
+    card = prepare(dataclasses.replace(source(three), splits=("train", "validation", "test")), tmp_path, None)
+    assert {split: written.rows for split, written in card.splits.items()} == {"train": 20, "validation": 3, "test": 1}
+    assert read(tmp_path / "toy", "test")[0]["image"]["bytes"] == picture(99)
+    assert card.statistics == prepare(source(), tmp_path / "other", None).statistics
+    with pytest.raises(UserError, match="no test samples"):
+        prepare(dataclasses.replace(source(), splits=("train", "validation", "test")), tmp_path / "third", None)
+
+
 # ---------------------------------------------------------------- row groups and files
 
 
@@ -260,8 +273,19 @@ def test_a_label_that_is_no_class_is_an_error_that_names_the_file(tmp_path: Path
     with pytest.raises(UserError, match=r"set/m\.png: this mask holds the labels 2; classes are 0 to 1, and 255 is ignored; replace the archive"):
         prepare(source(make), tmp_path, None)
     unignored = dataclasses.replace(source(masks([0, 255], [0, 0])), info=DataInfo(("no", "yes")))
-    with pytest.raises(UserError, match="toy, train sample 0: this mask holds the labels 255; classes are 0 to 1, and none is ignored"):
+    with pytest.raises(UserError, match="toy, train sample 0: this mask holds the labels 255; classes are 0 to 1, and none is ignored; replace"):
         prepare(unignored, tmp_path, None)
+
+
+@pytest.mark.parametrize(("found", "hinted"), [([0, 7], 7), ([0, 1, 255], 255), ([7, 255], 255), ([7, 8], None)], ids=str)
+def test_the_message_about_a_label_that_is_no_class_says_how_to_ignore_it(tmp_path: Path, found: list[int], hinted: int | None) -> None:
+    described = dataclasses.replace(source(masks(found, [0] * len(found))), ignore_option="--ignore {}", remedy="correct it")
+    with pytest.raises(UserError) as raised:
+        prepare(dataclasses.replace(described, info=DataInfo(("no", "yes"))), tmp_path, None)
+    advice = f"if {hinted} marks pixels that don't count, pass --ignore {hinted}; otherwise correct it" if hinted else "correct it"
+    assert str(raised.value).endswith(f"classes are 0 to 1, and none is ignored; {advice}")
+    with pytest.raises(UserError, match="classes are 0 to 1, and 9 is ignored; correct it"):
+        prepare(dataclasses.replace(described, info=DataInfo(("no", "yes"), 9)), tmp_path, None)
 
 
 def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path: Path) -> None:
@@ -271,14 +295,14 @@ def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path:
     (tmp_path / "toy/card.json").write_text(json.dumps(tree))
     said: list[str] = []
     assert ensure_prepared(source(), tmp_path, None, said.append) == card
-    assert said == [f"{tmp_path / 'toy'} was prepared without class frequencies", f"preparing toy in {tmp_path / 'toy'}"]
+    assert said == [f"{tmp_path / 'toy'} is prepared again: its card has no class frequencies", f"preparing toy in {tmp_path / 'toy'}"]
 
 
 def test_a_set_of_files_in_another_version_is_made_again(tmp_path: Path) -> None:
     prepare(dataclasses.replace(source(), version="1"), tmp_path, None)
     said: list[str] = []
     card = ensure_prepared(dataclasses.replace(source(), version="2"), tmp_path, None, said.append)
-    assert card.version == "2" and said[0] == f"{tmp_path / 'toy'} was prepared from other files"
+    assert card.version == "2" and said[0] == f"{tmp_path / 'toy'} is prepared again: the name, size or time of a file has changed"
     assert ensure_prepared(dataclasses.replace(source(refuse), version="2"), tmp_path, None) == card
 
 
@@ -323,10 +347,54 @@ def test_a_damaged_set_is_prepared_again(tmp_path: Path, damage: Callable[[Path]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["toy"]
 
 
-def test_a_set_of_other_classes_is_prepared_again(tmp_path: Path) -> None:
-    prepare(source(), tmp_path, None)
-    renamed = Source("toy", DataInfo(("a", "b"), 255), SEGMENTATION, source().rows)
-    assert ensure_prepared(renamed, tmp_path, None).classes == ("a", "b")
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"info": DataInfo(("no", "maybe"), 255)}, "class 1 was yes and is now maybe"),
+        ({"info": DataInfo(("no", "yes", "maybe"), 255)}, "class 2 was absent and is now maybe"),
+        ({"info": DataInfo(("no", "yes"))}, "the ignored label was 255 and is now absent"),
+        ({"columns": SEGMENTATION | {"other": "mask"}}, "column other was absent and is now mask"),
+        ({"splits": ("train", "validation", "test")}, "split test was absent and is now present"),
+        ({"version": "2", "command": "toy --ignore 3 --invalid drop"}, "--invalid was refuse and is now drop, --ignore was absent and is now 3"),
+        (
+            {"info": DataInfo(tuple("abcdefgh"), 255)},
+            "class 0 was no and is now a, class 1 was yes and is now b, "
+            + "class 2 was absent and is now c, class 3 was absent and is now d, class 4 was absent and is now e, …",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_set_that_is_described_otherwise_is_prepared_again_and_the_command_says_what_changed(tmp_path: Path, changed: dict[str, Any], reason: str) -> None:
+    def three() -> Iterator[tuple[str, Row]]:
+        for split, row in (*rows(), ("test", {"image": picture(99), "mask": mask(0)})):
+            if split in after.splits:
+                yield split, row | {"other": mask(0)}
+
+    before = dataclasses.replace(source(), version="1", command="toy --invalid refuse")
+    after = dataclasses.replace(source(three), **{"version": "1", "command": "toy --invalid refuse"} | changed)
+    prepare(before, tmp_path, None)
+    said: list[str] = []
+    card = ensure_prepared(after, tmp_path, None, said.append)
+    assert said == [f"{tmp_path / 'toy'} is prepared again: {reason}", f"preparing toy in {tmp_path / 'toy'}"]
+    assert (card.info, card.columns, tuple(card.splits), card.version) == (after.info, after.columns, after.splits, after.version)
+
+
+def test_a_set_that_another_kind_of_command_made_of_files_is_left_alone(tmp_path: Path) -> None:
+    card = prepare(dataclasses.replace(source(), version="1", command="yolo --name toy"), tmp_path, None)
+    for other in ({"version": "1", "command": "coco --name toy"}, {"version": "", "command": ""}, {"version": "", "command": "cifar10 category=ship"}):
+        with pytest.raises(UserError) as raised:
+            ensure_prepared(dataclasses.replace(source(refuse), **other), tmp_path, None)
+        assert str(raised.value) == (
+            f"{tmp_path / 'toy'} was made by `trainer prepare yolo --name toy`, which `trainer prepare {other['command'] or 'toy'}` would replace; "
+            f"choose another name, or delete {tmp_path / 'toy'}"
+        )
+    assert Card.load(tmp_path / "toy") == card
+
+
+def test_a_catalogue_set_that_an_earlier_version_made_without_noting_the_command_is_prepared_again(tmp_path: Path) -> None:
+    prepare(source(masks([0, 1], [1, 1])), tmp_path, None)
+    again = dataclasses.replace(source(), info=DataInfo(("no", "yes", "maybe"), 255), command="cifar10 category=ship")
+    assert ensure_prepared(again, tmp_path, None).command == "cifar10 category=ship"
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:

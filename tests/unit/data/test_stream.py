@@ -19,6 +19,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from tests.reference_order import AUGMENT, seed_of
 from trainer.components import catalogue
 from trainer.data.archives import Member
 from trainer.data.card import Card
@@ -100,6 +101,18 @@ def test_masks_move_with_their_images_and_are_never_interpolated(prepared: tuple
         for sample_id, mask in zip(batch["sample_id"].tolist(), batch["mask"], strict=True):
             red = np.random.default_rng(sample_id).integers(0, 255, (20, 24), dtype=np.uint8)
             assert set(mask.unique().tolist()) <= set(red.reshape(-1).tolist())
+
+
+def test_augmentation_draws_anew_at_every_position_of_every_epoch_and_only_the_position_counts(prepared: tuple[Path, Card]) -> None:
+    """What an augmentation draws is compared with generators that are seeded here."""
+
+    def drawing(sample: dict[str, Any]) -> dict[str, Any]:
+        return sample | {"drawn": torch.rand(2)}
+
+    loaded = samples(prepared, transforms=[drawing])
+    for positions in ([0, 1, 2], [COUNT, COUNT + 1, COUNT + 2], [3 * COUNT + 7, 5]):
+        generators = [torch.Generator().manual_seed(seed_of(5, AUGMENT, position)) for position in positions]
+        assert loaded.__getitems__(positions)["drawn"].tolist() == [torch.rand(2, generator=generator).tolist() for generator in generators]
 
 
 def test_the_global_generator_is_left_alone(prepared: tuple[Path, Card]) -> None:

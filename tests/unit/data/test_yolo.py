@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.data.objects import by_image, picture, save
+from tests.unit.data.objects import by_image, command_line, picture, save
 from trainer.commands import main
 from trainer.components import catalogue
 from trainer.data.card import Card
@@ -32,7 +32,7 @@ def files(tmp_path: Path) -> Path:
 
 def options(folder: Path, **changed: Any) -> list[str]:
     given = {"name": "mine", "images": folder / "photos", "labels": folder / "texts", "classes": folder / "classes.txt"} | changed
-    return ["prepare", "yolo", *(str(word) for key, value in given.items() if value is not None for word in (f"--{key}", value))]
+    return ["prepare", "yolo", *command_line(given)]
 
 
 def objects() -> dict[str, list[dict[str, Any]]]:
@@ -75,9 +75,9 @@ def test_it_is_made_again_when_files_or_options_changed_and_only_then(files: Pat
     assert "preparing" not in capsys.readouterr().out
     save(files / "texts/town 2/02.txt", "0 0.5 0.5 0.5 0.5")
     assert main(options(files, validation=0.1)) == 0
-    assert "was prepared from other files" in capsys.readouterr().out and len(objects()["02"]) == 1
+    assert "is prepared again: the name, size or time of a file has changed" in capsys.readouterr().out and len(objects()["02"]) == 1
     assert main(options(files, validation=0.1, invalid="drop")) == 0
-    assert "was prepared from other files" in capsys.readouterr().out
+    assert f"{data_dir() / 'mine'} is prepared again: --invalid was refuse and is now drop\n" in capsys.readouterr().out
 
 
 def test_a_folder_can_validate(files: Path) -> None:
@@ -95,6 +95,30 @@ def test_so_can_the_folders_beside_where_images_and_labels_are_called_alike(file
     assert list(by_image("mine", "train")) == ["train"] and list(by_image("mine", "validation")) == ["val"]
     card = Card.load(data_dir() / "mine")
     assert card.command.endswith("--validation val --invalid refuse") and card.notes == ("Split: val validates.",)
+
+
+def test_images_and_labels_that_validate_or_test_can_lie_anywhere(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {}
+    for i, split in enumerate(("validation", "test"), start=50):
+        save(files / f"{split} photos/{split}.jpg", picture(i))
+        save(files / f"of {split}/{split}.txt", "1 0.5 0.5 1 1")
+        given |= {f"{split}_images": files / f"{split} photos", f"{split}_labels": files / f"of {split}"}
+    assert main(options(files, **given)) == 0
+    found = [by_image("mine", split) for split in ("train", "validation", "test")]
+    assert len(found[0]) == 12 and list(found[1]) == ["validation"] and found[2]["test"][0]["box"] == [0, 0, 12, 8]
+    assert "14 rows, 12 train, 1 validation, 1 test" in capsys.readouterr().out
+    card = Card.load(data_dir() / "mine")
+    (data_dir() / "mine").rename(data_dir().parent / "away")
+    assert main(["prepare", *shlex.split(card.command)]) == 0
+    assert Card.load(data_dir() / "mine") == card
+
+
+def test_an_image_on_both_sides_of_the_split_is_refused_by_name(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(files / "images/train/a.jpg", picture(1))
+    save(files / "labels/train/a.txt", "1 0.5 0.5 1 1")
+    said = refused(capsys, options(files, images=files / "images/train", labels=files / "labels/train", validation="train"))
+    file = f"{files}/images/train/a.jpg"
+    assert "1 images are in more than one split" in said and said.endswith(f"\n  {file} (train), {file} (validation)\n")
 
 
 LINE = "texts/town 0/00.txt:1: a line is `class x y width height` or `class x1 y1 x2 y2 x3 y3 …`"
@@ -140,8 +164,9 @@ def test_labels_without_an_image_and_damaged_images_are_named(files: Path, capsy
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"labels": None}, "trainer prepare yolo --name NAME --images DIR --labels DIR --classes FILE [--validation SHARE|DIR] [--invalid refuse|drop]"),
+        ({"labels": None}, "--labels is missing: trainer prepare yolo --name NAME --images DIR --labels DIR --classes FILE [--validation SHARE|DIR "),
         ({"labels": "nowhere"}, "no folder nowhere, which should hold label files (.txt)"),
+        ({"validation_labels": "texts"}, "--validation-labels needs --validation-images beside it"),
         ({"masks": "masks"}, "--masks belongs to `trainer prepare folder`, not to yolo"),
         ({"name": "coco128"}, "--name coco128: there is a data set of that name already"),
     ],

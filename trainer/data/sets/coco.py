@@ -7,7 +7,7 @@ The format: T.-Y. Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -22,6 +22,7 @@ from trainer.data.files import (
     VALIDATION,
     File,
     Sample,
+    flag,
     image_files,
     names_a_set,
     prepared_set,
@@ -33,7 +34,10 @@ from trainer.data.files import (
 from trainer.data.source import DataInfo, Instance, Role, Row, Source
 from trainer.errors import UserError
 
-USAGE = "coco --name NAME --images DIR --annotations FILE [--validation SHARE|FILE] [--invalid refuse|drop]"
+USAGE = (
+    "coco --name NAME --images DIR --annotations FILE [--validation SHARE | --validation FILE [--validation-images DIR]] "
+    "[--test FILE [--test-images DIR]] [--invalid refuse|drop]"
+)
 CORNERS = 3  # a polygon has at least
 UNKNOWN = -1  # label of a category that the file doesn't list
 
@@ -107,7 +111,16 @@ def _read(file: Path) -> _Content:
 # ---------------------------------------------------------------- making it
 
 
-def from_coco(name: str, images: Path, annotations: Path, validation: str = VALIDATION, invalid: Literal["refuse", "drop"] = "refuse") -> Source:
+def from_coco(
+    name: str,
+    images: Path,
+    annotations: Path,
+    validation: str = VALIDATION,
+    validation_images: Path | None = None,
+    test: str | None = None,
+    test_images: Path | None = None,
+    invalid: Literal["refuse", "drop"] = "refuse",
+) -> Source:
     """The set of the images that a COCO file lists, with masks where each of its annotations has one, else with boxes only.
 
     Args:
@@ -115,16 +128,25 @@ def from_coco(name: str, images: Path, annotations: Path, validation: str = VALI
         images: holds them, in this folder and below; a file is one that the COCO file lists where its path ends in `file_name`.
         annotations: the COCO file; the order of its categories is that of the classes.
         validation: the share of the images that validate; or a COCO file of those that do, with the same categories.
-        invalid: what becomes of objects that can't be so.
+        validation_images: holds the images of that file, where `images` doesn't.
+        test: a COCO file of the test split, with the same categories.
+        test_images: holds the images of that file, where `images` doesn't.
+        invalid: what becomes of invalid objects.
 
     Raises:
-        UserError: one of these can't be so, or an image isn't there.
+        UserError: one of these is invalid, an image isn't there, or is in more than one split.
     """
-    files = {"train": annotations} | ({"validation": Path(validation)} if share_of(validation) is None else {})
+    files, folders = {"train": annotations}, {"train": images}
+    for split, value, folder in (("validation", validation, validation_images), ("test", test, test_images)):
+        if value is not None and share_of(value, split) is None:
+            files[split], folders[split] = Path(value).resolve(), folder or images
+        elif folder:
+            raise UserError(f"{flag(f'{split}_images')} {folder} holds the images of a COCO file; name it by --{split} FILE")
     contents = {split: _read(file) for split, file in files.items()}
     categories = contents["train"].categories
-    if any(content.categories != categories for content in contents.values()):
-        raise UserError(f"{annotations} and {validation} list other categories; they must be the same, in the same order")
+    for split, content in contents.items():
+        if content.categories != categories:
+            raise UserError(f"{annotations} and {files[split]} list other categories; they must be the same, in the same order")
     if not categories:
         raise UserError(f"{annotations} lists no categories")
     labels = {category.id: label for label, category in enumerate(categories)}
@@ -138,15 +160,20 @@ def from_coco(name: str, images: Path, annotations: Path, validation: str = VALI
             raise UserError(f"{image.name} is {size[0]} x {size[1]}, but listed with {listed.width} x {listed.height}; correct it or take it away")
         return {"image": image, "objects": [_instance(annotation, labels, size, role == "instances") for annotation in found]}
 
-    below = image_files(images)
-    samples = [sample for split, content in contents.items() for sample in _samples(split, files[split], content, [*below.values()], images)]
+    below = {folder: image_files(folder) for folder in dict.fromkeys(folders.values())}
+    samples = [
+        sample for split, content in contents.items() for sample in _samples(split, files[split], content, folders[split], below[folders[split]].values())
+    ]
     return source_of_files(
         "coco",
         {
             "name": name,
             "images": images,
             "annotations": annotations,
-            "validation": str(files["validation"].resolve()) if "validation" in files else validation,
+            "validation": files.get("validation", validation),
+            "validation_images": validation_images,
+            "test": files.get("test"),
+            "test_images": test_images,
             "invalid": invalid,
         },
         DataInfo(tuple(category.name for category in categories)),
@@ -159,8 +186,10 @@ def from_coco(name: str, images: Path, annotations: Path, validation: str = VALI
     )
 
 
-def _samples(split: str, file: Path, content: _Content, below: Sequence[File], images: Path) -> list[Sample[tuple[_Image, list[_Annotation]]]]:
+def _samples(split: str, file: Path, content: _Content, images: Path, below: Iterable[File]) -> list[Sample[tuple[_Image, list[_Annotation]]]]:
     """The images that a file lists, each with its annotations."""
+    if not content.images:
+        raise UserError(f"{file} lists no images")
     annotations: dict[Id, list[_Annotation]] = {image.id: [] for image in content.images}
     for place, annotation in enumerate(content.annotations):
         if annotation.image_id not in annotations:

@@ -10,7 +10,6 @@ from typing import Annotated
 
 from trainer.components import dataset
 from trainer.data.files import (
-    VALIDATION,
     File,
     Sample,
     class_names,
@@ -19,14 +18,16 @@ from trainer.data.files import (
     names_a_set,
     prepared_set,
     refuse,
-    share_of,
     source_of_files,
-    validation_folders,
+    split_folders,
 )
 from trainer.data.source import DataInfo, Source
 from trainer.errors import UserError
 
-USAGE = "folder --name NAME --images DIR --masks DIR --classes FILE [--ignore LABEL] [--validation SHARE|DIR]"
+USAGE = (
+    "folder --name NAME --images DIR --masks DIR --classes FILE [--ignore LABEL] "
+    "[--validation SHARE|DIR | --validation-images DIR --validation-masks DIR] [--test DIR | --test-images DIR --test-masks DIR]"
+)
 MAX_LABELS = 256  # a mask has 8 bits
 
 
@@ -36,7 +37,19 @@ def folder(*, set: Annotated[str, names_a_set(USAGE, "mask")]) -> Source:
     return prepared_set(set)
 
 
-def from_files(name: str, images: Path, masks: Path, classes: Path, ignore: int | None = None, validation: str = VALIDATION) -> Source:
+def from_files(
+    name: str,
+    images: Path,
+    masks: Path,
+    classes: Path,
+    ignore: int | None = None,
+    validation: str | None = None,
+    validation_images: Path | None = None,
+    validation_masks: Path | None = None,
+    test: str | None = None,
+    test_images: Path | None = None,
+    test_masks: Path | None = None,
+) -> Source:
     """The set of the images in a folder and all below it, and of the masks of the same names in another.
 
     Args:
@@ -45,27 +58,34 @@ def from_files(name: str, images: Path, masks: Path, classes: Path, ignore: int 
         masks: holds an index or palette PNG for each, e.g. `a/b.png`.
         classes: a text file with the name of a class in each line, in the order of their index.
         ignore: the label that counts nowhere, or None.
-        validation: the share of the images that validate; or the folders that do, see `validation_folders`.
+        validation: the share of the images that validate, 0.2 unless something says otherwise; or the folders that do, see `split_folders`.
+        validation_images: images that validate.
+        validation_masks: their masks.
+        test: the folders of the test split, see `split_folders`.
+        test_images: images of the test split.
+        test_masks: their masks.
 
     Raises:
-        UserError: one of these can't be so, an image has no mask, or a mask no image.
+        UserError: one of these is invalid, an image has no mask, a mask no image, or an image is in more than one split.
     """
     if ignore is not None and not 0 <= ignore < MAX_LABELS:
         raise UserError(f"--ignore {ignore}: labels are 0 to {MAX_LABELS - 1}")
     info = DataInfo(class_names(classes, 2, MAX_LABELS), ignore)
-    samples = _pairs("train", images, masks)
-    if share_of(validation) is None:
-        validation, folders = validation_folders(validation, images, masks)
-        samples += _pairs("validation", *folders)
+    given = {"name": name, "images": images, "masks": masks, "classes": classes, "ignore": ignore}
+    given |= {"validation": validation, "validation_images": validation_images, "validation_masks": validation_masks}
+    given |= {"test": test, "test_images": test_images, "test_masks": test_masks}
+    options, folders = split_folders(given, "images", "masks")
+    samples = [sample for split, both in folders.items() for sample in _pairs(split, *both)]
     return source_of_files(
         "folder",
-        {"name": name, "images": images, "masks": masks, "classes": classes, "ignore": ignore, "validation": validation},
+        options,
         info,
         {"image": "image", "mask": "mask"},
         samples,
         lambda image, mask: {"image": image, "mask": mask.read()},
         read=[file for sample in samples for file in (sample.image, sample.labels)],
         remedy="correct it, or take image and mask away",
+        ignore_option="--ignore {}",
     )
 
 

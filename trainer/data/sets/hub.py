@@ -81,6 +81,7 @@ def hub(
         statistics=lambda paths: {"revision": repository.commit},
         command=shlex.join(["hub", *words]),
         remedy="choose other columns, or another revision",
+        ignore_option="ignore_index={}",
     )
 
 

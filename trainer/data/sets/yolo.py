@@ -14,7 +14,6 @@ from trainer.components import dataset
 from trainer.data.archives import Member
 from trainer.data.files import (
     REMEDY_OF_OBJECTS,
-    VALIDATION,
     File,
     Sample,
     class_names,
@@ -23,15 +22,17 @@ from trainer.data.files import (
     names_a_set,
     prepared_set,
     refuse,
-    share_of,
     size_of,
     source_of_files,
-    validation_folders,
+    split_folders,
 )
 from trainer.data.source import DataInfo, Instance, Source
 from trainer.errors import UserError
 
-USAGE = "yolo --name NAME --images DIR --labels DIR --classes FILE [--validation SHARE|DIR] [--invalid refuse|drop]"
+USAGE = (
+    "yolo --name NAME --images DIR --labels DIR --classes FILE [--validation SHARE|DIR | --validation-images DIR --validation-labels DIR] "
+    "[--test DIR | --test-images DIR --test-labels DIR] [--invalid refuse|drop]"
+)
 MAX_CLASSES = 65_536
 NOT_LABELS = "classes"  # classes.txt, which labelling tools write beside the labels
 
@@ -42,7 +43,19 @@ def yolo(*, set: Annotated[str, names_a_set(USAGE, "objects")]) -> Source:
     return prepared_set(set)
 
 
-def from_yolo(name: str, images: Path, labels: Path, classes: Path, validation: str = VALIDATION, invalid: Literal["refuse", "drop"] = "refuse") -> Source:
+def from_yolo(
+    name: str,
+    images: Path,
+    labels: Path,
+    classes: Path,
+    validation: str | None = None,
+    validation_images: Path | None = None,
+    validation_labels: Path | None = None,
+    test: str | None = None,
+    test_images: Path | None = None,
+    test_labels: Path | None = None,
+    invalid: Literal["refuse", "drop"] = "refuse",
+) -> Source:
     """The set of the images in a folder and all below it, and of the label files of the same names in another.
 
     Args:
@@ -50,20 +63,26 @@ def from_yolo(name: str, images: Path, labels: Path, classes: Path, validation: 
         images: holds images in any format that Pillow reads, e.g. `a/b.jpg`.
         labels: holds a text file for each that has objects, e.g. `a/b.txt`; see `read_objects`.
         classes: a text file with the name of a class in each line, in the order of their index.
-        validation: the share of the images that validate; or the folders that do, see `validation_folders`.
-        invalid: what becomes of objects that can't be so.
+        validation: the share of the images that validate, 0.2 unless something says otherwise; or the folders that do, see `split_folders`.
+        validation_images: images that validate.
+        validation_labels: their label files.
+        test: the folders of the test split, see `split_folders`.
+        test_images: images of the test split.
+        test_labels: their label files.
+        invalid: what becomes of invalid objects.
 
     Raises:
-        UserError: one of these can't be so, or a label file has no image.
+        UserError: one of these is invalid, a label file has no image, or an image is in more than one split.
     """
     info = DataInfo(class_names(classes, 1, MAX_CLASSES))
-    samples = _pairs("train", images, labels)
-    if share_of(validation) is None:
-        validation, folders = validation_folders(validation, images, labels)
-        samples += _pairs("validation", *folders)
+    given = {"name": name, "images": images, "labels": labels, "classes": classes}
+    given |= {"validation": validation, "validation_images": validation_images, "validation_labels": validation_labels}
+    given |= {"test": test, "test_images": test_images, "test_labels": test_labels, "invalid": invalid}
+    options, folders = split_folders(given, "images", "labels")
+    samples = [sample for split, both in folders.items() for sample in _pairs(split, *both)]
     return source_of_files(
         "yolo",
-        {"name": name, "images": images, "labels": labels, "classes": classes, "validation": validation, "invalid": invalid},
+        options,
         info,
         {"image": "image", "objects": "boxes"},
         samples,

@@ -1,0 +1,132 @@
+"""What the loop does in each step and over interruptions, seen from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.faults.hooks import before_step
+from tests.processes import Job, write_recipe
+from tests.reference_order import stream_of
+from trainer import checkpoint as checkpoints
+from trainer import trainer as loop
+from trainer.losses.soft_iou import SoftIoU
+from trainer.tasks.segmentation import Segmentation
+
+GROUPS = [(i + 1) * 52 // 8 - i * 52 // 8 for i in range(8)]  # of tests/tiny.py: 52 rows in 8 row groups
+
+
+def stop(trainer: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def drawing(folder: Path, then: Callable[[], Any] | None = None) -> Callable[[int], None]:
+    """Writes down what dropout would draw in each forward pass of each process."""
+
+    def fault(rank: int) -> None:
+        loss_sums = Segmentation.loss_sums
+
+        def draw(task: Segmentation, model: Any, batch: Any) -> Any:
+            with (folder / f"rank{rank}").open("a") as file:
+                file.write(f"{torch.rand(4).tolist()}\n")
+            return loss_sums(task, model, batch)
+
+        Segmentation.loss_sums = draw  # type: ignore[method-assign]
+        if then:
+            then()
+
+    return fault
+
+
+def test_dropout_draws_differ_between_steps_micro_batches_and_ranks_and_resume_where_they_were(tmp_path: Path) -> None:
+    recipe, options = write_recipe(tmp_path), ("train.duration=6 steps", "train.accumulate=2", "checkpoint.every=100%", "evaluate.every=100%")
+    kept = {}
+    for name, faults in {"whole": (None,), "cut": (lambda: before_step(3, stop), None)}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for then in faults:
+            with Job(2, recipe, f"name={name}", *options, fault=drawing(folder, then)) as job:
+                assert job.wait() == [0, 0], job.output
+        # Two processes run a forward pass before the first step, and throw it away.
+        kept[name] = [draws[1:] for file in sorted(folder.iterdir()) if (draws := file.read_text().splitlines())]
+    assert [len(draws) for draws in kept["whole"]] == [12, 12]
+    assert len({draw for draws in kept["whole"] for draw in draws}) == 24
+    assert [[*draws[:8], *draws[9:]] for draws in kept["cut"]] == kept["whole"]
+
+
+def ticking(then: Callable[[], Any] | None = None) -> Callable[[int], None]:
+    """A clock on which every optimizer step takes ten seconds."""
+
+    def fault(rank: int) -> None:
+        train_step, now = loop.Trainer._train_step, [1000.0]
+
+        def step(trainer: Any, batches: Any) -> None:
+            now[0] += 10
+            train_step(trainer, batches)
+
+        loop.Trainer._train_step = step  # type: ignore[method-assign]
+        loop.time = SimpleNamespace(monotonic=lambda: now[0])  # type: ignore[attr-defined]
+        if then:
+            then()
+
+    return fault
+
+
+def test_a_training_in_minutes_lasts_as_long_however_often_it_is_interrupted(tmp_path: Path) -> None:
+    recipe, options = write_recipe(tmp_path), ("train.duration=2 minutes", "evaluate.every=1 minutes", "checkpoint.every=1 minutes", "checkpoint.keep=9")
+    for then in (lambda: before_step(3, stop), lambda: before_step(7, stop), None):
+        with Job(1, recipe, *options, fault=ticking(then)) as job:
+            assert job.wait() == [0], job.output
+    run = tmp_path / "runs" / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["seconds"]) for line in lines if line["split"] == "train"] == [(step, 10.0 * step) for step in range(1, 13)]
+    assert [line["step"] for line in lines if line["split"] == "validation"] == [6, 12]
+    assert checkpoints.steps(run / "checkpoints") == [4, 6, 8, 12]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["seconds"] == 120 and summary["samples_per_second"] == 12 * 8 / 120
+
+
+class OnDevice(torch.Tensor):
+    """A tensor on the CPU whose flags, bools, say that they are on a GPU: there the host learns later which steps were bad."""
+
+    @property
+    def device(self) -> Any:  # type: ignore[override]
+        return SimpleNamespace(type="cuda") if self.dtype == torch.bool else torch.Tensor.device.__get__(self)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_every_skipped_step_is_counted_once_however_many_come_between_two_logs(tmp_path: Path, device: str) -> None:
+    bad = {5, 6, 17, 30, 40, 51}
+    skipped = [position // 8 for position, (_, sample) in enumerate(stream_of(GROUPS, 0, 3, 20 * 8)) if sample in bad]
+    expected = len(set(skipped))
+    assert 8 < expected < 19 and expected < len(skipped)
+
+    def fault(rank: int) -> None:
+        loss_sums = Segmentation.loss_sums
+
+        def spoiled(task: Segmentation, model: Any, batch: Any) -> Any:
+            factor = float("nan") if bad & {*batch["sample_id"].tolist()} else 1.0
+            return {name: factor * value for name, value in loss_sums(task, model, batch).items()}
+
+        Segmentation.loss_sums = spoiled  # type: ignore[method-assign]
+        if device == "gpu":
+            combine = SoftIoU.combine
+            SoftIoU.combine = lambda loss, sums: {name: term.as_subclass(OnDevice) for name, term in combine(loss, sums).items()}  # type: ignore[method-assign]
+
+    options = ("train.non_finite=skip", "train.log_every=4 steps", "checkpoint.every=7 steps", "evaluate.every=100%", "train.precision=fp32")
+    with Job(1, write_recipe(tmp_path), *options, fault=fault) as job:
+        assert job.wait() == [0], job.output
+    run = tmp_path / "runs" / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    counted = [line.get("num_skipped_steps", 0) for line in lines if line["split"] == "train"]
+    assert counted == [len({step for step in skipped if step < line["step"]}) for line in lines if line["split"] == "train"]
+    assert json.loads((run / "summary.json").read_text())["skipped_steps"] == expected
+    assert checkpoints.read_counters(run / "checkpoints" / "last")["num_skipped"] == expected
