@@ -17,7 +17,13 @@ from tests.processes import run_processes, train, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER = Path(sys.executable).with_name("trainer")
-pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900), pytest.mark.skipif(why_not() is not None, reason=f"no SLURM: {why_not()}")]
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(why_not() is not None, reason=f"no SLURM: {why_not()}"),
+]
 
 
 @pytest.fixture(scope="module")
