@@ -104,7 +104,7 @@ def _source(args: argparse.Namespace) -> Source:
             raise UserError(f"trainer prepare {usage}")
         return make(**given)
     component = datasets[args.dataset]
-    reader = Reader(named=())
+    reader = Reader({})
     settings = Validator(reader, Path(COMMAND_LINE)).section(component.schema, reader.overrides(args.settings)[0], ())
     if reader.problems:
         raise RecipeError(reader.problems)
