@@ -44,7 +44,7 @@ class Recipe:
     augmentations: list[Choice] = field(default_factory=list)
     reference: dict[str, float] = field(default_factory=dict)  # published values of metrics, for reports
     places: dict[KeyPath, Place] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)  # what changes of names dropped of what was inherited, a sentence each
+    dropped: list[str] = field(default_factory=list)  # inherited keys that a change of `name` dropped, a line for each change
 
     def __getattr__(self, section: str) -> Any:
         try:

@@ -294,7 +294,7 @@ def test_check_lists_what_a_change_of_name_drops(tmp_path: Path, capsys: pytest.
         ("inherit: absent.yaml\nmodel: unet", "the parent recipe doesn't exist"),
     ],
 )
-def test_a_parent_that_cant_be_read_hides_no_mistake_and_causes_no_others(tmp_path: Path, parent: str | None, expected: str) -> None:
+def test_a_parent_that_cant_be_read_causes_no_other_problems_and_unknown_keys_are_still_reported(tmp_path: Path, parent: str | None, expected: str) -> None:
     if parent is not None:
         (tmp_path / "parent.yaml").write_text(parent, encoding="utf-8")
     (tmp_path / "r.yaml").write_text("inherit: parent.yaml\noptimizer: {lr: 1}\nmodle: unet\ndata: {window: 2, window: 3}\n", encoding="utf-8")
