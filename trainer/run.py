@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="trainer/run.py", description="Trains a recipe.")
     parser.add_argument("recipe", help="a YAML file, e.g. recipes/quickstart.yaml")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="resume from the newest checkpoint, start from scratch, or from a given one")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="resume from the newest checkpoint, from none, or from a given one")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optimizer.lr=1e-3")
     options = parser.parse_intermixed_args(arguments)
     return exit_code(train, options.recipe, options.resume, options.overrides)

@@ -194,6 +194,8 @@ class Watchdog:
         late = [rank for rank, (report, _) in active.items() if not report.beat]
         if late:
             return _not_started(late, self.timeout) if active[late[0]][1] > self.timeout else ""
+        if any(silent > self._patience(cut_off=True) for _, silent in active.values()):
+            return ""  # the others may stand still because of a rank that is lost, which is known when its time is over
         return self._standstill({rank: report for rank, (report, _) in active.items() if report.state == "training"})
 
     def _standstill(self, reports: dict[int, Report]) -> str:
