@@ -1,8 +1,8 @@
 # What the scripts of this folder share; sourced, with TRAINER_HOME naming the repository.
 #
 # An attempt is one launch of the training. What outlives it lies in small files: TRAINER_ATTEMPT.mistake, which rank.sh
-# leaves where the user has to mend something, and TRAINER_ATTEMPT.progress, the newest checkpoint and how many attempts
-# ended with it.
+# leaves where the user has to fix something, and TRAINER_ATTEMPT.progress, the newest checkpoint and how many attempts
+# ended with it. TRAINER_ATTEMPT.stop notes a SIGUSR1 that came before the training could handle it.
 
 if [[ -d $TRAINER_HOME/.venv/bin ]]; then
     PATH=$TRAINER_HOME/.venv/bin:$PATH
@@ -62,7 +62,8 @@ train_on_slurm() {
     fi
     mkdir -p logs
     export TRAINER_LOG=logs/$SLURM_JOB_NAME-$job TRAINER_ATTEMPT=logs/.$SLURM_JOB_NAME-$job
-    rm -f "$TRAINER_ATTEMPT.mistake"
+    rm -f "$TRAINER_ATTEMPT.mistake" "$TRAINER_ATTEMPT.stop"
+    trap ': >"$TRAINER_ATTEMPT.stop"' USR1 # where it reaches this shell too, which would die of it
     echo "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST; each process writes to $TRAINER_LOG-rank*.log"
     # A task of SLURM's is a node here, with all the cores that the job has there. Where one ends badly, the others can't go on.
     srun --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 \

@@ -3,7 +3,8 @@
 #
 #   launch/local.sh recipes/quickstart.yaml train.seed=1
 #
-# TRAINER_PROCESSES_PER_NODE sets another number of processes. Ctrl-C saves a checkpoint; the same command goes on from it.
+# TRAINER_PROCESSES_PER_NODE sets another number of processes. Ctrl-C, and a terminal that is closed, save a checkpoint; the
+# same command resumes from it. With `nohup` in front it trains on without a terminal.
 # It gives up after three attempts in a row without a newer checkpoint, after a mistake (exit 2) or a failed training (3).
 set -euo pipefail
 TRAINER_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,22 +20,35 @@ memory=$(mktemp -d)
 trap 'rm -r "$memory"' EXIT
 export TRAINER_ATTEMPT=$memory/attempt
 processes=${TRAINER_PROCESSES_PER_NODE:-$("$TRAINER_HOME/launch/num_processes.sh")}
-stopping=""
+launcher="" stopping=""
 set -m # the launcher becomes a group of its own: it would take Ctrl-C and the signal passed on below for two
+
+# Passes a stop signal on, as soon as there is a launcher.
+stop() {
+    stopping=yes
+    if [[ $launcher ]]; then
+        trap '' HUP INT TERM USR1
+        kill -TERM "$launcher" || true
+    fi
+}
 
 code=75
 while ((code == 75)); do
-    accelerate launch --config_file "$TRAINER_HOME/accelerate_config.yaml" --num_processes "$processes" \
-        --no_python "$TRAINER_HOME/launch/rank.sh" "$@" &
+    trap stop HUP INT TERM USR1
+    (trap '' USR1 && exec accelerate launch --config_file "$TRAINER_HOME/accelerate_config.yaml" \
+        --num_processes "$processes" --no_python "$TRAINER_HOME/launch/rank.sh" "$@") &
     launcher=$!
-    trap 'stopping=yes; trap "" INT TERM; kill -TERM "$launcher"' INT TERM
+    if [[ $stopping ]]; then
+        stop # it came between the lines
+    fi
     wait "$launcher" || true
     if [[ $stopping ]]; then
         wait "$launcher" || true # the signal ended the first wait
         trainer status "$@" || code=$?
         exit "$((code == 75 ? 0 : code))"
     fi
-    trap - INT TERM
+    trap - HUP INT TERM USR1
+    launcher=""
     code=0
     judge "$@" || code=$?
 done

@@ -2,15 +2,23 @@
 # What srun runs once on each node: do all nodes answer? Then the launcher, which starts the node's processes.
 set -euo pipefail
 
+# The signal before a pre-emption reaches every process of the step. Preflight and launcher would die of it, so they ignore it,
+# as does all that they start until trainer/run.py handles it. This shell beside them notes it for a training that isn't so far yet.
+trap '' USR1
+(
+    trap ': >"$TRAINER_ATTEMPT.stop"' USR1
+    trap '' HUP INT TERM
+    while kill -0 $$; do # as long as the launcher is there, which takes this process's place
+        sleep 2 &
+        wait || true
+    done
+) </dev/null &>/dev/null &
+
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=${MASTER_ADDR:-${hosts[0]}}
 # Two ports of its own for each job that may share a node, and others after a requeue: the old ones may still be closing.
 port=$((20000 + SLURM_JOB_ID % 1000 * 10 + ${SLURM_RESTART_COUNT:-0} % 5 * 2))
 processes=${TRAINER_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-
-# The signal before a pre-emption reaches every process of the step. What is ignored here is so in the launcher too, which
-# would die of it; trainer/run.py installs a handler of its own.
-trap '' USR1
 
 if ((SLURM_NNODES > 1)); then
     python "$TRAINER_HOME/launch/preflight.py" "$address" "$((port + 1))" "$SLURM_NODEID" "${hosts[@]}"

@@ -6,7 +6,7 @@ set -euo pipefail
 if [[ -n ${TRAINER_LOG:-} ]]; then
     exec >>"$TRAINER_LOG-rank$RANK.log" 2>&1
 fi
-trap : INT TERM # the training gets them as well and decides when it ends; this shell waits for it
+trap : HUP INT TERM # the training gets them as well and decides when it ends; this shell waits for it; USR1 is ignored here already
 code=0
 python "$TRAINER_HOME/trainer/run.py" "$@" || code=$?
 if ((code == 2)); then

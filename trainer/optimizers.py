@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import nn
 
 from trainer.components import optimizer
+from trainer.settings import LearningRate
 
-LearningRate = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 

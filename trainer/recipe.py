@@ -22,7 +22,7 @@ from pydantic import ValidationError, create_model
 from trainer.components import Component, Settings, catalogue
 from trainer.durations import Clock, Span
 from trainer.recipe_file import KeyPath, Place, Problem, Reader, RecipeError, nearest, place_of, short
-from trainer.settings import DEFAULTS, RESUMABLE, SECTIONS, NamedSettings
+from trainer.settings import DEFAULTS, RESUMABLE, SECTIONS, SHARED, NamedSettings
 
 Choice = tuple[Component, Settings]
 """A component that a list in the recipe names, with its settings."""
@@ -44,6 +44,7 @@ class Recipe:
     augmentations: list[Choice] = field(default_factory=list)
     reference: dict[str, float] = field(default_factory=dict)  # published values of metrics, for reports
     places: dict[KeyPath, Place] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)  # inherited keys that a change of `name` dropped, a line for each change
 
     def __getattr__(self, section: str) -> Any:
         try:
@@ -195,15 +196,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), checks: Iterabl
         RecipeError: with every problem found.
     """
     path = Path(path)
-    reader = Reader(named=[section for section, (kind, *_) in SECTIONS.items() if kind])
+    reader = Reader(SHARED)
     tree = reader.read(path)
-    if not tree and reader.problems:
-        raise RecipeError(reader.problems)
     top, places = reader.overrides(overrides)
     tree = reader.merge(tree, top, places)
     validator = Validator(reader, path)
-    recipe = Recipe(name=path.stem, path=path, places=reader.places)
+    recipe = Recipe(name=path.stem, path=path, places=reader.places, dropped=reader.dropped)
     _top_level(tree, recipe, validator)
+    if not reader.complete:  # what seems to be missing may stand in what couldn't be read
+        raise RecipeError(reader.problems)
     data = tree.get("data")
     if isinstance(data, dict):
         recipe.augmentations = validator.choices("augmentation", data.pop("augment", []), ("data", "augment"))

@@ -1,4 +1,8 @@
-"""Recipe files: YAML with `inherit` and `key.path=value`, read into one tree that remembers where every key stands."""
+"""Recipe files: YAML with `inherit` and `key.path=value`, read into one tree that remembers where every key stands.
+
+Mappings merge deeply, the child's keys over the parent's; lists are replaced whole. Where a section names another component, the keys of
+the old one are dropped, and those that the section has with every component stay.
+"""
 
 from __future__ import annotations
 
@@ -78,17 +82,22 @@ class Reader:
     """Reads a recipe and its parents into one tree, with the place of every key.
 
     Args:
-        named: sections that may be written as a mere name, `loss: soft_iou` for `loss: {name: soft_iou}`.
+        shared: the sections that name a component, and the keys that each has whatever component it names. They may be written
+            as a mere name, `loss: soft_iou` for `loss: {name: soft_iou}`.
 
     Attributes:
         problems: what was found wrong so far.
         places: where each key of the merged tree stands.
+        dropped: for each change of a component's name that dropped keys, where it stands, the names and these keys.
+        complete: whether every file was read: else the tree lacks what stands in the others.
     """
 
-    def __init__(self, named: Container[str]) -> None:
-        self.named = named
+    def __init__(self, shared: Mapping[str, Container[str]]) -> None:
+        self.shared = shared
         self.problems: list[Problem] = []
         self.places: dict[KeyPath, Place] = {}
+        self.dropped: list[str] = []
+        self.complete = True
 
     def read(self, path: Path, children: tuple[Path, ...] = (), at: Place | None = None) -> dict[str, Any]:
         """Reads `path` over its parents; `children` inherit from it, at the place `at`. Mistakes go to `problems`."""
@@ -97,32 +106,36 @@ class Reader:
             resolved = path.resolve()
             if resolved in children:
                 chain = " -> ".join(str(p.name) for p in (*children, path))
-                self.problems.append(Problem(where, ("inherit",), f"recipes inherit in a circle: {chain}"))
-                return {}
+                return self._unread(where, ("inherit",), f"recipes inherit in a circle: {chain}")
             text = _read_text(resolved)
         except FileNotFoundError:
             near = difflib.get_close_matches(path.stem, _siblings(path), 1)
             hint = f"; did you mean {path.with_name(near[0])}.yaml?" if near else ""
             what = "the parent recipe doesn't exist" if children else "no such recipe"
-            self.problems.append(Problem(where, ("inherit",) if children else (), what + hint, str(path)))
-            return {}
+            return self._unread(where, ("inherit",) if children else (), what + hint, str(path))
         except (OSError, ValueError) as error:
-            self.problems.append(Problem(where, (), f"can't be read: {error}", short(str(path))))
-            return {}
+            return self._unread(where, (), f"can't be read: {error}", short(str(path)))
         places: dict[KeyPath, Place] = {}
+        found = len(self.problems)
         tree = self._parse(text, str(path), places)
+        if tree is None and len(self.problems) > found:
+            self.complete = False
         parent = tree.pop("inherit", None) if isinstance(tree, dict) else None
         if tree is not None and not isinstance(tree, dict):
-            self.problems.append(Problem(f"{path}:1:1", (), "a recipe is a mapping of sections (task:, data:, model:, …)", short(tree)))
-            tree = {}
+            tree = self._unread(f"{path}:1:1", (), "a recipe is a mapping of sections (task:, data:, model:, …)", short(tree))
         merged: dict[str, Any] = {}
         if parent is not None:
             place = places.get(("inherit",), str(path))
             if isinstance(parent, str):
                 merged = self.read(path.parent / parent, (*children, resolved), place)
             else:
-                self.problems.append(Problem(place, ("inherit",), "must be the file name of another recipe", short(parent)))
+                self._unread(place, ("inherit",), "must be the file name of another recipe", short(parent))
         return self.merge(merged, tree or {}, places)
+
+    def _unread(self, place: Place, path: KeyPath, what: str, got: str | None = None) -> dict[str, Any]:
+        self.problems.append(Problem(place, path, what, got))
+        self.complete = False
+        return {}
 
     def overrides(self, arguments: Iterable[str]) -> tuple[dict[str, Any], dict[KeyPath, Place]]:
         """`key.path=value` arguments as one tree, and the places of its keys."""
@@ -138,31 +151,36 @@ class Reader:
             one = self._parse(value, COMMAND_LINE, inner)
             for part in reversed(path):
                 one = {part: one}
-            tree = self._over(self._long_form(tree), self._long_form(one), ())
-            for end in range(1, len(path) + 1):
-                places[tuple(path[:end])] = COMMAND_LINE
-            for rest in inner:
-                places[(*path, *rest)] = COMMAND_LINE
+            above = [tuple(path[:end]) for end in range(1, len(path) + 1)]
+            tree = self._merge(tree, places, one, dict.fromkeys([*above, *((*path, *rest) for rest in inner)], COMMAND_LINE))
         return tree, places
 
     def merge(self, base: dict[str, Any], top: dict[str, Any], places: dict[KeyPath, Place]) -> dict[str, Any]:
-        """Merges `top` over `base`, deeply; a mapping whose `name` changes is replaced whole."""
-        merged = self._over(self._long_form(base), self._long_form(top), ())
-        self.places |= places
-        return merged
+        """Merges `top`, with the places of its keys, over `base`: deeply, but for the keys of components that `top` replaces."""
+        return self._merge(base, self.places, top, places)
 
-    def _over(self, base: dict[str, Any], top: dict[str, Any], path: KeyPath) -> dict[str, Any]:
-        if path and "name" in base and "name" in top and base["name"] != top["name"]:
-            self.places = {p: place for p, place in self.places.items() if p[: len(path)] != path}
-            return top
-        out = dict(base)
-        for key, value in top.items():
-            below = isinstance(value, dict) and isinstance(out.get(key), dict)
-            out[key] = self._over(out[key], value, (*path, key)) if below else value
-        return out
+    def _merge(self, base: dict[str, Any], below: dict[KeyPath, Place], top: dict[str, Any], places: dict[KeyPath, Place]) -> dict[str, Any]:
+        base, top = self._long_form(base), self._long_form(top)
+        for section, shared in self.shared.items():
+            old, new = base.get(section), top.get(section)
+            if not (isinstance(old, dict) and isinstance(new, dict) and "name" in old and "name" in new and old["name"] != new["name"]):
+                continue
+            base[section] = {key: value for key, value in old.items() if key in shared}
+            lost: list[KeyPath] = [(section, key) for key in old if key not in base[section]]
+            if section == "data" and "reference" in base:  # published values, which hold for their data
+                del base["reference"]
+                lost.append(("reference",))
+            for path in [path for path in below if path[:1] in lost or path[:2] in lost]:
+                del below[path]
+            dropped = [dotted(path) for path in lost if path not in places and path != (section, "name")]
+            if dropped:
+                place = place_of(places, (section, "name"), COMMAND_LINE)
+                self.dropped.append(f"{place}: {section}.name changed from {old['name']} to {new['name']}: dropped {', '.join(dropped)}")
+        below |= places
+        return _over(base, top)
 
     def _long_form(self, tree: dict[str, Any]) -> dict[str, Any]:
-        return {key: {"name": value} if isinstance(value, str) and key in self.named else value for key, value in tree.items()}
+        return {key: {"name": value} if isinstance(value, str) and key in self.shared else value for key, value in tree.items()}
 
     def _parse(self, text: str, file: str, places: dict[KeyPath, Place]) -> Any:
         yaml = YAML(typ="safe", pure=True)
@@ -221,6 +239,14 @@ class Reader:
             self.problems.append(Problem(place, path, "too large for a whole number", short(node.value)))
             return None
         return value
+
+
+def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in top.items():
+        below = out.get(key)
+        out[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return out
 
 
 def _read_text(path: Path) -> str:

@@ -5,17 +5,21 @@ Exit codes: 0 finished, or stopped on a signal with nothing lost; 2 a mistake in
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from pathlib import Path
 
 # Launchers put this file's folder first, where `import trainer` finds nothing and `data`, `recipe` … would shadow others.
-if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+from trainer.signals import STOP, Stopped
+
+if __name__ == "__main__":  # before anything else is imported: until here a signal kills, or is lost where a launcher ignores it
+    STOP.install(noted=os.environ.get("TRAINER_ATTEMPT", "") + ".stop")
+
+import argparse
 
 from trainer.errors import exit_code
-from trainer.signals import STOP, Stopped
 
 
 def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
@@ -52,5 +56,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in one line, not in pages of C++
-    STOP.install()  # before torch is imported: that takes seconds, in which a signal would kill
     sys.exit(main())

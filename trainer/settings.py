@@ -46,6 +46,16 @@ class ModelSettings(Settings):
     train_only: list[str] = []
 
 
+LearningRate = Annotated[float, Field(gt=0)]
+
+
+class OptimizerSettings(Settings):
+    """Keys of `optimizer:` that every optimizer has: the learning rate, by which the schedule's factor is multiplied."""
+
+    name: str
+    lr: LearningRate
+
+
 class NamedSettings(Settings):
     """A section that has nothing but its component's keys."""
 
@@ -100,12 +110,15 @@ SECTIONS: dict[str, tuple[str | None, type[Settings], bool]] = {
     "data": ("dataset", DataSettings, True),
     "model": ("model", ModelSettings, True),
     "loss": ("loss", NamedSettings, True),
-    "optimizer": ("optimizer", NamedSettings, True),
+    "optimizer": ("optimizer", OptimizerSettings, True),
     "schedule": ("schedule", NamedSettings, False),
     "train": (None, TrainSettings, True),
     "evaluate": (None, EvaluateSettings, False),
     "checkpoint": (None, CheckpointSettings, False),
 }
+# section that names a component -> the keys that stay where it names another
+SHARED: dict[str, set[str]] = {section: {*shared.model_fields} - {"name"} for section, (kind, shared, _) in SECTIONS.items() if kind}
+SHARED["data"].add("augment")  # a list of components: not part of the schema
 DEFAULTS: dict[str, Any] = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}
 # Changes under which a run still goes on: they leave what is computed as it is, or only add to it.
 RESUMABLE = (

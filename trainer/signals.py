@@ -32,11 +32,17 @@ class StopRequest:
         self._pid = os.getpid()
         self._at_once = False
 
-    def install(self) -> None:
-        """Handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP from now on; SIGHUP stays ignored where it is, as `nohup` has it."""
+    def install(self, noted: str = "") -> None:
+        """Handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP from now on; SIGHUP stays ignored where it is, as `nohup` has it.
+
+        Args:
+            noted: a file that is there if SIGUSR1 came before, while it was ignored, see launch/node.sh.
+        """
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
+        if os.path.exists(noted):
+            self.signal_name = "SIGUSR1"
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

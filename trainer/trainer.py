@@ -67,8 +67,7 @@ class Trainer:
 
     Args:
         recipe: validated.
-        resume: `auto` goes on from the newest whole checkpoint of the run folder, `never` sets the old folder
-            aside, a path goes on from that checkpoint folder.
+        resume: `auto`, `never` or a checkpoint folder, see `open_run`.
 
     Raises:
         UserError: processes were launched that don't see each other.

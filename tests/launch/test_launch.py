@@ -82,6 +82,35 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) 
     assert process.returncode == 0
 
 
+def test_a_signal_is_heard_before_anything_is_imported_that_takes_time(tmp_path: Path) -> None:
+    """As soon as the operating system knows of a handler; what is imported before it is counted, since a signal kills until then."""
+    command = [sys.executable, "-X", "importtime", "trainer/run.py", str(write_recipe(tmp_path))]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while not handled(status.read_text()) >> (signal.SIGUSR1 - 1) & 1:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0 and "stopped on SIGUSR1 before training began" in errors, errors
+    imported = [line.rpartition("|")[2].strip() for line in errors.splitlines() if line.startswith("import time:")]
+    before = imported[imported.index("site") + 1 : imported.index("trainer.signals")]
+    assert len(before) < 20 and not {"argparse", "trainer.errors", "torch"} & set(before), before
+
+
+def handled(status: str) -> int:
+    """The mask of the signals that a process handles, from its status in /proc."""
+    return next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
+
+
+def test_a_signal_that_came_while_it_was_ignored_counts_if_the_job_noted_it(tmp_path: Path) -> None:
+    """SLURM's warning may come while the launcher is starting."""
+    (tmp_path / "attempt.stop").touch()
+    command = [sys.executable, "trainer/run.py", str(write_recipe(tmp_path))]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRAINER_ATTEMPT": str(tmp_path / "attempt")}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "stopped on SIGUSR1 before training began" in done.stderr, done.stderr
+
+
 def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     assert run(sys.executable, "trainer/run.py", recipe, "train.duration=2 steps").returncode == 0

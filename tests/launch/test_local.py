@@ -93,7 +93,25 @@ def test_a_failed_training_is_not_tried_again(home: Path) -> None:
     assert (code, attempts) == (3, 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_closed_terminal_does_not_end_it_under_nohup(home: Path) -> None:
+    wait = """echo ready
+until [[ -e go ]]; do sleep 0.1; done
+echo '{"status": "finished"}' >"$TRAINER_RUNS/r/summary.json" """
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what its children inherit
+    try:
+        with start(home, wait) as process:
+            assert process.stdout is not None
+            while "ready" not in process.stdout.readline():
+                assert process.poll() is None
+            os.killpg(process.pid, signal.SIGHUP)
+            (home / "go").touch()
+            code, output, attempts = finish(process)
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert (code, attempts) == (0, 1) and "r  finished" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_ctrl_c_waits_for_the_checkpoint_and_stops(home: Path, number: signal.Signals) -> None:
     save = """trap 'mkdir "$TRAINER_RUNS/r/checkpoints/step_9"; exit 1' TERM
 echo ready

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.accelerator import Launch
+from trainer.commands import main
 from trainer.recipe import Recipe, RecipeError, differences, load_recipe
 from trainer.tasks.build import TASK_CHECKS
 
@@ -71,7 +72,7 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ("model: {reset_layers: [haed]}", "model.reset_layers: the model has no layer 'haed'; did you mean head?"),
         ("model: {name: deeplabv3, weights: none.safetensors}", "must be coco, none or an existing .safetensors file, and there is no such file"),
         ("loss: {name: soft_iou, channel: 9}", "r.yaml:2:1: loss: "),
-        ("model: {weights: coco}", "model.weights: must be none or an existing .safetensors file (got 'coco')"),
+        ("model: {weights: coco}", "model.weights: must be none or an existing .safetensors file; to start from scratch, set model.weights=none (got 'coco')"),
         ("train: {freeze: 3}", "train.freeze: this model doesn't number its layers; name those that learn in model.train_only (got 3)"),
         ("data: {resize_mode: letterbox}", "data.resize_mode: needs data.resize, the size to pad to (got letterbox)"),
         ("data: {resize: [64, 64], resize_mode: letterbox}", "data.resize_mode: is for sets of boxes: what it pads with has no class (got letterbox)"),
@@ -163,12 +164,149 @@ def test_the_launch_file_counts_where_no_launcher_was(tmp_path: Path) -> None:
     check(tmp_path, "", launch=Launch.read({}, file))
 
 
-def test_mappings_merge_deeply_but_a_new_name_replaces(tmp_path: Path) -> None:
+def test_mappings_merge_deeply(tmp_path: Path) -> None:
     recipe = check(tmp_path, "optimizer: {weight_decay: 0.5}", "train.seed=7", "data.augment=[]")
     assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.train.seed, recipe.augmentations) == (3e-3, 0.5, 7, [])
-    assert "optimizer.lr: this key is required" in problems(tmp_path, "optimizer: {name: sgd}")[0]
-    for overrides in (("optimizer.name=sgd", "optimizer.lr=1"), ("optimizer=sgd", "optimizer.lr=1"), ("optimizer={name: sgd, lr: 1}",)):
-        assert check(tmp_path, "", *overrides).optimizer.momentum == 0.9
+    assert recipe.dropped == []
+
+
+PARENT = """task: {name: segmentation, average_precision: true}
+data:
+  name: cifar10
+  category: ship
+  batch_size: 12
+  workers: 0
+  cache: "off"
+  window: 3
+  resize: [64, 96]
+  augment: [horizontal_flip, {name: color_jitter, brightness: 0.5}]
+  max_unreadable: 4
+  overfit: 24
+model: {name: resnet_unet, skips: false, weights: imagenet, reset_layers: [head], train_only: [head]}
+loss: {name: soft_iou, channel: 1}
+optimizer: {name: sgd, lr: 0.25, momentum: 0.5, weight_decay: 0.5}
+schedule: {name: cosine, warmup: 7%, final: 0.1}
+train: {duration: 1 epoch}
+evaluate: {best: miou}
+track: [{name: wandb, project: mine}]
+reference: {miou: 0.5, loss: 1}
+"""
+
+
+def inherit(folder: Path, text: str, *overrides: str, parent: str = PARENT) -> Recipe:
+    (folder / "parent.yaml").write_text(parent, encoding="utf-8")
+    (folder / "r.yaml").write_text(f"inherit: parent.yaml\n{text}\n", encoding="utf-8")
+    return load_recipe(folder / "r.yaml", overrides)
+
+
+def test_where_data_changes_the_keys_of_every_set_stay_and_those_of_the_old_one_go(tmp_path: Path) -> None:
+    before = inherit(tmp_path, "")
+    for text, overrides in (("data:\n  name: shapes", ()), ("data: shapes", ()), ("", ("data.name=shapes",)), ("", ("data=shapes",))):
+        recipe = inherit(tmp_path, text, *overrides)
+        stays = {key: value for key, value in before.data.model_dump().items() if key not in ("category", "num_colours")}
+        assert recipe.data.model_dump() == stays | {"name": "shapes"}
+        assert recipe.resolved()["data"]["augment"] == before.resolved()["data"]["augment"] != []
+    assert inherit(tmp_path, "data: {name: cifar10, batch_size: 6}").data.category == "ship"
+
+
+def test_where_the_model_changes_what_it_starts_from_and_what_learns_stays(tmp_path: Path) -> None:
+    model = inherit(tmp_path, "model: {name: deeplabv3, weights: coco}").model
+    assert (model.weights, model.reset_layers, model.train_only, model.backbone) == ("coco", ["head"], ["head"], "resnet101")
+
+
+def test_where_the_optimizer_changes_only_the_learning_rate_stays(tmp_path: Path) -> None:
+    for text, overrides in (("optimizer: adamw", ()), ("optimizer: {name: adamw}", ()), ("", ("optimizer.name=adamw",)), ("", ("optimizer=adamw",))):
+        settings = inherit(tmp_path, text, *overrides).optimizer
+        assert settings.model_dump() == {"name": "adamw", "lr": 0.25, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+    for overrides in (("optimizer.name=adamw", "optimizer.lr=1"), ("optimizer=adamw", "optimizer.lr=1"), ("optimizer={name: adamw, lr: 1}",)):
+        assert inherit(tmp_path, "", *overrides).optimizer.lr == 1
+    settings = inherit(tmp_path, "", "optimizer=adamw", "optimizer.beta1=0.5", "optimizer=adam").optimizer
+    assert (settings.name, settings.lr, settings.beta1) == ("adam", 0.25, 0.9)
+
+
+def test_task_loss_and_schedule_have_no_key_that_outlives_a_change_of_name(tmp_path: Path) -> None:
+    recipe = inherit(tmp_path, "loss: dice\nschedule: polynomial")
+    assert (recipe.loss.model_dump(), recipe.schedule.name, recipe.schedule.warmup.value) == ({"name": "dice"}, "polynomial", 0)
+
+
+def test_lists_of_components_are_replaced_whole(tmp_path: Path) -> None:
+    recipe = inherit(tmp_path, "data: {name: shapes, augment: [vertical_flip]}\ntrack: [wandb]")
+    assert [chosen.name for _, chosen in recipe.augmentations] == ["vertical_flip"]
+    assert [chosen.project for _, chosen in recipe.trackers] == [inherit(tmp_path, "track: [wandb]").trackers[0][1].project] != ["mine"]
+
+
+def test_names_may_change_at_every_level(tmp_path: Path) -> None:
+    (tmp_path / "parent.yaml").write_text(PARENT, encoding="utf-8")
+    (tmp_path / "middle.yaml").write_text("inherit: parent.yaml\ndata: {name: flowers17, window: 5}\noptimizer: {name: adamw, beta1: 0.5}\n")
+    (tmp_path / "r.yaml").write_text("inherit: middle.yaml\ndata: {name: cifar10, workers: 2}\noptimizer: sgd\n")
+    recipe = load_recipe(tmp_path / "r.yaml", ["data.name=shapes"])
+    assert (recipe.data.batch_size, recipe.data.window, recipe.data.workers, len(recipe.augmentations)) == (12, 5, 2, 2)
+    assert (recipe.optimizer.lr, recipe.optimizer.momentum, recipe.optimizer.weight_decay) == (0.25, 0.9, 0.0)
+    assert [line.removeprefix(f"{tmp_path}/") for line in recipe.dropped] == [
+        "middle.yaml:2:8: data.name changed from cifar10 to flowers17: dropped data.category, reference",
+        "middle.yaml:3:13: optimizer.name changed from sgd to adamw: dropped optimizer.momentum, optimizer.weight_decay",
+        "r.yaml:3:1: optimizer.name changed from adamw to sgd: dropped optimizer.beta1",
+    ]
+
+
+def test_published_values_hold_for_their_data_only(tmp_path: Path) -> None:
+    assert inherit(tmp_path, "reference: {loss: 2}").reference == {"miou": 0.5, "loss": 2}
+    assert inherit(tmp_path, "data: shapes").reference == {}
+    assert inherit(tmp_path, "", "data.name=shapes").reference == {}
+    assert inherit(tmp_path, "data: shapes\nreference: {loss: 2}").reference == {"loss": 2}
+
+
+def test_a_mistake_beside_a_change_of_name_is_reported_where_it_stands(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"parent.yaml:12:3: data.overfit: must be greater than 0 \(got 0\)"):
+        inherit(tmp_path, "", "data.name=flowers17", "data=shapes", parent=PARENT.replace("overfit: 24", "overfit: 0"))
+    with pytest.raises(RecipeError, match=r"r.yaml:2:1: loss.name: unknown loss"):
+        inherit(tmp_path, "loss: dyce")
+
+
+def test_published_weights_that_the_new_model_doesnt_know_are_an_error_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        inherit(tmp_path, "model: unet")
+    expected = "model.weights: must be none or an existing .safetensors file; to start from scratch, set model.weights=none (got 'imagenet')"
+    assert str(error.value).removeprefix(f"{tmp_path}/") == f"parent.yaml:13:42: {expected}"
+    assert inherit(tmp_path, "model: unet", "model.weights=none").model.weights == "none"
+
+
+def test_check_lists_what_a_change_of_name_drops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base.yaml").write_text(BASE.replace("lr: 3e-3", "lr: 3e-3, beta1: 0.8, weight_decay: 0.5") + "reference: {miou: 0.5}\n", encoding="utf-8")
+    (tmp_path / "r.yaml").write_text("inherit: base.yaml\noptimizer:\n  name: sgd\n  weight_decay: 0.1\n", encoding="utf-8")
+    assert main(["check", str(tmp_path / "r.yaml"), "model={name: unet, depth: 2}", "model.name=base_conv", "data.window=2"]) == 0
+    found = [line.removeprefix(f"{tmp_path}/") for line in capsys.readouterr().err.splitlines() if "dropped" in line]
+    assert found == [
+        "r.yaml:3:3: optimizer.name changed from adamw to sgd: dropped optimizer.beta1",
+        "command line: model.name changed from unet to base_conv: dropped model.depth",
+    ]
+    assert main(["check", str(tmp_path / "base.yaml")]) == 0
+    assert "dropped" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parent", "expected"),
+    [
+        (None, "inherit: the parent recipe doesn't exist"),
+        ("loss: [unclosed", "not valid YAML"),
+        ("- a list", "a recipe is a mapping of sections"),
+        ("inherit: r.yaml", "recipes inherit in a circle"),
+        ("inherit: absent.yaml\nmodel: unet", "the parent recipe doesn't exist"),
+    ],
+)
+def test_a_parent_that_cant_be_read_causes_no_other_problems_and_unknown_keys_are_still_reported(tmp_path: Path, parent: str | None, expected: str) -> None:
+    if parent is not None:
+        (tmp_path / "parent.yaml").write_text(parent, encoding="utf-8")
+    (tmp_path / "r.yaml").write_text("inherit: parent.yaml\noptimizer: {lr: 1}\nmodle: unet\ndata: {window: 2, window: 3}\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(tmp_path / "r.yaml")
+    found = str(error.value).splitlines()
+    assert [expected in line for line in found].count(True) == 1, found
+    others = [line.removeprefix(f"{tmp_path}/") for line in found if expected not in line]
+    assert others == [
+        "r.yaml:3:1: modle: unknown key; did you mean 'model'? (got 'unet')",
+        "r.yaml:4:19: data.window: duplicate key; it stands on line 4 already",
+    ]
 
 
 def test_of_two_overrides_of_a_key_the_last_counts(tmp_path: Path) -> None:

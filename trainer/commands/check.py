@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> None:
         text = io.StringIO()
         YAML().dump(recipe.resolved(), text)
         print("---\n" * (len(recipes) > 1) + text.getvalue(), end="")
+        for line in recipe.dropped:
+            print(line, file=sys.stderr)
         print(f"{recipe.path}: ok", _data_line(recipe, launch.processes), sep="; ", file=sys.stderr)
     if options.anchors:
         _compare_anchors(recipes[0])

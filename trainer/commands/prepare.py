@@ -114,7 +114,7 @@ def _source(args: argparse.Namespace) -> Source:
             raise UserError(f"{args.settings[0]} is no option: trainer prepare {usage}")
         return make(**given)
     component = datasets[args.dataset]
-    reader = Reader(named=())
+    reader = Reader({})
     settings = Validator(reader, Path(COMMAND_LINE)).section(component.schema, reader.overrides(args.settings)[0], ())
     if reader.problems:
         raise RecipeError(reader.problems)

@@ -145,7 +145,7 @@ def sweep_standings(file: Path) -> list[Standing]:
 
 def _name_in(file: Path, overrides: list[str]) -> str:
     """The run that a line of a sweep's file names."""
-    reader = Reader(named=())
+    reader = Reader({})
     tree, _ = reader.overrides(overrides)
     if reader.problems or "name" not in tree:
         raise UserError(f"{file}: {shlex.join(overrides)!r} has no name=…; each line gives its run one, and other overrides")
@@ -177,7 +177,7 @@ def _folders(arguments: list[str]) -> list[Path]:
 
 def run_name(recipe: Path, overrides: list[str]) -> str:
     """The run that a recipe is: its `name:`, else the file's."""
-    reader = Reader(named=())
+    reader = Reader({})
     tree = reader.merge(reader.read(recipe), *reader.overrides(overrides))
     if reader.problems:
         raise RecipeError(reader.problems)

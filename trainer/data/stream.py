@@ -13,6 +13,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +185,14 @@ class Samples(Dataset[Any]):
     def spread(self, count: int) -> list[int]:
         """Ids of so many samples, or of all, evenly from the set as its file names order it; for neighbours, e.g. frames of a video, are alike."""
         count = min(count, len(self))
+        return [self._by_name[(2 * number + 1) * len(self) // (2 * count)] for number in range(count)]
+
+    @cached_property
+    def _by_name(self) -> list[int]:
+        """Ids in the order of the images' file names; in their own where they have none."""
         image = next(name for name, role in self.columns.items() if role == "image")
         names = [each["path"] or "" for each in self.rows.column(f"{image}.path").to_pylist()]
-        ordered = sorted(range(len(self)), key=names.__getitem__)
-        return [ordered[(2 * number + 1) * len(self) // (2 * count)] for number in range(count)]
+        return sorted(range(len(self)), key=names.__getitem__)
 
     def _open_cache(self, folder: Path) -> PixelCache | None:
         channels = {name: _READ[role][2] for name, role in self.columns.items() if role in _READ}

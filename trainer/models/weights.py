@@ -40,7 +40,7 @@ def weights_field(*names: str) -> AfterValidator:
         if weights.endswith(SUFFIX) and not os.path.isfile(weights):  # Path.is_file() raises where the name can't be one
             raise ValueError(f"{allowed}, and there is no such file")
         if not weights.endswith(SUFFIX) and weights not in (*names, "none"):
-            raise ValueError(allowed)
+            raise ValueError(f"{allowed}; to start from scratch, set model.weights=none")
         return weights
 
     return AfterValidator(check)

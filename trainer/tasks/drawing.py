@@ -39,7 +39,7 @@ def _palette(num_colors: int) -> tuple[Color, ...]:
     colorful = places[:, 1:].norm(dim=1) > MIN_CHROMA
     candidates, places = candidates[colorful], places[colorful]
     taken = _oklab(torch.tensor([BACKGROUND, BLACK, WHITE], dtype=torch.float64))
-    distances = torch.cdist(places, taken).amin(dim=1)
+    distances = (places[:, None] - taken).norm(dim=2).amin(dim=1)
     colors: list[Color] = [BACKGROUND]
     while len(colors) < num_colors:
         farthest = int(distances.argmax())

@@ -152,7 +152,7 @@ def test_a_recipe_may_say_a_published_name_none_or_an_existing_file(file: Path) 
     for allowed in ("coco", "none", str(file)):
         assert schema.validate_python(allowed, strict=True) == allowed
     for wrong in ("cocoa", "net.pth", ""):
-        with pytest.raises(ValidationError, match=r"must be coco, none or an existing .safetensors file \["):
+        with pytest.raises(ValidationError, match=r"must be coco, none or an existing .safetensors file; to start from scratch, set model.weights=none \["):
             schema.validate_python(wrong, strict=True)
     with pytest.raises(ValidationError, match=r"existing .safetensors file, and there is no such file"):
         schema.validate_python("absent.safetensors", strict=True)
