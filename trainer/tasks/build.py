@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import nn
 
+from trainer.data.sizes import check_one_size, sizes_fed
 from trainer.data.source import DataInfo
 from trainer.errors import UserError
 from trainer.models.freeze import layers_after, train_only
-from trainer.models.layers import check_layers, is_below
+from trainer.models.layers import check_layers, check_sides, is_below
 from trainer.models.weights import SUFFIX, check_safetensors, load_safetensors
 from trainer.recipe import Problem, Recipe
 from trainer.recipe_file import nearest
@@ -22,6 +23,7 @@ from trainer.seeds import Use, mix
 from trainer.tasks.task import Task
 
 MAX_CHANGED = 2  # settings of a model that are changed at once to find the one that a file fits
+
 
 def _build_model(recipe: Recipe, info: DataInfo, weights: str, **changed: Any) -> nn.Module:
     """The model with the named weights; `changed` are settings that replace the recipe's."""
@@ -134,6 +136,7 @@ def check_model(recipe: Recipe) -> Iterator[Problem]:
             check_safetensors(model, settings.weights, settings.reset_layers, _alternatives(recipe, info))
         except ValueError as error:
             yield recipe.problem("model.weights", str(error))
+    yield from (recipe.problem(key, what) for key, what in _wrong_sides(recipe, model))
     if recipe.train.freeze:
         if settings.train_only:
             yield recipe.problem("train.freeze", "says what learns, and so does model.train_only: keep one of them", recipe.train.freeze)
@@ -143,6 +146,36 @@ def check_model(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem("train.freeze", str(error).removeprefix("train.freeze: "), recipe.train.freeze)
     if settings.train_only and not any(parameter.requires_grad for parameter in model.parameters()):
         yield recipe.problem("model.train_only", "these layers have no parameters, so nothing would learn", settings.train_only)
+
+
+def check_sizes(recipe: Recipe, model: nn.Module) -> None:
+    """Makes sure that a model which states a `size_divisor` gets images whose sides it divides, as far as their sizes are known.
+
+    Raises:
+        UserError: in training or validation a side isn't divisible.
+    """
+    for key, what in _wrong_sides(recipe, model):
+        raise UserError(f"{key}: {what}")
+
+
+def _wrong_sides(recipe: Recipe, model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The first size that the model can't take: the key that decides on it, and what is wrong."""
+    fed = sizes_fed(recipe)
+    for split, key in (("validation", "data.resize"), ("train", "data.augment" if recipe.augmentations else "data.resize")):
+        try:
+            for height, width in fed[split].tolist() if split in fed else ():
+                check_sides(getattr(model, "size_divisor", 1), height, width, f"those of the {split} split")
+        except UserError as error:
+            yield key, str(error)
+            return
+
+
+def check_batches(recipe: Recipe, processes: int) -> Iterator[Problem]:
+    """Sees whether so many processes can join the images into batches."""
+    try:
+        check_one_size(recipe, recipe.build("data").columns, processes)
+    except UserError as error:
+        yield recipe.problem("data.augment" if recipe.data.resize else "data.resize", str(error))
 
 
 def check_columns(recipe: Recipe) -> Iterator[Problem]:
@@ -169,6 +202,11 @@ def check_task(recipe: Recipe) -> Iterator[Problem]:
         return
     if recipe.evaluate.best not in task.metric_names:
         yield recipe.problem("evaluate.best", f"unknown metric; {nearest(recipe.evaluate.best, task.metric_names)}", recipe.evaluate.best)
+
+
+def batch_checks(processes: int) -> Any:
+    """For `load_recipe`, beside `TASK_CHECKS`: those that depend on the number of processes."""
+    return ((("data", "task", "train", "evaluate"), partial(check_batches, processes=processes)),)
 
 
 TASK_CHECKS = (
