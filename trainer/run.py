@@ -26,9 +26,10 @@ def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
     """Reads the recipe, builds the Trainer, fits."""
     from trainer.accelerator import Launch, leave_processes
     from trainer.recipe import load_recipe
-    from trainer.tasks.build import TASK_CHECKS
+    from trainer.tasks.build import TASK_CHECKS, batch_checks
 
-    recipe = load_recipe(recipe_path, overrides, [*Launch.read().checks(), *TASK_CHECKS])
+    launch = Launch.read()
+    recipe = load_recipe(recipe_path, overrides, [*launch.checks(), *TASK_CHECKS, *batch_checks(launch.processes)])
 
     from trainer.trainer import Trainer  # only now: it imports accelerate and datasets
 

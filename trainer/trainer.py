@@ -52,7 +52,7 @@ from trainer.runs import lock_run, runs_dir
 from trainer.schedules import build_schedule
 from trainer.seeds import Use, mix
 from trainer.signals import STOP, Stopped, TimeLimit
-from trainer.tasks.build import build_task
+from trainer.tasks.build import build_task, check_sizes
 from trainer.tasks.task import Batch
 from trainer.tracking import RunFolder, Status
 from trainer.watchdog import Watchdog
@@ -145,6 +145,7 @@ class Trainer:
 
     def _build_task(self) -> None:
         self.task = build_task(self.recipe, self.data.info)
+        check_sizes(self.recipe, self.task.model)
 
     def _wrap_model(self) -> None:
         """Optimizer, schedule and average; the model wrapped for N processes and mixed precision."""

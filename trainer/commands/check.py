@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     from trainer.accelerator import LAUNCH_FILE, Launch
     from trainer.errors import UserError
     from trainer.recipe import RecipeError, load_recipe
-    from trainer.tasks.build import TASK_CHECKS
+    from trainer.tasks.build import TASK_CHECKS, batch_checks
 
     paths = [argument for argument in options.recipes if "=" not in argument]
     overrides = [argument for argument in options.recipes if "=" in argument]
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     problems = []
     for path in paths:
         try:
-            recipes.append(load_recipe(path, overrides, [*launch.checks(), *TASK_CHECKS]))
+            recipes.append(load_recipe(path, overrides, [*launch.checks(), *TASK_CHECKS, *batch_checks(launch.processes)]))
         except RecipeError as error:
             problems.extend(error.problems)
     if problems:

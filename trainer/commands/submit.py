@@ -97,10 +97,10 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> Recipe:
     """The recipe of a run, checked for as many processes as it will have; this machine's devices don't matter."""
     from trainer.accelerator import Launch
     from trainer.recipe import load_recipe
-    from trainer.tasks.build import TASK_CHECKS
+    from trainer.tasks.build import TASK_CHECKS, batch_checks
 
     launch = Launch(processes=options.nodes * (options.processes or options.gpus or 1))
-    return load_recipe(options.recipe, overrides, [(("data", "train"), launch.check), *TASK_CHECKS])
+    return load_recipe(options.recipe, overrides, [(("data", "train"), launch.check), *TASK_CHECKS, *batch_checks(launch.processes)])
 
 
 def _free_name(name: str) -> str:

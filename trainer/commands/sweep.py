@@ -75,9 +75,9 @@ def _checked(options: argparse.Namespace, overrides: list[str]) -> Recipe:
     """The recipe of a run."""
     from trainer.accelerator import Launch
     from trainer.recipe import load_recipe
-    from trainer.tasks.build import TASK_CHECKS
+    from trainer.tasks.build import TASK_CHECKS, batch_checks
 
-    checks = [*Launch(processes=options.processes).checks(), *TASK_CHECKS]
+    checks = [*Launch(processes=options.processes).checks(), *TASK_CHECKS, *batch_checks(options.processes)]
     return load_recipe(options.recipe, overrides, checks)
 
 

@@ -12,6 +12,7 @@ from trainer.data.card import Card
 from trainer.data.objects import ROLES
 from trainer.data.order import Order, Shard, Slices
 from trainer.data.prepare import data_dir
+from trainer.data.sizes import check_one_size, images_together
 from trainer.data.stream import Batches, Samples
 from trainer.errors import UserError
 from trainer.recipe import Recipe, build
@@ -33,7 +34,7 @@ class Data:
         identity: of the prepared set; another one means other samples, or another order.
 
     Raises:
-        UserError: the set isn't there, or can't be evaluated in batches.
+        UserError: the set isn't there, or its images can't be joined into batches.
     """
 
     def __init__(self, recipe: Recipe, rank: int, world_size: int) -> None:
@@ -48,15 +49,14 @@ class Data:
         self.info = card.info
         self.order = Order(card.row_groups("train"), recipe.train.seed, settings.window)
         self.workers = num_workers(settings.workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        check_one_size(recipe, card.columns, world_size)
         has_objects = bool({*card.columns.values()} & {*ROLES})
         context = {"ignore_index": card.ignore_index, "resize": settings.resize, "has_objects": has_objects}
         augmentations = [build(component, chosen, **context) for component, chosen in recipe.augmentations]
         read = partial(Samples, folder, card, resize=settings.resize, cache=settings.cache == "auto", window=settings.window, resize_mode=settings.resize_mode)
         self.train = read("train", self.order, transforms=augmentations, max_unreadable=settings.max_unreadable)
         self.validation = read("validation", None, transforms=[])
-        batch_size = max(1, (recipe.evaluate.batch_size or settings.batch_size) // world_size)
-        if batch_size > 1 and not self.validation.uniform and not has_objects:
-            raise UserError(f"images of {card.name} differ in size, so they can't be evaluated in batches: set data.resize=[H,W] or evaluate.batch_size=1")
+        batch_size = images_together(recipe, world_size)["validation"]
         shards = [Shard(len(self.validation), batch_size, each, world_size) for each in range(world_size)]
         self.validation_batches = Batches(self.validation, shards[rank], self.workers)
         self.validation_rounds = max(len(shard) for shard in shards)

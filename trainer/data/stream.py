@@ -98,6 +98,10 @@ class RowGroups:
         """A column of integers, read whole."""
         return np.array(self.column(name).to_pylist(), dtype=np.int64)
 
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Height and width of every image as it was prepared, (N, 2)."""
+        return np.stack([self.integers("height"), self.integers("width")], axis=1)
+
     def column(self, name: str) -> Any:
         """A column, read whole, or `column.field`, a struct of that field alone: an Arrow array.
 
@@ -161,7 +165,7 @@ class Samples(Dataset[Any]):
         self.resize = None if not resize else Letterbox(resize) if resize_mode == "letterbox" else v2.Resize(list(resize), antialias=True)
         objects = [(name, role) for name, role in self.columns.items() if role in ROLES]
         if objects or not resize:
-            self.sizes = np.stack([self.rows.integers("height"), self.rows.integers("width")], axis=1)
+            self.sizes = self.rows.sizes()
         self.objects = Objects(self.rows.column(objects[0][0]), self.sizes, objects[0][1], self.resize) if objects else None
         if resize:
             self.sizes = np.tile(np.asarray(resize, dtype=np.int64), (len(self), 1))

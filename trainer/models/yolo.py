@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.components import model
 from trainer.detection.boxes import Level
-from trainer.errors import UserError
+from trainer.models.layers import check_sides
 
 SIZES = {"n": (0.33, 0.25), "s": (0.33, 0.5), "m": (0.67, 0.75), "l": (1.0, 1.0)}  # factors of depth and width
 STRIDES = (8, 16, 32)
@@ -145,6 +145,7 @@ class Yolo(nn.Module):
             the published ones.
     """
 
+    size_divisor = STRIDES[-1]
     # Where a layer's input comes from, if not from the layer before.
     SOURCES = {12: (11, 6), 16: (15, 4), 19: (18, 14), 22: (21, 10), 24: (17, 20, 23)}
 
@@ -189,11 +190,7 @@ class Yolo(nn.Module):
         Raises:
             UserError: a side isn't divisible by 32.
         """
-        height, width = images.shape[-2:]
-        if height % STRIDES[-1] or width % STRIDES[-1]:
-            raise UserError(
-                f"model yolo takes images whose sides are divisible by {STRIDES[-1]}, and these are {height} x {width}: resize, pad or crop them to such a size"
-            )
+        check_sides(self.size_divisor, *images.shape[-2:])
         needed = {index for sources in self.SOURCES.values() for index in sources}
         kept: dict[int, Tensor] = {}
         x: Any = images

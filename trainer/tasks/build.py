@@ -3,31 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import nn
 
+from trainer.data.sizes import check_one_size, sizes_fed
 from trainer.data.source import DataInfo
 from trainer.errors import UserError
 from trainer.models.freeze import layers_after, train_only
-from trainer.models.layers import check_layers, is_below
-from trainer.models.weights import SUFFIX, load_safetensors
+from trainer.models.layers import check_layers, check_sides, is_below
+from trainer.models.weights import SUFFIX, check_safetensors, load_safetensors
 from trainer.recipe import Problem, Recipe
 from trainer.recipe_file import nearest
 from trainer.seeds import Use, mix
 from trainer.tasks.task import Task
 
+MAX_CHANGED = 2  # settings of a model that are changed at once to find the one that a file fits
 
-def _build_model(recipe: Recipe, info: DataInfo, weights: str) -> nn.Module:
-    """The model with the named weights."""
+
+def _build_model(recipe: Recipe, info: DataInfo, weights: str, **changed: Any) -> nn.Module:
+    """The model with the named weights; `changed` are settings that replace the recipe's."""
     component = recipe.components["model"]
-    settings = {key: getattr(recipe.model, key) for key in component.schema.model_fields}
+    settings = {key: getattr(recipe.model, key) for key in component.schema.model_fields} | changed
     if "weights" in settings:
         settings["weights"] = weights
     model: nn.Module = component.build(settings, num_classes=info.num_classes)
     return model
+
+
+def _named_weights(recipe: Recipe) -> str:
+    """The published weights that the model is built with; a file is loaded into it once it is built."""
+    weights: str = recipe.model.weights
+    return "none" if weights.endswith(SUFFIX) else weights
+
+
+def _alternatives(recipe: Recipe, info: DataInfo) -> Iterator[tuple[str, nn.Module]]:
+    """The models that other values of at most two settings would make, without memory, and these settings; those of one setting first."""
+    fields = recipe.components["model"].schema.model_fields
+    choices = {key: values for key, field in fields.items() if (values := _choices(field.annotation))}
+    changes = [{key: value for key, value in zip(choices, values, strict=True) if value != getattr(recipe.model, key)} for values in product(*choices.values())]
+    for changed in sorted(changes, key=len):
+        if not 1 <= len(changed) <= MAX_CHANGED:
+            continue
+        with suppress(ValueError):  # values that don't go together
+            with torch.device("meta"):
+                model = _build_model(recipe, info, "none", **changed)
+            yield " ".join(f"model.{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changed.items()), model
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of a setting that has a few."""
+    return (False, True) if annotation is bool else get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def build_task(recipe: Recipe, info: DataInfo) -> Task:
@@ -40,13 +70,12 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task:
         UserError: weights can't be downloaded or don't fit.
     """
     weights, reset_layers = recipe.model.weights, recipe.model.reset_layers
-    is_file = weights.endswith(SUFFIX)
     seed = mix(recipe.train.seed, Use.INITIALISE)
     try:
         torch.manual_seed(seed)
-        model = _build_model(recipe, info, "none" if is_file else weights)
-        if is_file:
-            load_safetensors(model, weights, reset_layers)
+        model = _build_model(recipe, info, _named_weights(recipe))
+        if weights.endswith(SUFFIX):
+            load_safetensors(model, weights, reset_layers, _alternatives(recipe, info))
         elif weights != "none" and reset_layers:
             torch.manual_seed(seed)
             fresh = _build_model(recipe, info, "none").state_dict()
@@ -87,9 +116,11 @@ def check_data(recipe: Recipe) -> Iterator[Problem]:
 
 
 def check_model(recipe: Recipe) -> Iterator[Problem]:
-    """Builds the model without memory, to see that it can be built and that the layers the recipe names exist."""
+    """Builds the model without memory, to see that it can be built, that the layers the recipe names exist and that its weights fit."""
+    info = recipe.build("data").info
     try:
-        model = build_untrained(recipe)
+        with torch.device("meta"):
+            model = _build_model(recipe, info, _named_weights(recipe))
     except (ValueError, UserError) as error:
         yield recipe.problem("model", str(error))
         return
@@ -100,6 +131,12 @@ def check_model(recipe: Recipe) -> Iterator[Problem]:
         except ValueError as error:
             yield recipe.problem(f"model.{key}", str(error).removeprefix(f"model.{key}: "), getattr(settings, key))
             return
+    if settings.weights.endswith(SUFFIX):
+        try:
+            check_safetensors(model, settings.weights, settings.reset_layers, _alternatives(recipe, info))
+        except ValueError as error:
+            yield recipe.problem("model.weights", str(error))
+    yield from (recipe.problem(key, what) for key, what in _wrong_sides(recipe, model))
     if recipe.train.freeze:
         if settings.train_only:
             yield recipe.problem("train.freeze", "says what learns, and so does model.train_only: keep one of them", recipe.train.freeze)
@@ -109,6 +146,36 @@ def check_model(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem("train.freeze", str(error).removeprefix("train.freeze: "), recipe.train.freeze)
     if settings.train_only and not any(parameter.requires_grad for parameter in model.parameters()):
         yield recipe.problem("model.train_only", "these layers have no parameters, so nothing would learn", settings.train_only)
+
+
+def check_sizes(recipe: Recipe, model: nn.Module) -> None:
+    """Makes sure that a model which states a `size_divisor` gets images whose sides it divides, as far as their sizes are known.
+
+    Raises:
+        UserError: in training or validation a side isn't divisible.
+    """
+    for key, what in _wrong_sides(recipe, model):
+        raise UserError(f"{key}: {what}")
+
+
+def _wrong_sides(recipe: Recipe, model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The first size that the model can't take: the key that decides on it, and what is wrong."""
+    fed = sizes_fed(recipe)
+    for split, key in (("validation", "data.resize"), ("train", "data.augment" if recipe.augmentations else "data.resize")):
+        try:
+            for height, width in fed[split].tolist() if split in fed else ():
+                check_sides(getattr(model, "size_divisor", 1), height, width, f"those of the {split} split")
+        except UserError as error:
+            yield key, str(error)
+            return
+
+
+def check_batches(recipe: Recipe, processes: int) -> Iterator[Problem]:
+    """Sees whether so many processes can join the images into batches."""
+    try:
+        check_one_size(recipe, recipe.build("data").columns, processes)
+    except UserError as error:
+        yield recipe.problem("data.augment" if recipe.data.resize else "data.resize", str(error))
 
 
 def check_columns(recipe: Recipe) -> Iterator[Problem]:
@@ -135,6 +202,11 @@ def check_task(recipe: Recipe) -> Iterator[Problem]:
         return
     if recipe.evaluate.best not in task.metric_names:
         yield recipe.problem("evaluate.best", f"unknown metric; {nearest(recipe.evaluate.best, task.metric_names)}", recipe.evaluate.best)
+
+
+def batch_checks(processes: int) -> Any:
+    """For `load_recipe`, beside `TASK_CHECKS`: those that depend on the number of processes."""
+    return ((("data", "task", "train", "evaluate"), partial(check_batches, processes=processes)),)
 
 
 TASK_CHECKS = (

@@ -1,0 +1,101 @@
+"""Which heights and widths of images reach the model: known before training, from the recipe and the prepared set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torchvision.transforms import v2
+
+from trainer.data.augment import Mosaic
+from trainer.data.card import Card
+from trainer.data.objects import ROLES
+from trainer.data.prepare import data_dir
+from trainer.data.stream import RowGroups
+from trainer.errors import UserError
+from trainer.recipe import Recipe, build
+
+Sizes = npt.NDArray[np.int64]
+"""Heights and widths, each once: (N, 2)."""
+
+CROPS = (v2.RandomCrop, v2.RandomResizedCrop)
+KEEP_SIZE = (v2.RandomHorizontalFlip, v2.RandomVerticalFlip, v2.ColorJitter)
+
+
+def sizes_fed(recipe: Recipe) -> dict[str, Sizes]:
+    """The sizes that images of each split have after the resize and the augmentations; a split whose sizes can't be known is left out.
+
+    They aren't known of a set that isn't prepared, and is not resized, nor after an augmentation of a plugin.
+    """
+    settings = recipe.data
+    resized = np.array([settings.resize], dtype=np.int64) if settings.resize else None
+    try:  # what else they depend on has no influence on the size
+        transforms = [build(component, chosen, ignore_index=None, resize=settings.resize, has_objects=False) for component, chosen in recipe.augmentations]
+    except ValueError:  # a check of its own reports it
+        return {}
+    before = {"train": resized, "validation": resized}
+    if resized is None:
+        folder = data_dir() / recipe.build("data").name
+        with suppress(UserError):  # not prepared, or damaged, which is reported where it is read
+            card = Card.load(folder)
+            card = card.of_first(settings.overfit) if settings.overfit else card
+            before = {split: _native(folder, card, split) for split in before}
+    fed = {"train": _augmented(before["train"], transforms), "validation": before["validation"]}
+    return {split: sizes for split, sizes in fed.items() if sizes is not None}
+
+
+def images_together(recipe: Recipe, processes: int) -> dict[str, int]:
+    """How many images of each split a process feeds to the model at a time."""
+    train = recipe.data.batch_size // (recipe.train.accumulate * processes)
+    validation = (recipe.evaluate.batch_size or recipe.data.batch_size) // processes
+    return {"train": max(1, train), "validation": max(1, validation)}
+
+
+def check_one_size(recipe: Recipe, columns: dict[str, Any], processes: int) -> None:
+    """Makes sure that images that reach the model together have one size, unless they are padded and the task takes each at its own size.
+
+    Args:
+        recipe: names the set and what is done to its images.
+        columns: roles of the set's columns.
+        processes: number of processes.
+
+    Raises:
+        UserError: they differ in size.
+    """
+    has_objects = bool({*columns.values()} & {*ROLES})  # those of sets of objects are padded to one size
+    if has_objects and not getattr(recipe.components["task"].factory, "fixed_shapes", True):
+        return
+    together = images_together(recipe, processes)
+    differing = {split: sizes for split, sizes in sizes_fed(recipe).items() if len(sizes) > 1 and together[split] > 1}
+    if not differing:
+        return
+    first, second, *_ = (f"{height} x {width}" for height, width in next(iter(differing.values())).tolist())
+    if recipe.data.resize:
+        advice = "give all augmentations the size of data.resize"
+    else:
+        advice = "set data.resize=[H,W]" + (", with data.resize_mode=letterbox to keep their aspect" if has_objects else "")
+        advice += "" if "train" in differing else ", or evaluate.batch_size=1"
+    which = f"{recipe.build('data').name} ({' and '.join(differing)})"
+    raise UserError(f"images of {which} differ in size ({first}, {second}, …), so they can't be joined into batches: {advice}")
+
+
+def _native(folder: Path, card: Card, split: str) -> Sizes:
+    """The sizes of a split's images as they were prepared."""
+    rows = RowGroups({folder / shard.name: shard.row_groups for shard in card.splits[split].files}, keep=1)
+    return np.unique(rows.sizes(), axis=0)
+
+
+def _augmented(sizes: Sizes | None, transforms: Sequence[Any]) -> Sizes | None:
+    """The sizes after augmentations, where they can be known."""
+    for transform in transforms:
+        if isinstance(transform, CROPS) or (isinstance(transform, Mosaic) and transform.p == 1):
+            sizes = np.array([transform.size], dtype=np.int64)
+        elif isinstance(transform, Mosaic) and transform.p and sizes is not None:
+            sizes = np.unique(np.concatenate([sizes, [transform.size]]), axis=0)
+        elif not isinstance(transform, (*KEEP_SIZE, Mosaic)):
+            return None
+    return sizes
