@@ -180,3 +180,21 @@ def test_gradients_that_are_not_finite_end_the_training_though_the_loss_is(tmp_p
     with Job(1, write_recipe(tmp_path), "train.precision=fp32", fault=spoiling({stream_of(GROUPS, 0, 3, 21)[20][1]}, "gradients", device)) as job:
         assert job.wait() == [3], job.output
     assert "training failed: step 3: gradient_norm is " in job.output and "each sample's loss is finite" in job.output
+
+
+def test_the_best_checkpoint_is_that_of_the_best_evaluation_and_outlives_newer_ones(tmp_path: Path) -> None:
+    values = iter([0.1, 0.5, 0.3, 0.5, 0.2, 0.4])
+
+    def measuring(rank: int) -> None:
+        measure = Segmentation.measure
+        Segmentation.measure = lambda task, sums: measure(task, sums) | {"miou": next(values)}  # type: ignore[method-assign]
+
+    options = ("train.duration=12 steps", "evaluate.every=2 steps", "checkpoint.every=100%", "checkpoint.keep=2")
+    with Job(1, write_recipe(tmp_path), *options, fault=measuring) as job:
+        assert job.wait() == [0], job.output
+    run = tmp_path / "runs" / "run"
+    assert json.loads((run / "summary.json").read_text())["best"]["miou"] == {"value": 0.5, "step": 4}
+    checkpoints.verify(run / "checkpoints" / "best")
+    best = checkpoints.load(run / "checkpoints" / "best")
+    assert (best.step, best.counters["best"], best.counters["best_step"]) == (4, 0.5, 4)
+    assert checkpoints.steps(run / "checkpoints") == [4, 12]  # the last two that were saved
