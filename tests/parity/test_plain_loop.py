@@ -54,7 +54,7 @@ def test_losses_equal_those_of_a_plain_loop(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- everything that an optimizer step may hold
 
-BATCH, EVERY = 8, 5  # samples in a step; steps between evaluations
+BATCH, EVERY = 8, 4  # samples in a step; steps between evaluations, of which one comes at the end besides
 LR, MOMENTUM, DECAY, CLIP, EMA = 0.05, 0.8, 0.02, 0.5, 0.9
 SEED, WINDOW = 3, 2
 GROUPS = [(i + 1) * 52 // 8 - i * 52 // 8 for i in range(8)]  # of tests/tiny.py: 52 rows in 8 row groups
@@ -122,7 +122,7 @@ def _sgd(recipe: Path, out: Path, options: tuple[str, ...]) -> None:
             for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
                 mean.copy_(stays * mean + (1 - stays) * value if value.is_floating_point() else value)
         found.append(("train", {"step": step + 1, "loss": sum(losses) / parts, "gradient_norm": norm, "learning_rate": lr}))
-        if (step + 1) % EVERY == 0:
+        if (step + 1) % EVERY == 0 or step + 1 == STEPS:
             found.append(("validation", {"step": step + 1} | _metrics(average if has_extras else model, *validation)))
     (out / "lines.json").write_text(json.dumps(found))
     for name, trained in (("model", model), ("ema", average)):
@@ -137,7 +137,7 @@ def test_losses_gradients_metrics_and_weights_equal_those_of_a_training_written_
     run_processes(1, _sgd, recipe, tmp_path, options)
     run = tmp_path / "runs" / "framework"
     expected = json.loads((tmp_path / "lines.json").read_text())
-    assert [split for split, _ in expected].count("validation") == 3
+    assert [split for split, _ in expected].count("validation") == 4
     for line, (split, plain) in zip(lines(run), expected, strict=True):
         assert line["split"] == split
         assert {name: line[name] for name in plain} == pytest.approx(plain, rel=1e-9)

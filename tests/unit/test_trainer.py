@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,31 +103,98 @@ class OnDevice(torch.Tensor):
         return SimpleNamespace(type="cuda") if self.dtype == torch.bool else torch.Tensor.device.__get__(self)
 
 
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_every_skipped_step_is_counted_once_however_many_come_between_two_logs(tmp_path: Path, device: str) -> None:
-    bad = {5, 6, 17, 30, 40, 51}
-    skipped = [position // 8 for position, (_, sample) in enumerate(stream_of(GROUPS, 0, 3, 20 * 8)) if sample in bad]
-    expected = len(set(skipped))
-    assert 8 < expected < 19 and expected < len(skipped)
+class Overflowing(torch.autograd.Function):
+    """A value whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.inf
+
+
+def spoiling(bad: set[int], what: str, device: str) -> Callable[[int], None]:
+    """Makes batches with these samples have a loss that isn't finite, gradients that aren't where the loss is, or images that spoil batch norms too."""
 
     def fault(rank: int) -> None:
-        loss_sums = Segmentation.loss_sums
+        loss_sums, inputs, combine = Segmentation.loss_sums, Segmentation.inputs, SoftIoU.combine
+        is_bad = False
 
-        def spoiled(task: Segmentation, model: Any, batch: Any) -> Any:
-            factor = float("nan") if bad & {*batch["sample_id"].tolist()} else 1.0
-            return {name: factor * value for name, value in loss_sums(task, model, batch).items()}
+        def spoiled_images(task: Segmentation, image: torch.Tensor) -> torch.Tensor:
+            return inputs(task, image) * (torch.nan if is_bad and what == "images" else 1.0)
 
-        Segmentation.loss_sums = spoiled  # type: ignore[method-assign]
+        def spoiled_sums(task: Segmentation, model: Any, batch: Any) -> Any:
+            nonlocal is_bad
+            is_bad = bool(bad & {*batch["sample_id"].tolist()})
+            sums = loss_sums(task, model, batch)
+            if is_bad and what == "loss":
+                sums = {name: torch.nan * value for name, value in sums.items()}
+            elif is_bad and what == "gradients":
+                sums = {name: Overflowing.apply(value) for name, value in sums.items()}
+            is_bad = False
+            return sums
+
+        Segmentation.loss_sums, Segmentation.inputs = spoiled_sums, spoiled_images  # type: ignore[method-assign]
         if device == "gpu":
-            combine = SoftIoU.combine
             SoftIoU.combine = lambda loss, sums: {name: term.as_subclass(OnDevice) for name, term in combine(loss, sums).items()}  # type: ignore[method-assign]
 
-    options = ("train.non_finite=skip", "train.log_every=4 steps", "checkpoint.every=7 steps", "evaluate.every=100%", "train.precision=fp32")
-    with Job(1, write_recipe(tmp_path), *options, fault=fault) as job:
+    return fault
+
+
+BAD = {5, 6, 17, 30, 40, 51}
+SKIPPED = sorted({position // 8 for position, (_, sample) in enumerate(stream_of(GROUPS, 0, 3, 20 * 8)) if sample in BAD})
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("what", ["loss", "gradients", "images"])
+def test_a_skipped_step_leaves_no_trace(tmp_path: Path, device: str, what: str) -> None:
+    options = ("train.non_finite=skip", "checkpoint.every=1 steps", "checkpoint.keep=30", "evaluate.every=100%", "train.precision=fp32")
+    with Job(1, write_recipe(tmp_path), *options, fault=spoiling(BAD, what, device)) as job:
+        assert job.wait() == [0], job.output
+    states = [checkpoints.load(tmp_path / "runs" / "run" / "checkpoints" / checkpoints.folder_name(step)) for step in range(1, 21)]
+    for step, (before, after) in enumerate(pairwise(states), start=1):
+        tensors = [state.model | state.optimizer for state in (before, after)]
+        same = [torch.equal(value, tensors[1][name]) for name, value in tensors[0].items() if value.is_floating_point()]
+        assert all(same) if step in SKIPPED else not any(same), step
+        assert all(bool(value.isfinite().all()) for value in tensors[1].values())
+    assert [state.counters["num_skipped"] for state in states] == [len([step for step in SKIPPED if step <= number]) for number in range(20)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_every_skipped_step_is_counted_once_however_many_come_between_two_logs(tmp_path: Path, device: str) -> None:
+    assert 8 < len(SKIPPED) < 19
+    options = ("train.non_finite=skip", "train.log_every=4 steps", "checkpoint.every=100%", "evaluate.every=100%", "train.precision=fp32")
+    with Job(1, write_recipe(tmp_path), *options, fault=spoiling(BAD, "loss", device)) as job:
         assert job.wait() == [0], job.output
     run = tmp_path / "runs" / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    counted = [line.get("num_skipped_steps", 0) for line in lines if line["split"] == "train"]
-    assert counted == [len({step for step in skipped if step < line["step"]}) for line in lines if line["split"] == "train"]
-    assert json.loads((run / "summary.json").read_text())["skipped_steps"] == expected
-    assert checkpoints.read_counters(run / "checkpoints" / "last")["num_skipped"] == expected
+    counted = [(line["step"], line.get("num_skipped_steps", 0)) for line in lines if line["split"] == "train"]
+    assert counted == [(last, len([step for step in SKIPPED if step < last])) for last in (4, 8, 12, 16, 20)]
+    assert json.loads((run / "summary.json").read_text())["skipped_steps"] == len(SKIPPED)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_gradients_that_are_not_finite_end_the_training_though_the_loss_is(tmp_path: Path, device: str) -> None:
+    with Job(1, write_recipe(tmp_path), "train.precision=fp32", fault=spoiling({stream_of(GROUPS, 0, 3, 21)[20][1]}, "gradients", device)) as job:
+        assert job.wait() == [3], job.output
+    assert "training failed: step 3: gradient_norm is " in job.output and "each sample's loss is finite" in job.output
+
+
+def test_the_best_checkpoint_is_that_of_the_best_evaluation_and_outlives_newer_ones(tmp_path: Path) -> None:
+    values = iter([0.1, 0.5, 0.3, 0.5, 0.2, 0.4])
+
+    def measuring(rank: int) -> None:
+        measure = Segmentation.measure
+        Segmentation.measure = lambda task, sums: measure(task, sums) | {"miou": next(values)}  # type: ignore[method-assign]
+
+    options = ("train.duration=12 steps", "evaluate.every=2 steps", "checkpoint.every=100%", "checkpoint.keep=2")
+    with Job(1, write_recipe(tmp_path), *options, fault=measuring) as job:
+        assert job.wait() == [0], job.output
+    run = tmp_path / "runs" / "run"
+    assert json.loads((run / "summary.json").read_text())["best"]["miou"] == {"value": 0.5, "step": 4}
+    checkpoints.verify(run / "checkpoints" / "best")
+    best = checkpoints.load(run / "checkpoints" / "best")
+    assert (best.step, best.counters["best"], best.counters["best_step"]) == (4, 0.5, 4)
+    assert checkpoints.steps(run / "checkpoints") == [4, 12]  # the last two that were saved

@@ -148,6 +148,13 @@ def test_a_mosaic_of_letterboxed_samples_has_no_padding_and_their_objects_move_a
     assert sum(check_batch(batch, tolerance=3, border=3) for batch in batches) > 50
 
 
+@pytest.mark.parametrize("names", ["flips", "crop"])
+def test_boxes_end_exactly_where_their_masks_do(prepared: tuple[Path, Card], names: str) -> None:
+    transforms = [augmentation(name, **settings) for name, settings in AUGMENTATIONS[names]]
+    batches = list(islice(Batches(samples(prepared, transforms=transforms), Slices(4, 1, 0, 1, 0), 0), 6))
+    assert sum(check_batch(batch, tolerance=0) for batch in batches) > 20
+
+
 def test_a_mosaic_is_the_same_wherever_training_begins_and_whoever_loads_it(prepared: tuple[Path, Card]) -> None:
     def batches(workers: int, first: int, cache: bool = True) -> list[dict[str, Tensor]]:
         found = samples(prepared, transforms=[augmentation("mosaic", p=0.7)], cache=cache)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from io import BytesIO
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -17,11 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 from tests.reference_order import AUGMENT, seed_of
 from trainer.components import catalogue
 from trainer.data.archives import Member
+from trainer.data.augment import Mosaic
 from trainer.data.card import Card
 from trainer.data.order import Order, Shard, Slices
 from trainer.data.prepare import encode_png, prepare
@@ -130,6 +133,43 @@ def test_resize_is_done_once_and_kept(prepared: tuple[Path, Card]) -> None:
     assert a["image"].shape == (3, 3, 10, 12) and a["mask"].shape == (3, 1, 10, 12)
     first.rows._read = None  # type: ignore[method-assign,assignment]  # Parquet can't be read any more
     assert equal(first.__getitems__([0, 1, 2]), a)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_smaller_size_is_smoothed_as_pillow_does_and_masks_keep_their_values(prepared: tuple[Path, Card], cache: bool) -> None:
+    batch = samples(prepared, resize=[7, 5], cache=cache).__getitems__(list(range(COUNT)))
+    originals = {index: row for index, (_, row) in enumerate(islice(_rows({}), COUNT))}
+    for sample_id, image, mask in zip(batch["sample_id"].tolist(), batch["image"], batch["mask"], strict=True):
+        with Image.open(BytesIO(originals[sample_id]["image"])) as file:
+            expected = np.asarray(file.resize((5, 7), Image.Resampling.BILINEAR)).astype(int)
+        assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 1
+        with Image.open(BytesIO(originals[sample_id]["mask"])) as file:
+            assert set(mask.unique().tolist()) <= set(np.unique(np.asarray(file)).tolist())
+
+
+def test_partners_of_a_mosaic_come_from_positions_around_the_samples_own(tmp_path: Path) -> None:
+    """Wherever that is: there row groups are held in memory, and another order of the data gives other mosaics."""
+    count = 320
+
+    def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
+        for index in range(count + 1):
+            image = encode_png(np.full((2, 2, 3), [index // 256, index % 256, 0], np.uint8))
+            yield "train" if index < count else "validation", {"image": image}
+
+    class Recording(Mosaic):
+        def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+            mixed.append([int(sample["image"][0, 0, 0]) * 256 + int(sample["image"][1, 0, 0]) for sample in samples])
+            return samples[0]
+
+    card = prepare(Source("many", DataInfo(("a",)), {"image": "image"}, rows), tmp_path, None, lambda line: None)
+    order, mixed = Order(card.row_groups("train"), 0, 1), list[list[int]]()
+    loaded = Samples(tmp_path / "many", card, "train", order, None, [Recording([2, 2], 1.0, [1.0, 1.0])], True, 1)
+    positions = [0, 31, 100, 200, 300, count + 60]
+    loaded.__getitems__(positions)
+    around = [[order.sample(each)[1] for each in range(max(0, position - 32), position + 64)] for position in positions]
+    assert [first for first, *_ in mixed] == [order.sample(position)[1] for position in positions]
+    assert all(len(partners) == 3 and set(partners) <= set(near) for (_, *partners), near in zip(mixed, around, strict=True))
+    assert len({tuple(partners) for _, *partners in mixed}) == len(positions)
 
 
 def test_evaluation_is_in_order_without_augmentation(prepared: tuple[Path, Card]) -> None:
