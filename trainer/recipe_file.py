@@ -74,8 +74,9 @@ def place_of(places: Mapping[KeyPath, Place], path: KeyPath, default: object) ->
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown word: the nearest known one, else all of them."""
     known = list(known)
-    match = difflib.get_close_matches(word, known, 1, cutoff=0.6)
-    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}" if known else "there are none"
+    by_lower = {name.lower(): name for name in known}
+    match = difflib.get_close_matches(word.lower(), by_lower, 1, cutoff=0.6)
+    return f"did you mean {by_lower[match[0]]!r}?" if match else f"known: {', '.join(known)}" if known else "there are none"
 
 
 class Reader:

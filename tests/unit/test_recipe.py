@@ -63,6 +63,7 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ("track: wandb", "r.yaml:2:1: track: must be a list; known: tensorboard, wandb (got 'wandb')"),
         ("name: ../up", "r.yaml:2:1: name: a run's name is made of letters, digits and . _ - + = , (it names a folder) (got '../up')"),
         ("data: {augment: [{name: horizontal_flip, p: 3}]}", "r.yaml:2:42: data.augment[0].p: must be less than or equal to 1 (got 3)"),
+        ("evaluate: {best: mIoU}", "unknown metric; did you mean 'miou'? (got mIoU)"),
         ("evaluate: {best: map}", "unknown metric; known: loss, miou, pixel_accuracy, class_accuracy (got map)"),
         ("train: {duration: 3 parsecs}", "a duration is a number and a unit: '500 steps', '2 epochs', '10%' or '30 minutes' (got '3 parsecs')"),
         ("schedule: {name: cosine, warmup: 20 epochs}", "schedule.warmup: is longer than the training (train.duration 10 epochs) (got 20 epochs)"),
