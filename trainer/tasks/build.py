@@ -206,7 +206,7 @@ def check_task(recipe: Recipe) -> Iterator[Problem]:
 
 def batch_checks(processes: int) -> Any:
     """For `load_recipe`, beside `TASK_CHECKS`: those that depend on the number of processes."""
-    return ((("data", "task", "train", "evaluate"), partial(check_batches, processes=processes)),)
+    return ((("data", "task", "train", "evaluate"), partial(check_batches, processes=max(1, processes))),)
 
 
 TASK_CHECKS = (

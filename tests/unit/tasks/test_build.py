@@ -20,6 +20,7 @@ from trainer.models.yolo import yolo
 from trainer.recipe import load_recipe
 from trainer.recipe_file import RecipeError
 from trainer.tasks.build import TASK_CHECKS, batch_checks, build_task, check_sizes
+from trainer.trainer import Trainer
 
 INFO = DataInfo(("background", "flower"), 255)
 TEXT = """task: segmentation
@@ -221,6 +222,13 @@ def test_sizes_that_are_known_once_a_set_is_prepared_are_checked_at_the_start_of
     ):
         check_sizes(recipe, on_meta(yolo, 3))
     assert len(mistakes(tmp_path, RECIPES["detection"], *native)) == 1
+    monkeypatch.setenv("TRAINER_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(UserError, match="sides are divisible by 32"):
+        Trainer(recipe).build()
+
+
+def test_a_number_of_processes_that_is_none_is_left_to_the_launcher(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, TEXT, processes=0) == []
 
 
 @pytest.mark.parametrize(
