@@ -184,4 +184,4 @@ def test_frozen_layers_stay_bit_for_bit_and_the_others_learn(tmp_path: Path) -> 
 def test_images_of_different_sizes_in_one_batch_are_refused_where_their_padding_would_count(tmp_path: Path, task: str) -> None:
     with Job(1, recipe(tmp_path, task), "data.resize=null", "data.resize_mode=stretch", "data.augment=[]") as job:
         assert job.wait() == [2], job.output
-        assert re.search(r"images of a batch differ in (height|width) .*: set data.resize=\[H,W\]", job.output)
+        assert re.search(r"images of scenes \(train and validation\) differ in size .*: set data.resize=\[H,W\]", job.output)

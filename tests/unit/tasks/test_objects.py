@@ -14,6 +14,7 @@ from trainer.data.objects import Letterbox
 from trainer.data.prepare import prepare
 from trainer.data.stream import Samples
 from trainer.detection.boxes import Detections, Level
+from trainer.errors import UserError
 from trainer.losses.yolo import YoloLoss
 from trainer.recipe import RecipeError, load_recipe
 from trainer.tasks.build import TASK_CHECKS, build_untrained, learning_layers
@@ -86,6 +87,13 @@ def test_boxes_end_where_the_letterboxed_image_does(tmp_path: Path) -> None:
         rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
         assert found.boxes.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
         assert found.boxes[0].tolist() != [0, 0, 64, 64]
+
+
+def test_a_batch_whose_sizes_were_not_known_before_is_refused_where_padding_would_count() -> None:
+    task = Detection(torch.nn.Identity(), YoloLoss(3), CLASSES)
+    batch = {"image": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "height": torch.tensor([64, 64]), "width": torch.tensor([64, 32])}
+    with pytest.raises(UserError, match=r"images of a batch differ in width \(32 to 64\): set data.resize=\[H,W\]"):
+        task.images_of_one_size(batch)
 
 
 def test_objects_are_drawn_with_boxes_masks_and_names() -> None:
