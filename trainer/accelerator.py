@@ -21,8 +21,6 @@ from trainer.recipe import Problem, Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from trainer.tasks.task import Task
-
 LAUNCH_FILE = Path("accelerate_config.yaml")
 # A collective of the model's gives up so much later than train.timeout: the watchdog, which names the rank, comes first.
 AFTER_WATCHDOG = timedelta(minutes=1)
@@ -191,40 +189,6 @@ def configure_backends(recipe: Recipe) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time and hides nothing here
-
-
-def place(task: Task, recipe: Recipe, device: torch.device, uniform: bool) -> nn.Module:
-    """Moves model and loss to the device, in the recipe's precision and memory layout, and has cuDNN search kernels where that pays.
-
-    Args:
-        task: owns both.
-        recipe: see above.
-        device: also `meta`.
-        uniform: whether all images have one size before augmentation.
-
-    Returns:
-        The model, which is the same object.
-    """
-    task.loss.to(device)
-    model = task.model.to(device)
-    if recipe.train.precision == "fp64":
-        model.double()
-    if recipe.train.channels_last:
-        model.to(memory_format=torch.channels_last)
-    # Two searches may end with different kernels, so with different bits.
-    torch.backends.cudnn.benchmark = shapes_are_fixed(recipe, task, uniform) and not torch.are_deterministic_algorithms_enabled()
-    return model
-
-
-def shapes_are_fixed(recipe: Recipe, task: Task, uniform: bool) -> bool:
-    """Whether all training steps see the same shapes: cuDNN searches its fastest kernels anew for every other one.
-
-    Args:
-        recipe: an augmentation of it may cut everything to one size.
-        task: its network may resize images by itself.
-        uniform: whether all images have one size before augmentation, e.g. by `data.resize`.
-    """
-    return task.fixed_shapes and (uniform or any(getattr(settings, "size", None) for _, settings in recipe.augmentations))
 
 
 def why_bits_may_differ(saved: Mapping[str, Any], world_size: int, device: torch.device) -> Iterator[str]:

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.accelerator import place, resolve_precision
+from trainer.accelerator import resolve_precision
 from trainer.data.source import DataInfo
 from trainer.ema import Ema
 from trainer.errors import UserError
 from trainer.models.freeze import set_train_mode, train_only
 from trainer.recipe import Recipe
-from trainer.tasks.build import build_task
+from trainer.tasks.build import build_task, place
 
 STEPS = 3
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}

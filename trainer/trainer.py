@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainer import checkpoint as checkpoints
-from trainer.accelerator import CONTROL_TIMEOUT, as_in_training, build_accelerator, launched_as, place, resolve_precision, why_bits_may_differ
+from trainer.accelerator import CONTROL_TIMEOUT, as_in_training, build_accelerator, launched_as, resolve_precision, why_bits_may_differ
 from trainer.best import Best
 from trainer.checkpoint import Checkpoint, Writer
 from trainer.data.build import Data
@@ -52,7 +52,7 @@ from trainer.runs import lock_run, runs_dir
 from trainer.schedules import build_schedule
 from trainer.seeds import Use, mix
 from trainer.signals import STOP, Stopped, TimeLimit
-from trainer.tasks.build import build_task, check_sizes
+from trainer.tasks.build import build_task, check_sizes, place
 from trainer.tasks.task import Batch
 from trainer.tracking import RunFolder, Status
 from trainer.watchdog import Watchdog

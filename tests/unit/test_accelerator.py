@@ -18,7 +18,7 @@ from trainer.accelerator import Launch
 from trainer.data.source import DataInfo
 from trainer.errors import TrainingFailed, UserError
 from trainer.recipe import Recipe, load_recipe
-from trainer.tasks.build import build_task
+from trainer.tasks.build import build_task, place
 
 INFO = DataInfo(("background", "square"), 255)
 LOSSES = {"cross_entropy": RECIPE, "focal": RECIPE, "soft_iou": RECIPE, "dice": RECIPE, **RECIPES}
@@ -68,7 +68,7 @@ def test_tf32_is_on_for_products_and_convolutions_alike_or_off_for_both(
     accelerator.configure_backends(recipe)
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == expected
     assert torch.get_float32_matmul_precision() == ("high" if expected else "highest")  # raises where PyTorch's two interfaces were mixed
-    assert accelerator.place(build_task(recipe, INFO), recipe, torch.device("meta"), uniform=True).state_dict()["head.weight"].dtype == torch.float32
+    assert place(build_task(recipe, INFO), recipe, torch.device("meta"), uniform=True).state_dict()["head.weight"].dtype == torch.float32
 
 
 def test_the_plain_loop_is_measured_with_the_settings_of_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_the_plain_loop_is_measured_with_the_settings_of_fp32(tmp_path: Path, mo
 
 def framework(recipe: Recipe) -> None:
     accelerator.configure_backends(recipe)
-    accelerator.place(build_task(recipe, INFO), recipe, torch.device("meta"), uniform=True)
+    place(build_task(recipe, INFO), recipe, torch.device("meta"), uniform=True)
 
 
 # ------------------------------------------------------------ placement
@@ -100,7 +100,7 @@ def test_model_and_loss_are_moved_to_one_device(tmp_path: Path, loss: str, preci
     options = (f"loss={loss}",) if is_dense else ()
     recipe = recipe_of(tmp_path, LOSSES[loss], f"train.precision={precision}", *options)
     task = build_task(recipe, INFO if is_dense else DataInfo(("square", "disc", "nothing"), None))
-    assert accelerator.place(task, recipe, torch.device("meta"), uniform=True) is task.model
+    assert place(task, recipe, torch.device("meta"), uniform=True) is task.model
     tensors = [*task.model.state_dict().values(), *task.loss.parameters(), *task.loss.buffers()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     weight = next(parameter for parameter in task.model.parameters() if parameter.dim() == 4 and parameter.shape[1] > 1 and parameter.shape[2] > 1)
@@ -128,7 +128,7 @@ def test_kernels_are_searched_only_where_each_step_has_the_same_shapes_and_bits_
     recipe = recipe_of(tmp_path, text, *overrides)
     accelerator.configure_backends(recipe)
     torch.backends.cudnn.benchmark = not expected
-    accelerator.place(build_task(recipe, INFO if text == RECIPE else DataInfo(("square", "disc"), None)), recipe, torch.device("meta"), uniform)
+    place(build_task(recipe, INFO if text == RECIPE else DataInfo(("square", "disc"), None)), recipe, torch.device("meta"), uniform)
     assert torch.backends.cudnn.benchmark == expected
 
 

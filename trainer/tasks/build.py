@@ -87,6 +87,40 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task:
     return task
 
 
+def place(task: Task, recipe: Recipe, device: torch.device, uniform: bool) -> nn.Module:
+    """Moves model and loss to the device, in the recipe's precision and memory layout, and has cuDNN search kernels where that pays.
+
+    Args:
+        task: owns both.
+        recipe: see above.
+        device: also `meta`.
+        uniform: whether all images have one size before augmentation.
+
+    Returns:
+        The model, which is the same object.
+    """
+    task.loss.to(device)
+    model = task.model.to(device)
+    if recipe.train.precision == "fp64":
+        model.double()
+    if recipe.train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    # Two searches may end with different kernels, so with different bits.
+    torch.backends.cudnn.benchmark = shapes_are_fixed(recipe, task, uniform) and not torch.are_deterministic_algorithms_enabled()
+    return model
+
+
+def shapes_are_fixed(recipe: Recipe, task: Task, uniform: bool) -> bool:
+    """Whether all training steps see the same shapes: cuDNN searches its fastest kernels anew for every other one.
+
+    Args:
+        recipe: an augmentation of it may cut everything to one size.
+        task: its network may resize images by itself.
+        uniform: whether all images have one size before augmentation, e.g. by `data.resize`.
+    """
+    return task.fixed_shapes and (uniform or any(getattr(settings, "size", None) for _, settings in recipe.augmentations))
+
+
 def learning_layers(recipe: Recipe, model: nn.Module) -> list[str]:
     """The layers that learn, by `train.freeze` or `model.train_only`; none means all of them.
 
