@@ -33,10 +33,11 @@ test: setup ## run the tests, two at a time; ARGS go to pytest
 faults: setup ## the long form of the tests that kill, fill, cut off and damage: some 20 minutes
 	TRAINER_FAULTS=long $(BIN)/python -m pytest tests/faults $(ARGS)
 
-check: setup ## lint, format and types
+check: setup ## lint, format, types and which room imports which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: setup ## put the sources into shape
 	$(BIN)/ruff check --fix --exit-zero
@@ -46,7 +47,7 @@ bench: setup ## run the benchmarks
 	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file $(ARGS) || exit; done
 
 clean: ## remove .venv and caches; data and runs stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The environment is filled in place, so an interrupted set-up is simply taken up again: the stamp comes last.

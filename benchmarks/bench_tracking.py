@@ -29,7 +29,7 @@ import wandb.sdk.launch  # noqa: F401 - here, not in every process
 
 from tests.processes import train, write_recipe
 from tests.wandb_server import WandbServer
-from trainer import trackers
+from trainer.reporting.trackers import wandb as trackers
 from trainer.trainer import Trainer
 
 WARM_UP = 20  # steps

@@ -18,7 +18,7 @@ from pyarrow.parquet import ParquetFile
 from trainer.data.objects import ROLES
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared, prepare
 from trainer.data.source import Instance, Row
-from trainer.recipe import load_recipe
+from trainer.recipe.load import load_recipe
 
 
 def resized(data: bytes, size: tuple[int, int] | None, mask: bool) -> bytes:

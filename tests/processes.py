@@ -24,9 +24,9 @@ import torch
 import torch._dynamo
 import torch.multiprocessing as mp
 
-from trainer.accelerator import Launch
-from trainer.recipe import load_recipe
-from trainer.reporting import Reporter
+from trainer.distributed.launch import Launch
+from trainer.recipe.load import load_recipe
+from trainer.reporting.reporter import Reporter
 from trainer.run import main
 from trainer.signals import STOP
 from trainer.tasks.build import TASK_CHECKS

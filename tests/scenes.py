@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trainer.components import dataset
-from trainer.data.prepare import encode_png
+from trainer.data.images import encode_png
 from trainer.data.source import DataInfo, Instance, Row, Source
 from trainer.detection.rle import encode_masks
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.components import dataset
-from trainer.data.prepare import encode_png
+from trainer.data.images import encode_png
 from trainer.data.source import DataInfo, Row, Source
 
 

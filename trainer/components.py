@@ -30,9 +30,9 @@ CATALOGUE = {
     "loss": "trainer.losses",
     "dataset": "trainer.data.sets",
     "augmentation": "trainer.data.augment",
-    "optimizer": "trainer.optimizers",
-    "schedule": "trainer.schedules",
-    "tracker": "trainer.trackers",
+    "optimizer": "trainer.optim.optimizers",
+    "schedule": "trainer.optim.schedules",
+    "tracker": "trainer.reporting.trackers",
 }
 
 F = TypeVar("F", bound=Callable[..., Any])

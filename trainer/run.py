@@ -24,8 +24,9 @@ from trainer.errors import exit_code
 
 def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
     """Reads the recipe, builds the Trainer, fits."""
-    from trainer.accelerator import Launch, leave_processes
-    from trainer.recipe import load_recipe
+    from trainer.distributed.accelerator import leave_processes
+    from trainer.distributed.launch import Launch
+    from trainer.recipe.load import load_recipe
     from trainer.tasks.build import TASK_CHECKS, batch_checks
 
     launch = Launch.read()

@@ -29,33 +29,35 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from trainer import checkpoint as checkpoints
-from trainer.accelerator import CONTROL_TIMEOUT, as_in_training, build_accelerator, launched_as, resolve_precision, why_bits_may_differ
-from trainer.best import Best
-from trainer.checkpoint import Checkpoint, Writer
 from trainer.data.build import Data
 from trainer.data.order import FINGERPRINT_MODULUS, fingerprint
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared
-from trainer.durations import Clock, Span
-from trainer.ema import Ema
+from trainer.data.seeds import Use, mix
+from trainer.distributed.accelerator import CONTROL_TIMEOUT, as_in_training, build_accelerator, launched_as, resolve_precision, why_bits_may_differ
+from trainer.distributed.batch_norm import use_global_batch_norm
+from trainer.distributed.control import Control
+from trainer.distributed.failures import failures_told, reported_to_peers
+from trainer.distributed.reduce import add_over_processes
+from trainer.distributed.watchdog import Watchdog
 from trainer.errors import TrainingFailed
-from trainer.evaluation import evaluate
-from trainer.failures import failures_told, reported_to_peers
-from trainer.guard import GRADIENTS, Guard
+from trainer.metrics.best import Best
 from trainer.metrics.means import Means
 from trainer.models.freeze import set_train_mode
-from trainer.recipe import Recipe
-from trainer.reduce import Control, add_over_processes, use_global_batch_norm
-from trainer.reporting import Reporter
-from trainer.resume import open_run
-from trainer.runs import lock_run, runs_dir
-from trainer.schedules import build_schedule
-from trainer.seeds import Use, mix
+from trainer.optim.ema import Ema
+from trainer.optim.guard import GRADIENTS, Guard
+from trainer.optim.schedules import build_schedule
+from trainer.recipe.durations import Clock, Span
+from trainer.recipe.recipe import Recipe
+from trainer.reporting.reporter import Reporter
+from trainer.runs import checkpoint as checkpoints
+from trainer.runs.checkpoint import Checkpoint, Writer
+from trainer.runs.folder import RunFolder, Status, runs_dir
+from trainer.runs.lock import lock_run
+from trainer.runs.resume import open_run
 from trainer.signals import STOP, Stopped, TimeLimit
 from trainer.tasks.build import build_task, check_sizes, place
+from trainer.tasks.evaluation import evaluate
 from trainer.tasks.task import Batch
-from trainer.tracking import RunFolder, Status
-from trainer.watchdog import Watchdog
 
 WRITER_TIMEOUT_S = 60.0  # for the last checkpoint of a training that failed
 # Counters that a checkpoint holds as they are.

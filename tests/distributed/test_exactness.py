@@ -88,7 +88,7 @@ def test_the_last_steps_differ_if_one_sample_was_augmented_differently(tmp_path:
 
 
 def _count_evaluated(recipe: Path, out: Path) -> None:
-    from trainer.recipe import load_recipe
+    from trainer.recipe.load import load_recipe
     from trainer.trainer import Trainer
 
     trainer = Trainer(load_recipe(recipe, ("evaluate.batch_size=64",)))

@@ -16,7 +16,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from tests.processes import run_processes
-from trainer.reduce import Control, add_over_processes, joined, total, use_global_batch_norm
+from trainer.distributed.batch_norm import use_global_batch_norm
+from trainer.distributed.control import Control
+from trainer.distributed.reduce import add_over_processes, joined, total
 
 
 def _data(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

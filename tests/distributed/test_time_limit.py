@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import Job, write_recipe
-from trainer import checkpoint as checkpoints
+from trainer.runs import checkpoint as checkpoints
 from trainer.signals import BEFORE_LIMIT_S, TimeLimit
 
 

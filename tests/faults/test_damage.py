@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tests.faults.conftest import LONG, OPTIONS, Tally
 from tests.processes import Job, lines, weights, write_recipe
-from trainer.recipe import Recipe, load_recipe
-from trainer.resume import open_run
-from trainer.tracking import RunFolder
+from trainer.recipe.load import load_recipe
+from trainer.recipe.recipe import Recipe
+from trainer.runs.folder import RunFolder
+from trainer.runs.resume import open_run
 
 
 def damage(file: Path, draw: random.Random) -> str:

@@ -15,7 +15,7 @@ import pytest
 from tests.faults.conftest import LONG, Tally
 from tests.faults.hooks import Gate, before_call, before_step
 from tests.processes import Job, lines, weights, write_recipe
-from trainer import checkpoint as checkpoints
+from trainer.runs import checkpoint as checkpoints
 
 OPTIONS = ("train.precision=fp32", "train.timeout=0.1 minutes")
 

@@ -14,8 +14,8 @@ from torch import Tensor
 import trainer.trainer
 from tests.faults.conftest import OPTIONS, Tally
 from tests.processes import Job, lines, weights, write_recipe
-from trainer import checkpoint as checkpoints
-from trainer.guard import MAX_OVERFLOWS
+from trainer.optim.guard import MAX_OVERFLOWS
+from trainer.runs import checkpoint as checkpoints
 from trainer.tasks.segmentation import Segmentation
 
 STEPS = 30

@@ -34,21 +34,22 @@ import torch
 from PIL import Image
 
 from tests.processes import RECIPE, write_recipe
-from tests.unit.test_checkpoint import make
-from trainer import checkpoint as checkpoints
-from trainer.accelerator import Launch
+from tests.unit.runs.test_checkpoint import make
 from trainer.commands import main
 from trainer.data.archives import members
 from trainer.data.card import Card, sha256
+from trainer.data.images import encode_png
 from trainer.data.order import Order
-from trainer.data.prepare import encode_png, ensure_prepared, prepare
+from trainer.data.prepare import ensure_prepared, prepare
 from trainer.data.source import Archive, DataInfo, Row, Source
 from trainer.data.stream import Samples
+from trainer.distributed.launch import Launch
 from trainer.errors import TrainingFailed, UserError
-from trainer.recipe import load_recipe
-from trainer.resume import open_run
+from trainer.recipe.load import load_recipe
+from trainer.runs import checkpoint as checkpoints
+from trainer.runs.folder import RunFolder
+from trainer.runs.resume import open_run
 from trainer.tasks.build import TASK_CHECKS
-from trainer.tracking import RunFolder
 
 LONG = os.environ.get("TRAINER_FAULTS") == "long"
 RECIPES, FILES = (2000, 170) if LONG else (150, 20)  # files of each of three kinds

@@ -17,10 +17,10 @@ from torch import Tensor
 from tests.faults.conftest import OPTIONS, Tally
 from tests.faults.hooks import before_call, before_step
 from tests.processes import Job, lines, weights, write_recipe
-from trainer import checkpoint as checkpoints
 from trainer.data.order import Order
-from trainer.data.stream import RowGroups
-from trainer.guard import Guard
+from trainer.data.parquet import RowGroups
+from trainer.optim.guard import Guard
+from trainer.runs import checkpoint as checkpoints
 from trainer.tasks.segmentation import Segmentation
 
 BAD = 17  # the sample

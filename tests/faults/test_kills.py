@@ -21,9 +21,9 @@ import pytest
 
 from tests.faults.conftest import LONG, Tally
 from tests.processes import Job, lines, weights, write_recipe
-from tests.unit.test_checkpoint import make
-from trainer import checkpoint as checkpoints
-from trainer.watchdog import Watchdog
+from tests.unit.runs.test_checkpoint import make
+from trainer.distributed.watchdog import Watchdog
+from trainer.runs import checkpoint as checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 60.0  # on a busy machine; without the watchdog it would be half an hour
@@ -43,7 +43,7 @@ def kill_all() -> None:
 
 
 def tracer(number: int, act: Callable[[], Any]) -> Any:
-    """A trace function that calls `act` at the n-th line that is run of trainer/checkpoint.py, or of shutil, with which it removes folders."""
+    """A trace function that calls `act` at the n-th line that is run of trainer/runs/checkpoint.py, or of shutil, with which it removes folders."""
     left, files = number, (checkpoints.__file__, shutil.__file__)
 
     def line(frame: FrameType, event: str, argument: Any) -> Any:

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from tests.processes import Job, write_recipe
-from trainer import checkpoint as checkpoints
 from trainer.commands import main
+from trainer.runs import checkpoint as checkpoints
 
 RECIPE = """
 task: segmentation

@@ -19,9 +19,9 @@ import pytest
 from tests.faults.conftest import BRIEF, LONG, Tally, Undisturbed
 from tests.faults.hooks import Gate, before_call, before_step
 from tests.processes import TINY, Job, end_with_command, enter_command, lines, weights, write_recipe
-from trainer import checkpoint as checkpoints
 from trainer import trainer as trainer_module
 from trainer.data import prepare
+from trainer.runs import checkpoint as checkpoints
 from trainer.tasks.segmentation import Segmentation
 
 ROOT = Path(__file__).resolve().parents[2]

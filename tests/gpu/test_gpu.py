@@ -14,9 +14,9 @@ import torch
 
 from tests.processes import RECIPE, write_recipe
 from tests.scenes import RECIPES
-from tests.unit.test_guard import INF, NAN, Scaled
-from trainer import checkpoint as checkpoints
-from trainer.guard import MAX_OVERFLOWS, Guard
+from tests.unit.optim.test_guard import INF, NAN, Scaled
+from trainer.optim.guard import MAX_OVERFLOWS, Guard
+from trainer.runs import checkpoint as checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,7 @@ from benchmarks import plain_loop
 from tests.processes import lines, run_processes, train, write_recipe
 from tests.reference_order import fingerprints, stream_of
 from trainer.data.order import Slices
-from trainer.recipe import load_recipe
+from trainer.recipe.load import load_recipe
 from trainer.trainer import Trainer
 
 STEPS = 15

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.processes import run_processes, train
-from trainer.accelerator import Launch
-from trainer.recipe import load_recipe
+from trainer.distributed.launch import Launch
+from trainer.recipe.load import load_recipe
 from trainer.tasks.build import TASK_CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trainer.recipe import load_recipe
+from trainer.recipe.load import load_recipe
 from trainer.tasks.build import TASK_CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,14 +18,15 @@ import torch
 from torch import nn
 
 from tests.processes import RECIPE, run_processes, train, write_recipe
-from tests.unit.test_checkpoint import make
-from trainer import checkpoint as checkpoints
+from tests.unit.runs.test_checkpoint import make
 from trainer.data.archives import members
 from trainer.data.card import sha256
-from trainer.data.stream import RowGroups
+from trainer.data.parquet import RowGroups
 from trainer.errors import UserError
 from trainer.models.weights import load_safetensors
-from trainer.recipe import RecipeError, load_recipe
+from trainer.recipe.file import RecipeError
+from trainer.recipe.load import load_recipe
+from trainer.runs import checkpoint as checkpoints
 
 PACKAGE = Path(__file__).resolve().parents[2] / "trainer"
 

@@ -17,9 +17,9 @@ import torch
 from tests.faults.hooks import before_step
 from tests.processes import Job, write_recipe
 from tests.reference_order import stream_of
-from trainer import checkpoint as checkpoints
 from trainer import trainer as loop
 from trainer.losses.soft_iou import SoftIoU
+from trainer.runs import checkpoint as checkpoints
 from trainer.tasks.segmentation import Segmentation
 
 GROUPS = [(i + 1) * 52 // 8 - i * 52 // 8 for i in range(8)]  # of tests/tiny.py: 52 rows in 8 row groups

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from trainer.errors import exit_code
-from trainer.recipe_file import nearest
+from trainer.recipe.file import nearest
 from trainer.signals import STOP, Stopped
 
 

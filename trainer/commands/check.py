@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait f
     from torch import Tensor
 
     from trainer.data.build import Data
-    from trainer.recipe import Recipe
+    from trainer.recipe.recipe import Recipe
 
 HELP = "validate recipes and their data; print the resolved recipe"
 SHOWN_SAMPLES, SHOWN_EPOCHS = 4, 4
@@ -35,9 +35,10 @@ def run(options: argparse.Namespace) -> None:
 
     from ruamel.yaml import YAML
 
-    from trainer.accelerator import LAUNCH_FILE, Launch
+    from trainer.distributed.launch import LAUNCH_FILE, Launch
     from trainer.errors import UserError
-    from trainer.recipe import RecipeError, load_recipe
+    from trainer.recipe.file import RecipeError
+    from trainer.recipe.load import load_recipe
     from trainer.tasks.build import TASK_CHECKS, batch_checks
 
     paths = [argument for argument in options.recipes if "=" not in argument]
@@ -76,11 +77,11 @@ def run(options: argparse.Namespace) -> None:
 
 def _data_line(recipe: Recipe, processes: int) -> str:
     """What the recipe's data set holds and what reading it costs, or how to get it."""
-    from trainer.accelerator import num_workers
     from trainer.data.card import CARD, Card
     from trainer.data.order import Order, read_amplification
     from trainer.data.prepare import data_dir
-    from trainer.durations import Clock
+    from trainer.distributed.accelerator import num_workers
+    from trainer.recipe.durations import Clock
 
     source = recipe.build("data")
     folder = data_dir() / source.name

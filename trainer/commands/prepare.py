@@ -15,8 +15,9 @@ from trainer.data.prepare import archives_dir, data_dir, ensure_prepared
 from trainer.data.sets import coco, folder, yolo
 from trainer.data.source import Source
 from trainer.errors import UserError
-from trainer.recipe import RecipeError, Validator, build
-from trainer.recipe_file import COMMAND_LINE, Reader, nearest
+from trainer.recipe.file import COMMAND_LINE, Reader, RecipeError, nearest
+from trainer.recipe.load import Validator
+from trainer.recipe.recipe import build
 
 SHOWN = 10  # classes of objects, those with most of them
 HELP = "turn a data set's official archives, or files of your own, into Parquet files"

@@ -21,9 +21,8 @@ def run(options: argparse.Namespace) -> None:
         UserError: no such run, or the page can't be written.
     """
     from trainer.errors import UserError
-    from trainer.report import report
-    from trainer.runs import find_run
-    from trainer.tracking import RunFolder, atomic_write
+    from trainer.reporting.page import report
+    from trainer.runs.folder import RunFolder, atomic_write, find_run
 
     page = report([RunFolder(find_run(given)) for given in options.runs])
     try:

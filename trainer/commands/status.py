@@ -16,9 +16,10 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from trainer.errors import UserError
-from trainer.recipe_file import Reader, RecipeError
-from trainer.runs import find_run, is_locked, runs_dir
-from trainer.sweeps import plot_sweep, varying
+from trainer.recipe.file import Reader, RecipeError
+from trainer.runs.folder import find_run, runs_dir
+from trainer.runs.lock import is_locked
+from trainer.runs.sweeps import plot_sweep, varying
 
 HELP = "say where runs stand: exit 0 finished, 75 to be resumed, 3 failed"
 TO_BE_RESUMED, FAILED = 75, 3

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from trainer.commands.status import run_name
 from trainer.errors import UserError
-from trainer.sweeps import variant_name, variants_of
+from trainer.runs.sweeps import variant_name, variants_of
 
 if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
-    from trainer.recipe import Recipe
+    from trainer.recipe.recipe import Recipe
 
 HELP = "check a recipe and submit it to SLURM, alone or as a sweep"
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,8 +95,8 @@ def job_script(options: argparse.Namespace, name: str, num_variants: int) -> str
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> Recipe:
     """The recipe of a run, checked for as many processes as it will have; this machine's devices don't matter."""
-    from trainer.accelerator import Launch
-    from trainer.recipe import load_recipe
+    from trainer.distributed.launch import Launch
+    from trainer.recipe.load import load_recipe
     from trainer.tasks.build import TASK_CHECKS, batch_checks
 
     launch = Launch(processes=options.nodes * (options.processes or options.gpus or 1))

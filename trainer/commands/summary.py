@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
     from torch import nn
 
-    from trainer.arithmetic import Layer
-    from trainer.recipe import Recipe
+    from trainer.profiling.arithmetic import Layer
+    from trainer.recipe.recipe import Recipe
 
 HELP = "count weights, outputs, connections and FLOPs of a network, layer by layer, and measure its memory"
 COUNTS = ("weights", "outputs", "connections", "flops", "trainable")
@@ -36,9 +36,9 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: the recipe has mistakes, or the size of its images isn't known.
     """
-    from trainer.arithmetic import layers
     from trainer.models.freeze import train_only
-    from trainer.recipe import load_recipe
+    from trainer.profiling.arithmetic import layers
+    from trainer.recipe.load import load_recipe
     from trainer.tasks.build import TASK_CHECKS, build_untrained, learning_layers
 
     recipe = load_recipe(options.recipe, options.overrides, TASK_CHECKS)
@@ -72,8 +72,8 @@ def run(options: argparse.Namespace) -> None:
 def _input_size(recipe: Recipe, given: str | None) -> tuple[int, int]:
     """Height and width: the given ones, else those of the last crop or resize, else of the prepared set's first image."""
     from trainer.data.card import CARD, Card
+    from trainer.data.parquet import RowGroups
     from trainer.data.prepare import data_dir
-    from trainer.data.stream import RowGroups
     from trainer.errors import UserError
 
     if given:
@@ -107,7 +107,7 @@ def _polynomials(recipe: Recipe, height: int, width: int) -> dict[str, str]:
     """Totals as polynomials in input channels (NIC), filters (NF) and classes (NC), at the recipe's kernel."""
     import torch
 
-    from trainer.arithmetic import layers, polynomial
+    from trainer.profiling.arithmetic import layers, polynomial
 
     component = recipe.components["model"]
     settings = {key: getattr(recipe.model, key) for key in component.schema.model_fields}
@@ -123,10 +123,10 @@ def _polynomials(recipe: Recipe, height: int, width: int) -> dict[str, str]:
 
 def _measure(recipe: Recipe, learning: list[str], height: int, width: int) -> list[dict[str, Any]]:
     """Cost of training everything and of training the layers that the recipe has learn, at this size and at twice the height and width."""
-    from trainer.accelerator import configure_backends
     from trainer.data.card import CARD, Card
     from trainer.data.prepare import data_dir
-    from trainer.memory import measure
+    from trainer.distributed.accelerator import configure_backends
+    from trainer.profiling.memory import measure
 
     configure_backends(recipe)
     source = recipe.build("data")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from trainer.commands.status import code_of, print_table, run_name, standing_of
 from trainer.errors import UserError
-from trainer.runs import runs_dir
-from trainer.sweeps import plot_sweep, variant_name, variants_of
+from trainer.runs.folder import runs_dir
+from trainer.runs.sweeps import plot_sweep, variant_name, variants_of
 
 if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
-    from trainer.recipe import Recipe
+    from trainer.recipe.recipe import Recipe
 
 HELP = "train a run for each combination of values; finished ones are skipped"
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,8 +73,8 @@ def _submit(options: argparse.Namespace, axes: list[str], same: list[str]) -> in
 
 def _checked(options: argparse.Namespace, overrides: list[str]) -> Recipe:
     """The recipe of a run."""
-    from trainer.accelerator import Launch
-    from trainer.recipe import load_recipe
+    from trainer.distributed.launch import Launch
+    from trainer.recipe.load import load_recipe
     from trainer.tasks.build import TASK_CHECKS, batch_checks
 
     checks = [*Launch(processes=options.processes).checks(), *TASK_CHECKS, *batch_checks(options.processes)]
@@ -83,7 +83,7 @@ def _checked(options: argparse.Namespace, overrides: list[str]) -> Recipe:
 
 def _is_finished(recipe: Recipe) -> bool:
     """Whether this very recipe was trained to its end; what has another one under its name, training itself will say."""
-    from trainer.tracking import RunFolder
+    from trainer.runs.folder import RunFolder
 
     folder = runs_dir() / recipe.name
     return standing_of(folder).status == "finished" and RunFolder(folder).read_recipe() == recipe.resolved()

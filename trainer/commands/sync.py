@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
-    from trainer.trackers import WandbRun
-    from trainer.tracking import RunFolder
+    from trainer.reporting.trackers.wandb import WandbRun
+    from trainer.runs.folder import RunFolder
 
 HELP = "send runs to W&B: those that were offline or interrupted, each as one run"
 UPLOAD_TIMEOUT_S = 300  # for what a server is slow to take
@@ -30,9 +30,8 @@ def run(options: argparse.Namespace) -> None:
         UserError: no such run, it is in use, there is no API key, or the server doesn't take it.
     """
     from trainer.errors import UserError
-    from trainer.runs import find_run
-    from trainer.trackers import OFFLINE, has_key
-    from trainer.tracking import RunFolder
+    from trainer.reporting.trackers.wandb import OFFLINE, has_key
+    from trainer.runs.folder import RunFolder, find_run
 
     mode = os.environ.get("WANDB_MODE")
     if mode == "disabled":
@@ -46,8 +45,8 @@ def run(options: argparse.Namespace) -> None:
 def _sync(folder: RunFolder, project: str | None, entity: str | None, online: bool) -> str:
     """Sends a run that nobody is training; returns what there is to say of it."""
     from trainer.errors import UserError
-    from trainer.runs import lock_run
-    from trainer.trackers import DEFAULT_PROJECT, WandbRun
+    from trainer.reporting.trackers.wandb import DEFAULT_PROJECT, WandbRun
+    from trainer.runs.lock import lock_run
 
     recipe = folder.read_recipe()
     track: dict[str, Any] = next((entry for entry in recipe["track"] if entry["name"] == "wandb"), {})
@@ -73,7 +72,7 @@ def _send(folder: RunFolder, mirror: WandbRun, online: bool) -> str:
     import wandb
 
     from trainer.errors import UserError
-    from trainer.trackers import one_line
+    from trainer.reporting.trackers.tracker import one_line
 
     lines, summary = folder.read_metrics(), folder.read_summary()
     settings = {"x_disable_stats": True, "x_disable_meta": True}  # load and kind of this machine say nothing about the one that trained

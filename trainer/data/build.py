@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from trainer.accelerator import num_workers
 from trainer.data.card import Card
 from trainer.data.objects import ROLES
 from trainer.data.order import Order, Shard, Slices
 from trainer.data.prepare import data_dir
 from trainer.data.sizes import check_one_size, images_together
 from trainer.data.stream import Batches, Samples
+from trainer.distributed.accelerator import num_workers
 from trainer.errors import UserError
-from trainer.recipe import Recipe, build
+from trainer.recipe.recipe import Recipe, build
 
 
 class Data:

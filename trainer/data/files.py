@@ -17,7 +17,8 @@ from pydantic import AfterValidator
 from trainer.components import catalogue
 from trainer.data.archives import Member
 from trainer.data.card import Card, sha256
-from trainer.data.prepare import data_dir, image_size
+from trainer.data.images import image_size
+from trainer.data.prepare import data_dir
 from trainer.data.source import DataInfo, Role, Row, Source, in_validation
 from trainer.errors import UserError
 

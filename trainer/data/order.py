@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trainer.seeds import Use, mix, permutation
+from trainer.data.seeds import Use, mix, permutation
 
 # Divides 2**64, so sums of int64 that wrap around still leave the right remainder.
 FINGERPRINT_MODULUS = 2**61

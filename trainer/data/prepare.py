@@ -11,39 +11,33 @@ Rows are written to a hidden folder beside it, which is renamed at the very end:
 from __future__ import annotations
 
 import inspect
-import io
 import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
 
 from trainer.data.archives import Member, locate, locked
-from trainer.data.card import CARD, Card, Shard, Split, sha256
+from trainer.data.card import CARD, Card, sha256
+from trainer.data.images import check_png, checked_image, checked_mask
 from trainer.data.object_checks import OBJECTS, checked_objects
-from trainer.data.png import check_png
-from trainer.data.source import Role, Row, Source
+from trainer.data.parquet import SplitWriter, arrow_schema
+from trainer.data.source import Row, Source
 from trainer.errors import UserError
 from trainer.signals import STOP
 
-# An epoch shuffles row groups, so a set needs several, and a row group is what a reader holds in memory.
-GROUP_ROWS = 64
-GROUP_BYTES = 2**20
-MIN_GROUPS = 8
-FILE_BYTES = 256 * 2**20
-
 MASK = "mask"  # the column of class indices
+
 IGNORED = 255  # the label that most sets with one ignore
+
 SHOWN = 5  # objects that a note lists, and labels or differences that a message does
-DEPTH_BYTE = 24  # of a PNG, where it says how many bits a channel has
 
 Say = Callable[[str], None]
+
 Counts = npt.NDArray[np.int64]
 
 
@@ -163,66 +157,6 @@ def _write_errors_reported(name: str, folder: Path) -> Iterator[None]:
         raise UserError(f"{name} can't be written to {folder}: {reason} ({free:.0f} MiB free); make room, or set TRAINER_DATA to another folder") from error
 
 
-# ---------------------------------------------------------------- rows
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Encodes uint8 (H, W, 3) as an RGB, uint8 (H, W) as a one-channel PNG whose pixels are the values themselves."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def _open(data: bytes) -> Image.Image:
-    """Opens an image of any format that Pillow reads, but for PostScript: Pillow would have Ghostscript run it."""
-    image = Image.open(io.BytesIO(data))
-    if image.format == "EPS":
-        raise ValueError("a PostScript file is a program")
-    return image
-
-
-def read_indices(data: bytes) -> np.ndarray:
-    """Decodes a one-channel image to its indices, uint8 (H, W); of a palette image they are not the colours.
-
-    Raises:
-        ValueError: the image has several channels, or more than 8 bits.
-    """
-    with _open(data) as image:
-        if image.mode not in ("P", "L", "1"):
-            raise ValueError(f"a mask has one channel of 8 bits, this image has mode {image.mode}")
-        return np.asarray(image).astype(np.uint8)
-
-
-def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height that an image will have when it is stored, which is upright; only its header is decoded."""
-    check_png(data)
-    with _open(data) as image:
-        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
-        return image.size[::-1] if on_its_side else image.size
-
-
-def _checked_image(data: bytes) -> tuple[bytes, tuple[int, int]]:
-    """Decodes an image fully; returns its own bytes, or a PNG where they need rotating or aren't 8-bit JPEG or PNG, and (width, height)."""
-    with _open(data) as image:
-        image.load()
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"it has mode {image.mode}, not 8 bits a channel")  # Pillow would cut off at 255
-        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        deep = image.format == "PNG" and data[DEPTH_BYTE] == 16
-        if image.format in ("JPEG", "MPO", "PNG") and not rotated and not deep:  # MPO: a camera's JPEG with a second picture behind it
-            return data, image.size
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        return encode_png(np.asarray(upright)), upright.size
-
-
-def _checked_mask(data: bytes) -> tuple[bytes, npt.NDArray[np.uint8]]:
-    """Decodes a mask fully; returns it as one-channel index PNG, and its indices (H, W)."""
-    indices = read_indices(data)
-    with _open(data) as image:
-        ready = image.format == "PNG" and image.mode == "L"
-    return data if ready else encode_png(indices), indices
-
-
 def _count_classes(indices: npt.NDArray[np.uint8], source: Source) -> Counts:
     """How many pixels of a mask (H, W) each class has, int64 (C,).
 
@@ -264,9 +198,9 @@ def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts, lis
         try:
             check_png(data)
             if role == "image":
-                data, sizes[column] = _checked_image(data)
+                data, sizes[column] = checked_image(data)
             else:
-                data, indices = _checked_mask(data)
+                data, indices = checked_mask(data)
                 sizes[column] = indices.shape[1], indices.shape[0]
         except Exception as error:  # decoders raise all kinds of errors on damaged data
             raise UserError(f"{place}: this {role} can't be decoded ({error}); {source.remedy}") from error
@@ -293,8 +227,8 @@ def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts, lis
 
 def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
     """Writes all rows and the card into `folder`."""
-    schema = _schema(source.columns)
-    writers = {split: _SplitWriter(folder, split, schema) for split in source.splits}
+    schema = arrow_schema(source.columns)
+    writers = {split: SplitWriter(folder, split, schema) for split in source.splits}
     class_counts = np.zeros(source.info.num_classes, np.int64)
     dropped: list[str] = []
     try:
@@ -337,78 +271,3 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
     card.save(folder)
     card.note_verified(folder)
     return card
-
-
-def _schema(columns: Mapping[str, Role]) -> Any:
-    """Arrow schema with the `datasets` features of each column."""
-    from datasets import Features, List, Value
-    from datasets import Image as ImageFeature
-
-    of_object = {"box": List(Value("float64"), length=4), "label": Value("int64"), "mask": Value("binary"), "crowd": Value("bool")}
-    features = {"image": ImageFeature(mode="RGB"), "mask": ImageFeature(mode="L"), "label": Value("int64")}
-    features |= dict.fromkeys(("boxes", "instances"), List(of_object))
-    sizes = {"height": Value("int64"), "width": Value("int64")} if {"image", "mask"} & set(columns.values()) else {}
-    return Features({column: features[role] for column, role in columns.items()} | sizes).arrow_schema
-
-
-class _SplitWriter:
-    """Writes the rows of one split: full row groups, and at the end what is left in `MIN_GROUPS` even ones."""
-
-    def __init__(self, folder: Path, split: str, schema: Any) -> None:
-        self.folder, self.split, self.schema = folder, split, schema
-        self.rows = 0
-        self.waiting: list[list[Row]] = [[]]
-        self.bytes = 0  # in the last of the waiting groups
-        self.shards: list[Shard] = []
-        self.writer: Any = None
-        self.groups: list[int] = []  # of the open file
-        (folder / split).mkdir(parents=True)
-
-    def add(self, row: Row) -> None:
-        self.rows += 1
-        self.waiting[-1].append(row)
-        self.bytes += sum(len(value["bytes"]) for value in row.values() if isinstance(value, dict))
-        if len(self.waiting[-1]) == GROUP_ROWS or self.bytes >= GROUP_BYTES:
-            self.waiting.append([])
-            self.bytes = 0
-        if len(self.waiting) > MIN_GROUPS:
-            self._write_group(self.waiting.pop(0))
-
-    def close(self) -> Split:
-        rows = [row for group in self.waiting for row in group]
-        count = min(MIN_GROUPS, len(rows))
-        for i in range(count):
-            self._write_group(rows[i * len(rows) // count : (i + 1) * len(rows) // count])
-        self._close_file()
-        return Split(self.rows, tuple(self.shards))
-
-    def abandon(self) -> None:
-        """Closes the open file, which goes with its folder; that what is in memory can't be written any more is no news."""
-        if self.writer is not None:
-            with suppress(OSError):
-                self.writer.close()
-            with suppress(OSError):
-                self.file.close()
-
-    def _write_group(self, rows: list[Row]) -> None:
-        import pyarrow as pa
-        from pyarrow.parquet import ParquetWriter
-
-        if self.writer is None:
-            self.file = (self.folder / self.split / f"{len(self.shards):05d}.parquet").open("wb")
-            # Images are compressed already and no two are alike: neither a codec nor a dictionary nor minima and maxima help.
-            self.writer = ParquetWriter(self.file, self.schema, compression="none", use_dictionary=False, write_statistics=False)
-        self.writer.write_table(pa.Table.from_pylist(rows, schema=self.schema), row_group_size=len(rows))
-        self.groups.append(len(rows))
-        if self.file.tell() >= FILE_BYTES:
-            self._close_file()
-
-    def _close_file(self) -> None:
-        if self.writer is None:
-            return
-        self.writer.close()
-        self.file.close()
-        path = Path(self.file.name)
-        name = f"{self.split}/{path.name}"
-        self.shards.append(Shard(name, sha256(path), path.stat().st_size, tuple(self.groups)))
-        self.writer, self.groups = None, []

@@ -14,10 +14,10 @@ from torchvision.transforms import v2
 from trainer.data.augment import Mosaic
 from trainer.data.card import Card
 from trainer.data.objects import ROLES
+from trainer.data.parquet import RowGroups
 from trainer.data.prepare import data_dir
-from trainer.data.stream import RowGroups
 from trainer.errors import UserError
-from trainer.recipe import Recipe, build
+from trainer.recipe.recipe import Recipe, build
 
 Sizes = npt.NDArray[np.int64]
 """Heights and widths, each once: (N, 2)."""

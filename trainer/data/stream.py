@@ -10,15 +10,12 @@ import atexit
 import multiprocessing
 import signal
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -29,99 +26,20 @@ from torchvision.transforms import v2
 from trainer.data.augment import Mosaic
 from trainer.data.cache import PixelCache, machine_folder
 from trainer.data.card import Card
+from trainer.data.images import check_png
 from trainer.data.objects import ROLES, TIDY, Letterbox, Objects, join
 from trainer.data.order import Order, Shard, Slices
-from trainer.data.png import check_png
+from trainer.data.parquet import RowGroups, Unreadable, first_line, make_again
 from trainer.errors import TrainingFailed, UserError
 from trainer.signals import STOP_SIGNALS
 
 NEARBY = 64  # positions around a sample that the partners of its mosaic come from
+
 Sample = dict[str, Any]
+
 Transform = Callable[[Sample], Sample]
+
 _READ = {"image": (ImageReadMode.RGB, tv_tensors.Image, 3), "mask": (ImageReadMode.UNCHANGED, tv_tensors.Mask, 1)}
-
-
-class Unreadable(Exception):
-    """A sample or row group that can't be read; the message says in which file, and why."""
-
-
-class RowGroups:
-    """Undecoded rows of a split, one Parquet row group at a time, through `datasets` streaming.
-
-    Args:
-        files: rows in each row group of the split's Parquet files, in order.
-        keep: row groups held in memory (the least recently used goes first).
-    """
-
-    def __init__(self, files: Mapping[Path, Sequence[int]], keep: int) -> None:
-        self.files, self.keep = files, keep
-        self.groups = [(file, count) for file, counts in files.items() for count in counts]
-        self._stream: Any = None
-        self._held: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stream": None, "_held": OrderedDict()}
-
-    def row(self, group: int, index: int) -> dict[str, Any]:
-        """One row; image columns are `{"bytes": …, "path": …}`.
-
-        Raises:
-            Unreadable: its row group can't be read.
-        """
-        if group not in self._held:
-            self._held[group] = self._read(group)
-            if len(self._held) > self.keep:
-                self._held.popitem(last=False)
-        self._held.move_to_end(group)
-        return self._held[group][index]
-
-    def _read(self, group: int) -> list[dict[str, Any]]:
-        file, count = self.groups[group]
-        try:
-            if self._stream is None:
-                import datasets
-
-                datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
-                stream = datasets.load_dataset("parquet", data_files={"split": [str(file) for file in self.files]}, split="split", streaming=True)
-                self._stream = stream.decode(False).reshard()  # a shard for each row group
-            shard = self._stream.shard(num_shards=self._stream.num_shards, index=group)
-            # Not list(shard): inside a loader worker that would split the row group among the workers.
-            columns = next(iter(shard.iter(batch_size=count)))
-            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            if len(rows) != count:
-                raise ValueError(f"it has {len(rows)} rows instead of {count}")
-        except Exception as error:  # what is deleted or damaged while it is read raises all kinds of errors
-            raise Unreadable(f"row group {group} of the split, in {file}, can't be read: {_first_line(error)}") from error
-        return rows
-
-    def integers(self, name: str) -> npt.NDArray[np.int64]:
-        """A column of integers, read whole."""
-        return np.array(self.column(name).to_pylist(), dtype=np.int64)
-
-    def sizes(self) -> npt.NDArray[np.int64]:
-        """Height and width of every image as it was prepared, (N, 2)."""
-        return np.stack([self.integers("height"), self.integers("width")], axis=1)
-
-    def column(self, name: str) -> Any:
-        """A column, read whole, or `column.field`, a struct of that field alone: an Arrow array.
-
-        Raises:
-            UserError: a file can't be read.
-        """
-        import pyarrow as pa
-        from pyarrow.parquet import ParquetFile
-
-        chunks = []
-        for file, counts in self.files.items():
-            try:
-                # Not read_table(), which imports pandas: seconds before the first step.
-                values = ParquetFile(file).read([name], use_pandas_metadata=False).column(0)
-                if len(values) < sum(counts):
-                    raise ValueError(f"it has {len(values)} rows instead of {sum(counts)}")
-            except Exception as error:  # Arrow's errors on damaged files have no narrower base in common
-                raise UserError(f"{file} can't be read: {_first_line(error)}; {_make_again(file.parents[1])}") from error
-            chunks += values.slice(0, sum(counts)).chunks
-        return pa.chunked_array(chunks)
 
 
 class Samples(Dataset[Any]):
@@ -222,7 +140,7 @@ class Samples(Dataset[Any]):
                 if sample[name].shape != (channels, *self.sizes[sample_id]):
                     raise ValueError(f"it has the shape {tuple(pixels.shape)}")
             except Exception as error:  # bytes that were damaged after they were prepared raise all kinds of errors
-                raise Unreadable(f"{row[name]['path'] or 'no file name'}: {name} can't be decoded: {_first_line(error)}") from error
+                raise Unreadable(f"{row[name]['path'] or 'no file name'}: {name} can't be decoded: {first_line(error)}") from error
         return sample
 
     def _read(self, sample_id: int) -> tuple[int, dict[str, Tensor]]:
@@ -248,7 +166,7 @@ class Samples(Dataset[Any]):
         """
         self.unreadable |= found
         if len(self.unreadable) > min(self.max_unreadable, len(self) - 1):
-            advice = "data.max_unreadable=N tolerates N such samples" if self.order else f"metrics need every sample; {_make_again(self.folder)}"
+            advice = "data.max_unreadable=N tolerates N such samples" if self.order else f"metrics need every sample; {make_again(self.folder)}"
             if self.max_unreadable:
                 advice = f"more than data.max_unreadable={self.max_unreadable} tolerates"
             samples = [f"sample {sample_id}: {what}" for sample_id, what in sorted(self.unreadable.items())]
@@ -346,17 +264,6 @@ class _Loaded(Dataset[Any]):
             return self.samples.__getitems__(positions), self.samples.unreadable
         except (UserError, TrainingFailed) as error:
             return error, {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _make_again(folder: Path) -> str:
-    again = f"`trainer prepare {folder.name}` makes it again"
-    with suppress(UserError):  # the card may be damaged, too
-        again = Card.load(folder).again
-    return f"delete {folder}, then {again}"
 
 
 def _keep(batch: Any) -> Any:

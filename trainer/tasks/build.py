@@ -11,15 +11,15 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import nn
 
+from trainer.data.seeds import Use, mix
 from trainer.data.sizes import check_one_size, sizes_fed
 from trainer.data.source import DataInfo
 from trainer.errors import UserError
 from trainer.models.freeze import layers_after, train_only
 from trainer.models.layers import check_layers, check_sides, is_below
 from trainer.models.weights import SUFFIX, check_safetensors, load_safetensors
-from trainer.recipe import Problem, Recipe
-from trainer.recipe_file import nearest
-from trainer.seeds import Use, mix
+from trainer.recipe.file import Problem, nearest
+from trainer.recipe.recipe import Recipe
 from trainer.tasks.task import Task
 
 MAX_CHANGED = 2  # settings of a model that are changed at once to find the one that a file fits

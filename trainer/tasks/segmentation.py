@@ -13,7 +13,7 @@ from trainer.components import task
 from trainer.losses.loss import Loss
 from trainer.metrics import average_precision as ap
 from trainer.metrics.confusion import class_accuracy, confusion_matrix, jaccard, mean_over_present, most_likely, pixel_accuracy
-from trainer.recipe_file import nearest
+from trainer.recipe.file import nearest
 from trainer.tasks.drawing import class_colors
 from trainer.tasks.task import Batch, Forward, Task
 

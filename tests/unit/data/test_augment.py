@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from trainer.components import Component, catalogue
-from trainer.recipe import build
+from trainer.recipe.recipe import build
 
 AUGMENTATIONS = {
     name: component for name, component in catalogue("augmentation").items() if name != "mosaic"

@@ -14,7 +14,7 @@ from tests.reference_order import stream_of
 from tests.scenes import RECIPES, TRAIN, scene, scenes
 from trainer.data.build import Data
 from trainer.data.prepare import data_dir, prepare
-from trainer.recipe import load_recipe
+from trainer.recipe.load import load_recipe
 
 Build = Callable[..., Data]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.unit.data.test_cifar_batches import official
 from trainer.components import catalogue
 from trainer.data.archives import Member
-from trainer.data.prepare import read_indices
+from trainer.data.images import read_indices
 from trainer.data.sets.cifar10 import CLASSES, cifar10, cifar10_horses, nearest_centre
 from trainer.data.source import Row, Source
 from trainer.errors import UserError

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.data.prepare import prepare, read_indices
+from trainer.data.images import read_indices
+from trainer.data.prepare import prepare
 from trainer.data.sets.flowers17 import choose_validation, flowers17, group_duplicates
 from trainer.data.source import Row
 from trainer.errors import UserError

@@ -19,9 +19,11 @@ from tests.processes import run_processes, train, write_recipe
 from tests.unit.data.objects import command_line
 from trainer.commands import main
 from trainer.data.card import Card
-from trainer.data.prepare import data_dir, ensure_prepared, read_indices
+from trainer.data.images import read_indices
+from trainer.data.prepare import data_dir, ensure_prepared
 from trainer.data.sets.folder import from_files
-from trainer.recipe import RecipeError, load_recipe
+from trainer.recipe.file import RecipeError
+from trainer.recipe.load import load_recipe
 from trainer.tasks.build import TASK_CHECKS
 
 CLASSES = ["road", "sky", "pavement"]

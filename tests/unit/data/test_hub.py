@@ -24,8 +24,8 @@ import pytest
 from tests.processes import write_recipe
 from trainer.data.build import Data
 from trainer.data.card import Card
-from trainer.data.prepare import encode_png, read_indices
-from trainer.recipe import load_recipe
+from trainer.data.images import encode_png, read_indices
+from trainer.recipe.load import load_recipe
 from trainer.tasks.build import TASK_CHECKS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -20,8 +20,9 @@ from PIL import Image
 from tests.unit.data.objects import SIZE, picture, stored
 from trainer.commands.prepare import describe_classes
 from trainer.data.archives import Member
+from trainer.data.images import image_size
 from trainer.data.object_checks import run_lengths
-from trainer.data.prepare import data_dir, image_size, prepare
+from trainer.data.prepare import data_dir, prepare
 from trainer.data.source import DataInfo, Instance, Role, Row, Source
 from trainer.detection.rle import encode_masks
 from trainer.errors import UserError

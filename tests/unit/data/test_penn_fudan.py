@@ -13,8 +13,9 @@ from tests.unit.data.objects import SIZE, by_image, picture, stored
 from trainer.components import catalogue
 from trainer.data.archives import members
 from trainer.data.card import Card
+from trainer.data.images import encode_png
 from trainer.data.object_checks import run_lengths
-from trainer.data.prepare import archives_dir, data_dir, encode_png, prepare
+from trainer.data.prepare import archives_dir, data_dir, prepare
 from trainer.errors import UserError
 
 NAMES = [f"FudanPed{i:05d}" for i in range(1, 61)]

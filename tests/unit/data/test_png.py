@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.data.png import check_png
-from trainer.data.prepare import encode_png
+from trainer.data.images import check_png, encode_png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 WHOLE = encode_png(PIXELS)

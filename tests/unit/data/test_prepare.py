@@ -26,10 +26,11 @@ from PIL import Image
 
 from tests.unit.data.test_cifar_batches import official
 from trainer.commands import prepare as command
-from trainer.data import prepare as module
+from trainer.data import parquet
 from trainer.data.archives import Member
 from trainer.data.card import Card
-from trainer.data.prepare import archives_dir, data_dir, encode_png, ensure_prepared, prepare, read_indices
+from trainer.data.images import encode_png, read_indices
+from trainer.data.prepare import archives_dir, data_dir, ensure_prepared, prepare
 from trainer.data.sets import cifar10
 from trainer.data.source import Archive, DataInfo, Role, Row, Source
 from trainer.errors import UserError
@@ -216,8 +217,8 @@ def test_row_groups_are_small_many_and_even(tmp_path: Path, count: int) -> None:
 
 def test_large_rows_make_small_row_groups_and_files_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(picture(0))
-    monkeypatch.setattr(module, "GROUP_BYTES", 2 * size)
-    monkeypatch.setattr(module, "FILE_BYTES", 8 * size)
+    monkeypatch.setattr(parquet, "GROUP_BYTES", 2 * size)
+    monkeypatch.setattr(parquet, "FILE_BYTES", 8 * size)
     card = prepare(source(lambda: rows(40)), tmp_path, None)
     assert max(card.row_groups("train")) <= 2
     assert len(card.splits["train"].files) > 3
@@ -595,7 +596,7 @@ def test_a_full_disk_is_an_error_that_says_where_and_how_much_is_free(tmp_path: 
     def full(self: object, rows: list[Row]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module._SplitWriter, "_write_group", full)
+    monkeypatch.setattr(parquet.SplitWriter, "_write_group", full)
     with pytest.raises(UserError, match=rf"toy can't be written to {tmp_path}: No space left on device \(\d+ MiB free\); make room, or set TRAINER_DATA"):
         prepare(source(), tmp_path, None)
     assert [path.name for path in tmp_path.iterdir()] == [".toy.lock"]

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from trainer.data.prepare import read_indices
+from trainer.data.images import read_indices
 from trainer.data.sets.shapes import CLASSES, IGNORE, draw, shapes
 from trainer.data.source import Row
 

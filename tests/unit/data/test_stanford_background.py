@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.data.prepare import archives_dir, prepare, read_indices
+from trainer.data.images import read_indices
+from trainer.data.prepare import archives_dir, prepare
 from trainer.data.sets.stanford_background import CLASSES, stanford_background
 from trainer.data.source import Row, in_validation
 from trainer.errors import UserError

@@ -26,8 +26,9 @@ from trainer.components import catalogue
 from trainer.data.archives import Member
 from trainer.data.augment import Mosaic
 from trainer.data.card import Card
+from trainer.data.images import encode_png
 from trainer.data.order import Order, Shard, Slices
-from trainer.data.prepare import encode_png, prepare
+from trainer.data.prepare import prepare
 from trainer.data.source import DataInfo, Row, Source
 from trainer.data.stream import Batches, Samples
 from trainer.errors import TrainingFailed, UserError

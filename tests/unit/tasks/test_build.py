@@ -17,8 +17,8 @@ from trainer.models.deeplabv3 import deeplabv3
 from trainer.models.mask_rcnn import mask_rcnn
 from trainer.models.resnet_unet import resnet_unet
 from trainer.models.yolo import yolo
-from trainer.recipe import load_recipe
-from trainer.recipe_file import RecipeError
+from trainer.recipe.file import RecipeError
+from trainer.recipe.load import load_recipe
 from trainer.tasks.build import TASK_CHECKS, batch_checks, build_task, check_sizes
 from trainer.trainer import Trainer
 

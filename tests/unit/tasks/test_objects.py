@@ -16,7 +16,8 @@ from trainer.data.stream import Samples
 from trainer.detection.boxes import Detections, Level
 from trainer.errors import UserError
 from trainer.losses.yolo import YoloLoss
-from trainer.recipe import RecipeError, load_recipe
+from trainer.recipe.file import RecipeError
+from trainer.recipe.load import load_recipe
 from trainer.tasks.build import TASK_CHECKS, build_untrained, learning_layers
 from trainer.tasks.detection import Detection
 from trainer.tasks.drawing import LEGIBLE, draw_objects

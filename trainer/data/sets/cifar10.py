@@ -20,7 +20,7 @@ from pydantic import Field
 from trainer.components import dataset
 from trainer.data.archives import Member, members
 from trainer.data.cifar_batches import read_batch
-from trainer.data.prepare import encode_png
+from trainer.data.images import encode_png
 from trainer.data.source import Archive, DataInfo, Row, Source
 from trainer.errors import UserError
 

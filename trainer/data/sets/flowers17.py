@@ -13,7 +13,7 @@ from PIL import Image
 
 from trainer.components import dataset
 from trainer.data.archives import Member, members
-from trainer.data.prepare import encode_png, read_indices
+from trainer.data.images import encode_png, read_indices
 from trainer.data.source import Archive, DataInfo, Row, Source
 from trainer.errors import UserError
 

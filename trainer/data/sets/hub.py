@@ -24,10 +24,11 @@ from pydantic import AfterValidator, Field
 from trainer.components import dataset
 from trainer.data.archives import Member
 from trainer.data.card import Card
-from trainer.data.prepare import data_dir, encode_png
+from trainer.data.images import encode_png
+from trainer.data.prepare import data_dir
 from trainer.data.source import DataInfo, Row, Source, in_validation
 from trainer.errors import UserError
-from trainer.recipe_file import nearest
+from trainer.recipe.file import nearest
 
 Names = Annotated[list[str], Field(min_length=2, max_length=256)]
 Label = Annotated[int, Field(ge=0, le=255)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.components import dataset
 from trainer.data.archives import Member, members
-from trainer.data.prepare import read_indices
+from trainer.data.images import read_indices
 from trainer.data.source import Archive, DataInfo, Instance, Row, Source
 from trainer.errors import UserError
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from trainer.components import dataset
 from trainer.data.archives import Member, members
-from trainer.data.prepare import encode_png
+from trainer.data.images import encode_png
 from trainer.data.source import Archive, DataInfo, Row, Source, in_validation
 from trainer.errors import UserError
 

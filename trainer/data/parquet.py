@@ -1,0 +1,198 @@
+"""Parquet files of a prepared set: the writer and, through `datasets` streaming, the reader."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.card import Card, Shard, Split, sha256
+from trainer.data.source import Role, Row
+from trainer.errors import UserError
+
+# An epoch shuffles row groups, so a set needs several, and a row group is what a reader holds in memory.
+GROUP_ROWS = 64
+
+GROUP_BYTES = 2**20
+
+MIN_GROUPS = 8
+
+FILE_BYTES = 256 * 2**20
+
+
+def arrow_schema(columns: Mapping[str, Role]) -> Any:
+    """Arrow schema with the `datasets` features of each column."""
+    from datasets import Features, List, Value
+    from datasets import Image as ImageFeature
+
+    of_object = {"box": List(Value("float64"), length=4), "label": Value("int64"), "mask": Value("binary"), "crowd": Value("bool")}
+    features = {"image": ImageFeature(mode="RGB"), "mask": ImageFeature(mode="L"), "label": Value("int64")}
+    features |= dict.fromkeys(("boxes", "instances"), List(of_object))
+    sizes = {"height": Value("int64"), "width": Value("int64")} if {"image", "mask"} & set(columns.values()) else {}
+    return Features({column: features[role] for column, role in columns.items()} | sizes).arrow_schema
+
+
+class SplitWriter:
+    """Writes the rows of one split: full row groups, and at the end what is left in `MIN_GROUPS` even ones."""
+
+    def __init__(self, folder: Path, split: str, schema: Any) -> None:
+        self.folder, self.split, self.schema = folder, split, schema
+        self.rows = 0
+        self.waiting: list[list[Row]] = [[]]
+        self.bytes = 0  # in the last of the waiting groups
+        self.shards: list[Shard] = []
+        self.writer: Any = None
+        self.groups: list[int] = []  # of the open file
+        (folder / split).mkdir(parents=True)
+
+    def add(self, row: Row) -> None:
+        """Adds a row; writes the oldest row group once enough of them wait."""
+        self.rows += 1
+        self.waiting[-1].append(row)
+        self.bytes += sum(len(value["bytes"]) for value in row.values() if isinstance(value, dict))
+        if len(self.waiting[-1]) == GROUP_ROWS or self.bytes >= GROUP_BYTES:
+            self.waiting.append([])
+            self.bytes = 0
+        if len(self.waiting) > MIN_GROUPS:
+            self._write_group(self.waiting.pop(0))
+
+    def close(self) -> Split:
+        """Writes what is left; returns what the files hold."""
+        rows = [row for group in self.waiting for row in group]
+        count = min(MIN_GROUPS, len(rows))
+        for i in range(count):
+            self._write_group(rows[i * len(rows) // count : (i + 1) * len(rows) // count])
+        self._close_file()
+        return Split(self.rows, tuple(self.shards))
+
+    def abandon(self) -> None:
+        """Closes the open file, which goes with its folder; that what is in memory can't be written any more is no news."""
+        if self.writer is not None:
+            with suppress(OSError):
+                self.writer.close()
+            with suppress(OSError):
+                self.file.close()
+
+    def _write_group(self, rows: list[Row]) -> None:
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetWriter
+
+        if self.writer is None:
+            self.file = (self.folder / self.split / f"{len(self.shards):05d}.parquet").open("wb")
+            # Images are compressed already and no two are alike: neither a codec nor a dictionary nor minima and maxima help.
+            self.writer = ParquetWriter(self.file, self.schema, compression="none", use_dictionary=False, write_statistics=False)
+        self.writer.write_table(pa.Table.from_pylist(rows, schema=self.schema), row_group_size=len(rows))
+        self.groups.append(len(rows))
+        if self.file.tell() >= FILE_BYTES:
+            self._close_file()
+
+    def _close_file(self) -> None:
+        if self.writer is None:
+            return
+        self.writer.close()
+        self.file.close()
+        path = Path(self.file.name)
+        name = f"{self.split}/{path.name}"
+        self.shards.append(Shard(name, sha256(path), path.stat().st_size, tuple(self.groups)))
+        self.writer, self.groups = None, []
+
+
+class Unreadable(Exception):
+    """A sample or row group that can't be read; the message says in which file, and why."""
+
+
+class RowGroups:
+    """Undecoded rows of a split, one Parquet row group at a time, through `datasets` streaming.
+
+    Args:
+        files: rows in each row group of the split's Parquet files, in order.
+        keep: row groups held in memory (the least recently used goes first).
+    """
+
+    def __init__(self, files: Mapping[Path, Sequence[int]], keep: int) -> None:
+        self.files, self.keep = files, keep
+        self.groups = [(file, count) for file, counts in files.items() for count in counts]
+        self._stream: Any = None
+        self._held: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stream": None, "_held": OrderedDict()}
+
+    def row(self, group: int, index: int) -> dict[str, Any]:
+        """One row; image columns are `{"bytes": …, "path": …}`.
+
+        Raises:
+            Unreadable: its row group can't be read.
+        """
+        if group not in self._held:
+            self._held[group] = self._read(group)
+            if len(self._held) > self.keep:
+                self._held.popitem(last=False)
+        self._held.move_to_end(group)
+        return self._held[group][index]
+
+    def _read(self, group: int) -> list[dict[str, Any]]:
+        file, count = self.groups[group]
+        try:
+            if self._stream is None:
+                import datasets
+
+                datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
+                stream = datasets.load_dataset("parquet", data_files={"split": [str(file) for file in self.files]}, split="split", streaming=True)
+                self._stream = stream.decode(False).reshard()  # a shard for each row group
+            shard = self._stream.shard(num_shards=self._stream.num_shards, index=group)
+            # Not list(shard): inside a loader worker that would split the row group among the workers.
+            columns = next(iter(shard.iter(batch_size=count)))
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            if len(rows) != count:
+                raise ValueError(f"it has {len(rows)} rows instead of {count}")
+        except Exception as error:  # what is deleted or damaged while it is read raises all kinds of errors
+            raise Unreadable(f"row group {group} of the split, in {file}, can't be read: {first_line(error)}") from error
+        return rows
+
+    def integers(self, name: str) -> npt.NDArray[np.int64]:
+        """A column of integers, read whole."""
+        return np.array(self.column(name).to_pylist(), dtype=np.int64)
+
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Height and width of every image as it was prepared, (N, 2)."""
+        return np.stack([self.integers("height"), self.integers("width")], axis=1)
+
+    def column(self, name: str) -> Any:
+        """A column, read whole, or `column.field`, a struct of that field alone: an Arrow array.
+
+        Raises:
+            UserError: a file can't be read.
+        """
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetFile
+
+        chunks = []
+        for file, counts in self.files.items():
+            try:
+                # Not read_table(), which imports pandas: seconds before the first step.
+                values = ParquetFile(file).read([name], use_pandas_metadata=False).column(0)
+                if len(values) < sum(counts):
+                    raise ValueError(f"it has {len(values)} rows instead of {sum(counts)}")
+            except Exception as error:  # Arrow's errors on damaged files have no narrower base in common
+                raise UserError(f"{file} can't be read: {first_line(error)}; {make_again(file.parents[1])}") from error
+            chunks += values.slice(0, sum(counts)).chunks
+        return pa.chunked_array(chunks)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def make_again(folder: Path) -> str:
+    """What to do about a prepared set that can't be read."""
+    again = f"`trainer prepare {folder.name}` makes it again"
+    with suppress(UserError):  # the card may be damaged, too
+        again = Card.load(folder).again
+    return f"delete {folder}, then {again}"

@@ -1,0 +1,153 @@
+"""The one place where an Accelerator is built."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trainer.errors import UserError
+from trainer.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# A collective of the model's gives up so much later than train.timeout: the watchdog, which names the rank, comes first.
+AFTER_WATCHDOG = timedelta(minutes=1)
+
+CONTROL_TIMEOUT = timedelta(days=7)  # of a process that waits for a decision: rank 0 may be preparing a data set; the watchdog ends what hangs
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto` is bf16 where the hardware is fast at it (Ampere GPUs and later, CPUs with AVX-512 BF16 or AMX), else fp32."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.11, which then computes in fp32
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads(setting: str | int, local_processes: int) -> int:
+    """Threads of this process; `auto` shares the cores among the machine's processes (launchers set one, even for one process)."""
+    return setting if isinstance(setting, int) else max(1, num_cores() // local_processes)
+
+
+def num_workers(setting: str | int, local_processes: int) -> int:
+    """Loader workers; `auto` is none on CPUs, where they compete with the training, and a share of the cores beside GPUs."""
+    if isinstance(setting, int):
+        return setting
+    return min(8, max(1, num_cores() // local_processes - 1)) if torch.cuda.is_available() else 0
+
+
+def launched_as(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Rank of this process and number of processes, as a launcher set them; (0, 1) where it set too little for them to meet."""
+    if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        return 0, 1
+    return int(environment["RANK"]), int(environment.get("WORLD_SIZE", 1))
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """The Accelerator of this process, as the recipe says; configures PyTorch's backends too.
+
+    Raises:
+        UserError: processes were launched that don't see each other.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    _keep_freed_memory()
+    precision = resolve_precision(recipe.train.precision)
+    timeout = timedelta(minutes=float(recipe.train.timeout.value)) + AFTER_WATCHDOG
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        # Without a GPU a bare Accelerator() ignores the launcher: every process would be rank 0 of 1.
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timeout),
+        ],
+    )
+    accelerator.gradient_accumulation_steps = 1  # the loop divides by itself; an equal setting in the launch file must not divide again
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but each sees {accelerator.num_processes}: "
+            "start them with `accelerate launch --config_file accelerate_config.yaml --num_processes N`"
+        )
+    configure_backends(recipe)
+    return accelerator
+
+
+def configure_backends(recipe: Recipe) -> None:
+    """Sets PyTorch's threads, TF32 and deterministic algorithms for this process, as the recipe says."""
+    precision = resolve_precision(recipe.train.precision)
+    if precision in ("fp32", "tf32"):
+        # The older of PyTorch's two interfaces, since Accelerate uses it too: a mixture is an error.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_num_threads(num_threads(recipe.train.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    deterministic = recipe.train.deterministic
+    if deterministic is True or (deterministic == "auto" and not torch.cuda.is_available()):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time and hides nothing here
+
+
+def why_bits_may_differ(saved: Mapping[str, Any], world_size: int, device: torch.device) -> Iterator[str]:
+    """Sentences for a run that is resumed: why it may not end with the bits of one that was never interrupted.
+
+    Args:
+        saved: the counters of the checkpoint.
+        world_size: of the resumed run.
+        device: of this process.
+    """
+    before, now = (saved["world_size"], saved["threads"]), (world_size, torch.get_num_threads())
+    if before != now:
+        yield f"saved by {before[0]} processes of {before[1]} threads, going on with {now[0]} of {now[1]}: the same batches, but roundings may differ"
+    if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        yield (
+            "this GPU computes without deterministic kernels: the same batches, but floating-point results may differ slightly from those of "
+            "an uninterrupted run; with train.deterministic=true from the start they are equal to the bit"
+        )
+
+
+def leave_processes(failed: bool) -> None:
+    """Ends this process's part of the group; after a failure without waiting for a rank that may be gone, as NCCL would (gloo doesn't)."""
+    if not dist.is_initialized():
+        return
+    if failed and dist.get_backend() != "gloo":
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Has the C library keep what a step frees: else it goes back to the system and comes again page by page, in every step on a CPU."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+    with suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that it takes
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def as_in_training(accelerator: Accelerator, model: nn.Module) -> Callable[..., Any]:
+    """Calls a bare model as the wrapped one is called in training: under autocast, with fp32 outputs."""
+    from accelerate.utils.operations import convert_to_fp32
+
+    def call(*inputs: Any) -> Any:
+        with accelerator.autocast():
+            return convert_to_fp32(model.forward(*inputs))  # not compiled: each size of a last batch would be compiled anew
+
+    return call

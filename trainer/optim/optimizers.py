@@ -1,0 +1,60 @@
+"""Optimizers of a recipe: `optimizer: {name: adamw, lr: 1e-3}`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from trainer.components import optimizer
+from trainer.recipe.settings import LearningRate
+
+NotNegative = Annotated[float, Field(ge=0)]
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+@optimizer()
+def sgd(
+    parameters: Iterable[nn.Parameter], /, *, lr: LearningRate, momentum: Fraction = 0.9, weight_decay: NotNegative = 0.0, nesterov: bool = False
+) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with momentum."""
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    if momentum:
+        # The first step would create it, without values where that step is skipped since something isn't finite.
+        for parameter in optimizer.param_groups[0]["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+    return optimizer
+
+
+@optimizer()
+def adam(
+    parameters: Iterable[nn.Parameter],
+    /,
+    *,
+    lr: LearningRate,
+    beta1: Fraction = 0.9,
+    beta2: Fraction = 0.999,
+    eps: float = 1e-8,
+    weight_decay: NotNegative = 0.0,
+) -> torch.optim.Optimizer:
+    """Adam (Kingma & Ba, 2015); `weight_decay` is an L2 term in the gradient."""
+    return torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
+
+
+@optimizer()
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    /,
+    *,
+    lr: LearningRate,
+    beta1: Fraction = 0.9,
+    beta2: Fraction = 0.999,
+    eps: float = 1e-8,
+    weight_decay: NotNegative = 0.01,
+) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019)."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)

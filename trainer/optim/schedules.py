@@ -1,0 +1,92 @@
+"""Learning-rate schedules: a factor on `optimizer.lr` as a pure function of the progress of the training.
+
+Having no state, a schedule resumes exactly and is the same for any number of processes. Each factory
+gets `share`, which converts a recipe's duration to a share of the training, and returns
+`progress in [0, 1] -> factor`. `plateau` looks at the evaluations so far besides, which are the Trainer's to keep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from trainer.components import schedule
+from trainer.errors import UserError
+from trainer.metrics.best import Best
+from trainer.recipe.durations import Clock, DurationOrZero, Span
+
+if TYPE_CHECKING:  # recipes look schedules up, so this module must not need them
+    from trainer.recipe.recipe import Recipe
+
+Schedule = Callable[[float], float]
+
+Share = Callable[[Span], float]
+
+NONE = Span.parse("0%")
+
+Factor = Annotated[float, Field(ge=0, le=1)]
+
+
+def build_schedule(recipe: Recipe, clock: Clock, best: Best) -> Schedule:
+    """The schedule of a recipe; `best` is kept up to date by the caller.
+
+    Raises:
+        UserError: a warm-up is longer than the training. One in steps of a training in epochs, or the other way round,
+            can be compared with it only now that the size of the data set is known.
+    """
+    for key, value in recipe.schedule:
+        if isinstance(value, Span) and clock.share(value) > 1:
+            raise UserError(f"schedule.{key}: {value} is longer than the training ({clock.total_steps} steps)")
+    built: Schedule = recipe.build("schedule", share=clock.share, best=best)
+    return built
+
+
+def _after_warmup(warmup: float, decay: Schedule) -> Schedule:
+    """Linear from 0 to 1 during `warmup`, then `decay` over what remains."""
+    return lambda progress: progress / warmup if progress < warmup else decay((progress - warmup) / max(1 - warmup, 1e-12))
+
+
+@schedule()
+def constant(share: Share, /, *, warmup: DurationOrZero = NONE) -> Schedule:
+    """`optimizer.lr` throughout, after the warm-up."""
+    return _after_warmup(share(warmup), lambda _: 1.0)
+
+
+@schedule()
+def cosine(share: Share, /, *, warmup: DurationOrZero = NONE, final: Factor = 0.0) -> Schedule:
+    """Half a cosine from 1 down to `final` (Loshchilov & Hutter, 2017, without restarts)."""
+    return _after_warmup(share(warmup), lambda p: final + (1 - final) * (1 + math.cos(math.pi * p)) / 2)
+
+
+@schedule()
+def polynomial(share: Share, /, *, warmup: DurationOrZero = NONE, power: Annotated[float, Field(gt=0)] = 0.9) -> Schedule:
+    """(1 - progress) ** power, as in DeepLab (Chen et al., 2017)."""
+    return _after_warmup(share(warmup), lambda p: (1 - p) ** power)
+
+
+@schedule()
+def plateau(
+    share: Share,
+    best: Best,
+    /,
+    *,
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+    patience: Annotated[int, Field(ge=0)] = 5,
+    warmup: DurationOrZero = NONE,
+) -> Schedule:
+    """Multiplies by `factor` whenever `patience` evaluations in a row, and one more, haven't improved `evaluate.best`."""
+    return _after_warmup(share(warmup), lambda _: float(factor ** best.plateaus(patience)))
+
+
+@schedule()
+def one_cycle(share: Share, /, *, warmup: DurationOrZero = Span.parse("30%"), start: Factor = 0.04, final: Factor = 1e-6) -> Schedule:
+    """Half a cosine up from `start`, half a cosine down to `final` (Smith & Topin, 2018); `optimizer.lr` is the peak."""
+    peak = share(warmup)
+
+    def between(a: float, b: float, p: float) -> float:
+        return b + (a - b) * (1 + math.cos(math.pi * p)) / 2
+
+    return lambda progress: between(start, 1.0, progress / peak) if progress < peak else between(1.0, final, (progress - peak) / max(1 - peak, 1e-12))

@@ -1,0 +1,1 @@
+"""Arithmetic, memory and time of a network."""

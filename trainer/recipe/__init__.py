@@ -1,0 +1,1 @@
+"""A recipe: read, validated, typed."""

@@ -1,0 +1,226 @@
+"""Strict recipes: every section validated against the component it names, every mistake at once, each with its place.
+
+    problem = "recipes/mine.yaml:8:3: optimizer.lr: must be greater than 0 (got -0.001)"
+
+`load_recipe` reads the file and its parents (`file.py`), validates each section (`settings.py`) against the schema of
+the component it names (`components.py`) and runs the cross-field checks (`checks.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, create_model
+
+from trainer.components import Component, Settings, catalogue
+from trainer.recipe.checks import CHECKS, Check
+from trainer.recipe.file import KeyPath, Place, Problem, Reader, RecipeError, nearest, place_of, short
+from trainer.recipe.recipe import Choice, Recipe
+from trainer.recipe.settings import DEFAULTS, SECTIONS, SHARED, NamedSettings
+
+# ---------------------------------------------------------------- validation
+
+
+class Validator:
+    """Validates the parts of a recipe; what is wrong is reported to its reader."""
+
+    def __init__(self, reader: Reader, path: Path) -> None:
+        self.reader, self.path = reader, path
+
+    def report(self, path: KeyPath, what: str, got: Any = None) -> None:
+        """Adds a mistake, with the place where the key stands."""
+        place = place_of(self.reader.places, path, self.path)
+        self.reader.problems.append(Problem(place, path, what, None if got is None else short(got)))
+
+    def component(self, kind: str, value: Any, path: KeyPath) -> Component | None:
+        """The component of this kind that a section names; None where there is none, which is reported."""
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            self.report(path, f"must be the name of a {kind}, or a mapping with its name; known: {', '.join(catalogue(kind))}", value)
+            return None
+        found = catalogue(kind).get(value["name"])
+        if found is None:
+            self.report((*path, "name"), f"unknown {kind}; {nearest(value['name'], catalogue(kind))}", value["name"])
+        return found
+
+    def choices(self, kind: str, value: Any, path: KeyPath) -> list[Choice]:
+        """A list of components, each a name or a mapping with a name."""
+        if not isinstance(value, list):
+            self.report(path, f"must be a list; known: {', '.join(catalogue(kind))}", value)
+            return []
+        chosen: list[Choice] = []
+        for i, entry in enumerate(value):
+            entry = {"name": entry} if isinstance(entry, str) else entry
+            component = self.component(kind, entry, (*path, i))
+            settings = component and self.section(joined_schema(NamedSettings, component), entry, (*path, i))
+            if component and settings:
+                chosen.append((component, settings))
+        return chosen
+
+    def section(self, schema: type[Settings], value: Any, path: KeyPath) -> Any:
+        """Validates a mapping; reports every mistake in it and returns None if there is one."""
+        try:
+            return schema.model_validate(value)
+        except ValidationError as error:
+            mistakes: dict[KeyPath, list[Any]] = {}
+            for item in error.errors():
+                mistakes.setdefault(path + _known_prefix(item["loc"], value), []).append(item)
+            for where, items in mistakes.items():  # several for one key: a union reports each of its members
+                known = _keys(schema, items[0]["loc"][:-1])
+                first, *others = dict.fromkeys(_sentence(item, known) for item in items)
+                self.report(where, " or ".join([first, *(other.removeprefix("must be ") for other in others)]), _got(items[0]))
+            return None
+
+
+def _sentence(item: Any, known: list[str]) -> str:
+    """A mistake that pydantic found, in this project's words."""
+    match item["type"]:
+        case "extra_forbidden":
+            return f"unknown key; {nearest(str(item['loc'][-1]), known)}"
+        case "missing":
+            return "this key is required"
+        case "value_error":
+            return str(item["ctx"]["error"])
+        case _:
+            return str(item["msg"]).replace("Input should be", "must be")
+
+
+def _got(item: Any) -> Any:
+    return None if item["type"] == "missing" else item["input"]
+
+
+def _known_prefix(location: tuple[str | int, ...], value: Any) -> KeyPath:
+    """The part of pydantic's location that stands in the recipe, and one key that should; the rest names members of unions."""
+    path: list[str | int] = []
+    for part in location:
+        if isinstance(value, dict):
+            path.append(part)
+            if part not in value:
+                break
+            value = value[part]
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            path.append(part)
+            value = value[part]
+        else:
+            break
+    return tuple(path)
+
+
+def _keys(schema: type[Settings], location: tuple[str | int, ...]) -> list[str]:
+    for part in location:
+        annotation = schema.model_fields[str(part)].annotation if str(part) in schema.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
+            continue
+        schema = annotation
+    return list(schema.model_fields)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), checks: Iterable[tuple[tuple[str, ...], Check]] = ()) -> Recipe:
+    """Reads, merges and validates a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.path=value` arguments, applied last.
+        checks: further cross-field checks, each with the sections it reads: it runs when these are valid.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    path = Path(path)
+    reader = Reader(SHARED)
+    tree = reader.read(path)
+    top, places = reader.overrides(overrides)
+    tree = reader.merge(tree, top, places)
+    validator = Validator(reader, path)
+    recipe = Recipe(name=path.stem, path=path, places=reader.places, dropped=reader.dropped)
+    _top_level(tree, recipe, validator)
+    if not reader.complete:  # what seems to be missing may stand in what couldn't be read
+        raise RecipeError(reader.problems)
+    data = tree.get("data")
+    if isinstance(data, dict):
+        recipe.augmentations = validator.choices("augmentation", data.pop("augment", []), ("data", "augment"))
+    recipe.trackers = validator.choices("tracker", tree.get("track", []), ("track",))
+    for section, (kind, shared, required) in SECTIONS.items():
+        value = tree.get(section, DEFAULTS.get(section))
+        if value is None:
+            validator.report((section,), "this section is required" if required else "must be a mapping")
+            continue
+        schema = shared
+        if kind:
+            component = validator.component(kind, value, (section,))
+            if component is None:
+                continue
+            recipe.components[section] = component
+            schema = joined_schema(shared, component)
+        elif not isinstance(value, dict):
+            validator.report((section,), "must be a mapping", value)
+            continue
+        settings = validator.section(schema, value, (section,))
+        if settings is not None:
+            recipe.sections[section] = settings
+    for needs, check in (*CHECKS, *checks):
+        if all(section in recipe.sections for section in needs):
+            reader.problems.extend(check(recipe))
+    if reader.problems:
+        raise RecipeError(reader.problems)
+    return recipe
+
+
+def joined_schema(shared: type[Settings], component: Component) -> type[Settings]:
+    """The schema of a section: the keys all its components share, and those of the one it names."""
+    keys: dict[str, Any] = {key: (info.annotation, info) for key, info in component.schema.model_fields.items()}
+    return create_model(component.schema.__name__, __base__=shared, **keys)
+
+
+def _top_level(tree: dict[str, Any], recipe: Recipe, validator: Validator) -> None:
+    known = ["name", "inherit", "plugins", "track", "reference", *SECTIONS]
+    for key in tree:
+        if key not in known:
+            validator.report((key,), f"unknown key; {nearest(key, known)}", tree[key])
+    name = tree.get("name")
+    if name is not None:
+        if isinstance(name, str) and re.fullmatch(r"[\w][\w.+=,-]{0,127}", name):
+            recipe.name = name
+        else:
+            validator.report(("name",), "a run's name is made of letters, digits and . _ - + = , (it names a folder)", name)
+    reference = tree.get("reference", {})
+    if isinstance(reference, dict) and all(isinstance(key, str) and type(value) in (int, float) for key, value in reference.items()):
+        recipe.reference = {key: float(value) for key, value in reference.items()}
+    else:
+        validator.report(("reference",), "must map names of metrics to numbers, e.g. {accuracy: 0.58}", reference)
+    plugins = tree.get("plugins", [])
+    if not isinstance(plugins, list) or not all(isinstance(p, str) for p in plugins):
+        validator.report(("plugins",), "must be a list of module names or .py files", plugins)
+        return
+    for i, plugin in enumerate(plugins):
+        try:
+            recipe.plugins.append(_import_plugin(plugin, place_of(validator.reader.places, ("plugins",), recipe.path)))
+        except (ImportError, OSError, SyntaxError, ValueError, TypeError) as error:
+            validator.report(("plugins", i), f"can't be imported: {error}", plugin)
+
+
+def _import_plugin(plugin: str, place: Place) -> str:
+    """Imports a listed module; a `.py` file is looked up beside the recipe that lists it."""
+    if not plugin.endswith(".py"):
+        importlib.import_module(plugin)
+        return plugin
+    file = Path(plugin) if Path(plugin).is_absolute() else Path(place.rsplit(":", 2)[0]).parent / plugin
+    file = file.resolve()
+    name = f"trainer_plugin_{file.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None or not file.is_file():
+            raise ImportError(f"no file {file}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]  # half a module would pass for a whole one the next time
+            raise
+    return str(file)

@@ -1,0 +1,95 @@
+"""The recipe: its sections, each validated, and the components they name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.components import Component, Settings
+from trainer.recipe.durations import Span
+from trainer.recipe.file import KeyPath, Place, Problem, place_of
+from trainer.recipe.settings import RESUMABLE, SECTIONS
+
+Choice = tuple[Component, Settings]
+"""A component that a list in the recipe names, with its settings."""
+
+
+@dataclass
+class Recipe:
+    """A validated recipe: a settings object for each section, and the component it names.
+
+    While checks run, a section that has mistakes of its own is missing from `sections`.
+    """
+
+    name: str
+    path: Path
+    plugins: list[str] = field(default_factory=list)
+    sections: dict[str, Any] = field(default_factory=dict)
+    components: dict[str, Component] = field(default_factory=dict)
+    trackers: list[Choice] = field(default_factory=list)
+    augmentations: list[Choice] = field(default_factory=list)
+    reference: dict[str, float] = field(default_factory=dict)  # published values of metrics, for reports
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)  # inherited keys that a change of `name` dropped, a line for each change
+
+    def __getattr__(self, section: str) -> Any:
+        try:
+            return self.__dict__["sections"][section]
+        except KeyError:
+            raise AttributeError(section) from None
+
+    def build(self, section: str, **context: Any) -> Any:
+        """Builds the component that `section` names; `context` is what its factory takes before `/`."""
+        return build(self.components[section], self.sections[section], **context)
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole recipe with every default written out; it can be run again."""
+        out: dict[str, Any] = {"name": self.name}
+        if self.plugins:
+            out["plugins"] = list(self.plugins)
+        out |= {section: self.sections[section].model_dump(mode="json") for section in SECTIONS}
+        out["data"]["augment"] = [settings.model_dump(mode="json") for _, settings in self.augmentations]
+        out["track"] = [settings.model_dump(mode="json") for _, settings in self.trackers]
+        if self.reference:
+            out["reference"] = dict(self.reference)
+        return out
+
+    def at_default(self) -> set[str]:
+        """The keys (dotted) of its sections that have their default value."""
+        fields = ((section, settings, key, info) for section, settings in self.sections.items() for key, info in type(settings).model_fields.items())
+        return {f"{section}.{key}" for section, settings, key, info in fields if getattr(settings, key) == info.default}
+
+    def problem(self, path: str, what: str, got: Any = None) -> Problem:
+        """A problem at `path` (dotted), placed where the recipe says that key, or the nearest one above it."""
+        key: KeyPath = tuple(path.split("."))
+        return Problem(place_of(self.places, key, self.path), key, what, None if got is None else str(got))
+
+
+def build(component: Component, settings: Settings, **context: Any) -> Any:
+    """Builds a component from its section; keys that the section shares with others of its kind are left out."""
+    return component.build({key: getattr(settings, key) for key in component.schema.model_fields}, **context)
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The values of a resolved recipe by dotted key."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return out
+
+
+def differences(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Keys (dotted) in which a resolved recipe and this one differ, `name` and what a resumed run may change left out.
+
+    A key that the old one doesn't have, at its default in this one, is one that came with a later version.
+    """
+    a, b = flatten(old), flatten(recipe.resolved())
+    defaults = recipe.at_default()
+    changed = [key for key in {**a, **b} if a.get(key) != b.get(key) and (key in a or key not in defaults)]
+    found = [key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in ("name", *RESUMABLE))]
+    before, after = Span.parse(a["train.duration"]), Span.parse(b["train.duration"])
+    if after.unit == before.unit and after.value < before.value:
+        found.append("train.duration (shorter than before)")
+    return found

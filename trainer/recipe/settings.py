@@ -1,0 +1,130 @@
+"""The sections of a recipe: which keys each has, whatever component it names, and their defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PositiveInt
+
+from trainer.components import Settings
+from trainer.recipe.durations import Duration, Span
+
+
+class DataSettings(Settings):
+    """Keys of `data:` that every data set has.
+
+    `max_unreadable` training samples may be unreadable, as each process counts: the next sample of the set takes the place of each.
+    A validation sample that can't be read is always an error: metrics over another set can't be compared.
+    `resize_mode: letterbox` keeps the aspect and pads what is left; it is for sets of boxes, whose padding has none.
+    `overfit: N` trains and validates on the first N training samples: what can't learn these by heart can't learn.
+    """
+
+    name: str
+    batch_size: Annotated[int, Field(gt=0, le=2**20)]
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
+    cache: Literal["auto", "off"] = "auto"
+    window: PositiveInt = 8
+    resize: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    resize_mode: Literal["stretch", "letterbox"] = "stretch"
+    max_unreadable: Annotated[int, Field(ge=0)] = 0
+    overfit: PositiveInt | None = None
+
+
+def _weights(weights: str) -> str:
+    from trainer.models.weights import weights_field
+
+    checked: str = weights_field().func(weights)  # type: ignore[call-arg]
+    return checked
+
+
+class ModelSettings(Settings):
+    """Keys of `model:` that every model has: what it starts from, what starts new and what learns. Some know published weights by name."""
+
+    name: str
+    weights: Annotated[str, AfterValidator(_weights)] = "none"
+    reset_layers: list[str] = []
+    train_only: list[str] = []
+
+
+LearningRate = Annotated[float, Field(gt=0)]
+
+
+class OptimizerSettings(Settings):
+    """Keys of `optimizer:` that every optimizer has: the learning rate, by which the schedule's factor is multiplied."""
+
+    name: str
+    lr: LearningRate
+
+
+class NamedSettings(Settings):
+    """A section that has nothing but its component's keys."""
+
+    name: str
+
+
+class TrainSettings(Settings):
+    """`train:`, how the loop runs.
+
+    `precision: tf32` stores fp32 and computes products and convolutions in TF32, on GPUs from Ampere on; `fp32` never does.
+    `deterministic: auto` is true on CPUs and false on GPUs, where it costs speed: there a resumed run has the bits of an uninterrupted
+    one with `true` only. `timeout` is how long a rank may stand still.
+    `freeze: N` keeps the first N layers of a model that numbers them (`model.0`, `model.1`, …) as they are.
+    """
+
+    duration: Duration
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    accumulate: PositiveInt = 1
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    freeze: Annotated[int, Field(ge=0)] = 0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    channels_last: bool = True
+    compile: bool = False
+    deterministic: Literal["auto"] | bool = "auto"
+    threads: Literal["auto"] | PositiveInt = "auto"
+    log_every: Duration = Span.parse("10 steps")
+    non_finite: Literal["error", "skip"] = "error"
+    timeout: Duration = Span.parse("10 minutes")
+
+
+class EvaluateSettings(Settings):
+    """`evaluate:`, when, which metric makes a checkpoint the best, and after how many evaluations without a better one training ends."""
+
+    every: Duration = Span.parse("1 epoch")
+    best: str = "loss"
+    stop_after: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    pictures: Annotated[int, Field(ge=0)] = 8
+
+
+class CheckpointSettings(Settings):
+    """`checkpoint:`, when, and how many are kept besides the best."""
+
+    every: Duration = Span.parse("1 epoch")
+    keep: Annotated[int, Field(ge=2)] = 3
+
+
+# section -> (kind of component or None, schema of the keys that all its components share, required)
+SECTIONS: dict[str, tuple[str | None, type[Settings], bool]] = {
+    "task": ("task", NamedSettings, True),
+    "data": ("dataset", DataSettings, True),
+    "model": ("model", ModelSettings, True),
+    "loss": ("loss", NamedSettings, True),
+    "optimizer": ("optimizer", OptimizerSettings, True),
+    "schedule": ("schedule", NamedSettings, False),
+    "train": (None, TrainSettings, True),
+    "evaluate": (None, EvaluateSettings, False),
+    "checkpoint": (None, CheckpointSettings, False),
+}
+
+# section that names a component -> the keys that stay where it names another
+SHARED: dict[str, set[str]] = {section: {*shared.model_fields} - {"name"} for section, (kind, shared, _) in SECTIONS.items() if kind}
+SHARED["data"].add("augment")  # a list of components: not part of the schema
+
+DEFAULTS: dict[str, Any] = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}
+
+# Changes under which a run still goes on: they leave what is computed as it is, or only add to it.
+RESUMABLE = (
+    *("train.duration", "train.non_finite", "train.timeout", "evaluate.stop_after", "track", "reference"),
+    *("data.workers", "data.cache", "data.max_unreadable", "checkpoint"),
+)

@@ -1,0 +1,1 @@
+"""What a run tells: the terminal, pictures, trackers and reports."""

@@ -1,0 +1,274 @@
+"""Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from queue import SimpleQueue
+from shutil import copyfile
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from trainer.components import tracker
+from trainer.reporting.trackers.tracker import one_line, scalars
+from trainer.runs.folder import Line, RunFolder, atomic_write
+
+INIT_TIMEOUT_S = 10  # for a server that doesn't answer, after which the run is kept offline
+
+UPLOAD_TIMEOUT_S = 7  # for what is left to send at the end; what isn't sent stays on disk
+
+FINISH_TIMEOUT_S = 30  # both of these, and the start of an offline run between them
+
+STOP_TIMEOUT_S = 8  # a launcher kills 30 s after the signal that stops a run
+
+DEFAULT_PROJECT = "trainer"
+
+OFFLINE = ("offline", "dryrun")  # what W&B takes for it in WANDB_MODE
+
+
+# ---------------------------------------------------------------- Weights & Biases
+
+
+class WandbRun:
+    """The one run of W&B that mirrors a run folder, for training and for `trainer sync`.
+
+    Line n of `metrics.jsonl` is row n there, with `step` as the x-axis. Rows can only be appended, and those that the server has are
+    not sent again, so a line that comes twice, after a resume or by another `trainer sync`, changes nothing.
+
+    Args:
+        folder: the run folder; the run's id is kept there, in `tracking.json`.
+        run_name: the run's display name.
+        config: the resolved recipe.
+        project: W&B project.
+        entity: user or team; None is the key's default.
+        tags: labels to filter runs by.
+
+    Attributes:
+        num_rows: how many rows the server had when the run was opened; 0 offline.
+    """
+
+    def __init__(self, folder: Path, run_name: str, config: dict[str, Any], project: str, entity: str | None, tags: Sequence[str]) -> None:
+        # wandb's reports about itself would hold up the end by 20 s where a server accepts them and never answers.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self._folder = RunFolder(folder)
+        self._about: dict[str, Any] = {"id": _run_id(folder), "name": run_name, "config": config, "project": project, "entity": entity, "tags": list(tags)}
+        self.num_rows = 0
+
+    def open(self, online: bool, files: Path, finish_timeout: float, **settings: Any) -> None:
+        """Creates the run, or goes on with it.
+
+        Args:
+            online: whether to talk to a server; offline all is kept in `files`.
+            files: W&B puts its `wandb/` there.
+            finish_timeout: seconds that `close` gives the upload.
+            settings: further ones of `wandb.Settings`.
+
+        Raises:
+            wandb.Error: the server can't be reached or refuses.
+        """
+        import wandb
+
+        wandb.setup(wandb.Settings(silent=True))
+        self._run = wandb.init(
+            mode="online" if online else "offline",
+            dir=str(files),
+            resume="allow",
+            reinit="create_new",  # leave a run that the calling program may have open alone
+            # Neither console output nor code nor the git remote (its address may hold a token) leaves the machine.
+            settings=wandb.Settings(
+                console="off",
+                save_code=False,
+                disable_code=True,
+                disable_git=True,
+                x_save_requirements=False,
+                init_timeout=INIT_TIMEOUT_S,
+                finish_timeout=finish_timeout,
+                finish_timeout_raises=True,
+                **settings,
+            ),
+            **self._about,
+        )
+        self._run.define_metric("*", step_metric="step")
+        self.num_rows = self._run.starting_step
+
+    def log(self, metrics: dict[str, Any], step: int, split: str, row: int) -> None:
+        """Sends a line of `metrics.jsonl` as row number `row`, unless the server has that."""
+        if row >= self.num_rows:
+            self._run.log({**scalars(metrics, split), "step": step}, step=row)
+
+    def pictures(self, files: Sequence[Path], row: int) -> None:
+        """Sends images with the row that was logged last. For a row that the server has only the files go, which may be missing there."""
+        import wandb
+
+        if row >= self.num_rows:
+            self._run.log({"pictures": [wandb.Image(str(file), caption=file.stem) for file in files]}, step=row)
+            return
+        for file in files:
+            copy = Path(self._run.dir, "media", "images", f"pictures_{row}_{sha256(file.read_bytes()).hexdigest()[:20]}.png")  # wandb's name for it
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copyfile(file, copy)
+            self._run.save(str(copy), base_path=self._run.dir, policy="now")
+
+    def replay(self, lines: Sequence[Line]) -> None:
+        """Sends all lines of `metrics.jsonl`, with their pictures."""
+        for row, line in enumerate(lines):
+            self.log(line, line["step"], line["split"], row)
+            if line["split"] == "validation" and (files := self._folder.pictures_of(line["step"])):
+                self.pictures(files, row)
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Sends `summary.json` and the curves, and waits for the upload.
+
+        Raises:
+            TimeoutError: not everything was taken in time.
+        """
+        import wandb
+
+        status = summary.get("status", "running")
+        self._run.summary.update({key: value for key, value in summary.items() if key not in ("best", "final", "error")})
+        for name, best in summary.get("best", {}).items():
+            self._run.summary.update({f"best/{name}": best["value"], f"best/{name}_step": best["step"]})
+        if (curves := self._folder.pictures / "curves.png").exists():
+            self._run.summary["curves"] = wandb.Image(str(curves))
+        self._run.finish(exit_code=0 if status in ("finished", "stopped") else 1)
+
+
+@tracker()
+class Wandb:
+    """Weights & Biases, one run however often training is interrupted.
+
+    A thread does all the talking, so that training never waits for a server. W&B's own files are in `wandb/` in the run folder.
+
+    Args:
+        folder: the run folder.
+        run_name: the run's display name.
+        config: the resolved recipe.
+        mode: `auto` is online where an API key is found, else offline; so is `online`, since nobody is ever asked for a key. WANDB_MODE wins.
+        project: W&B project.
+        entity: user or team; None is the key's default.
+        tags: labels to filter runs by.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run_name: str,
+        config: dict[str, Any],
+        /,
+        *,
+        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+        project: str = DEFAULT_PROJECT,
+        entity: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> None:
+        mode_wanted = os.environ.get("WANDB_MODE") or mode
+        self._thread: threading.Thread | None = None
+        self._queue: SimpleQueue[Callable[[WandbRun], None] | None] = SimpleQueue()
+        self._error: Exception | None = None
+        self._given_up = False
+        self._lines_before = RunFolder(folder).read_metrics()
+        self._row = len(self._lines_before) - 1  # of the last line
+        if mode_wanted == "disabled":
+            return
+        # Imported here and not by the thread, where it would slow the first steps down, and where a loader worker that is forked in
+        # the middle of an import would wait for its lock for ever. The second is what every `wandb.init` imports.
+        import wandb
+        import wandb.sdk.launch  # noqa: F401
+
+        offline = mode_wanted in OFFLINE
+        self._online = not offline and has_key()
+        self._folder = folder
+        self._how_to_send = f"to send it later: trainer sync {folder}"
+        if not self._online and not offline:
+            print(f"wandb: no API key found, so this run is kept offline; {self._how_to_send}", flush=True)
+        self._run = WandbRun(folder, run_name, config, project, entity, tags)
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, metrics: dict[str, Any], step: int, split: str) -> None:
+        """Queues the numbers; raises what went wrong with earlier ones."""
+        self._row += 1
+        row = self._row
+        self._put(lambda run: run.log(metrics, step, split, row))
+
+    def pictures(self, files: Sequence[Path], step: int) -> None:
+        """Queues image files, which must still be there when their turn comes."""
+        row = self._row
+        self._put(lambda run: run.pictures(files, row))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Sends what is queued and the summary; gives up after a bounded time, since the run folder has it all."""
+        if self._thread is None:
+            return
+        self._put(lambda run: run.close(summary))
+        self._queue.put(None)
+        self._thread.join(FINISH_TIMEOUT_S if summary["status"] == "finished" else STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            self._given_up = True
+        if self._given_up or isinstance(self._error, TimeoutError):
+            raise TimeoutError(f"the server didn't take everything in time; {self._how_to_send}")
+        if self._error:
+            raise self._error
+
+    def _put(self, action: Callable[[WandbRun], None]) -> None:
+        if self._error:
+            raise self._error
+        if self._thread:
+            self._queue.put(action)
+
+    def _work(self) -> None:
+        try:
+            self._open()
+            while action := self._queue.get():
+                action(self._run)
+        except Exception as error:
+            self._error = error
+
+    def _open(self) -> None:
+        import wandb
+
+        if self._online:
+            try:
+                self._run.open(True, self._folder, UPLOAD_TIMEOUT_S)
+            except Exception as error:
+                if self._given_up:
+                    raise
+                print(f"wandb: {one_line(error)}; kept offline, {self._how_to_send}", file=sys.stderr, flush=True)
+            else:
+                # What an interrupted run had written and not yet sent: rows can only be appended, so later would be too late.
+                self._run.replay(self._lines_before)
+                return
+            wandb.teardown()  # the failed attempt's service holds the id
+        self._run.open(False, self._folder, UPLOAD_TIMEOUT_S)
+
+
+def _run_id(folder: Path) -> str:
+    """The id under which W&B knows this run: made once, then kept in the run folder."""
+    file = folder / "tracking.json"
+    if not file.exists():
+        atomic_write(file, json.dumps({"wandb": {"id": uuid.uuid4().hex[:12]}}) + "\n")
+    return json.loads(file.read_text(encoding="utf-8"))["wandb"]["id"]
+
+
+def has_key() -> bool:
+    """Whether W&B would find an API key without asking: in WANDB_API_KEY, or for its server's host in a netrc file."""
+    server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    candidates = [Path(os.environ["NETRC"])] if os.environ.get("NETRC") else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for file in candidates:
+        try:
+            entry = netrc.netrc(file.expanduser()).authenticators(urlsplit(server).netloc)
+        except FileNotFoundError:
+            continue
+        except (OSError, netrc.NetrcParseError):
+            return False
+        return bool(entry and entry[2])
+    return False

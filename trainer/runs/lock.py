@@ -1,0 +1,45 @@
+"""Which process has a run; nothing here imports torch."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from trainer.errors import UserError
+
+
+def lock_run(folder: Path) -> FileLock:
+    """Takes a run for this process; the operating system frees it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(_lock_file(folder))
+    try:
+        lock.acquire(timeout=1)  # longer than `is_locked` takes
+    except Timeout:
+        raise UserError(f"{folder} is in use by another process; wait for it, or give this run another name=…") from None
+    return lock
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process has the run. Asks for a shared lock: two that ask at a time must not see each other."""
+    try:
+        descriptor = os.open(_lock_file(folder), os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
