@@ -81,7 +81,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from tests.unit.reporting.test_trackers import mirrors, train, validate
-from trainer.tracking import RunFolder
+from trainer.runs.folder import RunFolder
 
 folder = RunFolder(Path(sys.argv[1]))
 mirror = mirrors(folder, "wandb", project="pets")
