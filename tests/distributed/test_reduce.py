@@ -139,6 +139,7 @@ def _control(out: Path) -> None:
     assert control.text_from_main("über" if rank == 0 else "something else") == "über"
     assert control.text_from_main("" if rank == 0 else "x") == ""
     assert control.sum([2**61 - 1])[0] % 2**61 == (3 * (2**61 - 1)) % 2**61
+    assert control.union([[7, 0], [], [3, 7, 5]][rank]) == [0, 3, 5, 7] and control.union([]) == []
     counts = total({"counts": torch.tensor([rank, 2**60]), "mass": torch.tensor(0.5, dtype=torch.float64)})
     assert counts["counts"].tolist() == [3, 3 * 2**60] and counts["counts"].dtype == torch.int64
     assert counts["mass"].item() == 1.5

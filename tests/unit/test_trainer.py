@@ -63,17 +63,22 @@ def test_dropout_draws_differ_between_steps_micro_batches_and_ranks_and_resume_w
     assert [[*draws[:8], *draws[9:]] for draws in kept["cut"]] == kept["whole"]
 
 
-def ticking(then: Callable[[], Any] | None = None) -> Callable[[int], None]:
-    """A clock on which every optimizer step takes ten seconds."""
+def ticking(then: Callable[[], Any] | None = None, evaluation_s: float = 0.0) -> Callable[[int], None]:
+    """A clock on which every optimizer step takes ten seconds, and each batch of an evaluation so many."""
 
     def fault(rank: int) -> None:
-        train_step, now = loop.Trainer._train_step, [1000.0]
+        train_step, evaluation_sums, now = loop.Trainer._train_step, Segmentation.evaluation_sums, [1000.0]
+
+        def evaluating(task: Segmentation, model: Any, batch: Any) -> Any:
+            now[0] += evaluation_s
+            return evaluation_sums(task, model, batch)
 
         def step(trainer: Any, batches: Any) -> None:
             now[0] += 10
             train_step(trainer, batches)
 
         loop.Trainer._train_step = step  # type: ignore[method-assign]
+        Segmentation.evaluation_sums = evaluating  # type: ignore[method-assign]
         loop.time = SimpleNamespace(monotonic=lambda: now[0])  # type: ignore[attr-defined]
         if then:
             then()
@@ -93,6 +98,14 @@ def test_a_training_in_minutes_lasts_as_long_however_often_it_is_interrupted(tmp
     assert checkpoints.steps(run / "checkpoints") == [4, 6, 8, 12]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["seconds"] == 120 and summary["samples_per_second"] == 12 * 8 / 120
+
+
+def test_the_logged_speed_is_that_of_training_alone(tmp_path: Path) -> None:
+    with Job(1, write_recipe(tmp_path), "train.duration=7 steps", "evaluate.every=2 steps", fault=ticking(evaluation_s=50.0)) as job:
+        assert job.wait() == [0], job.output
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples_per_second"] for line in lines if line["split"] == "train"] == pytest.approx([0.8] * 7)
+    assert [line["split"] for line in lines].count("validation") == 4
 
 
 class OnDevice(torch.Tensor):

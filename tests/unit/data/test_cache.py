@@ -47,3 +47,15 @@ def test_samples_of_different_sizes_lie_beside_each_other(tmp_path: Path, order:
         cache.write(index, sample(index))
     again = PixelCache(tmp_path, {"image": 3, "mask": 1}, SIZES)
     assert all(index in again and equal(again.read(index), sample(index)) for index in order)
+
+
+def test_what_is_read_may_be_changed_without_changing_the_cache(tmp_path: Path) -> None:
+    """As an augmentation in place would."""
+    sizes = SIZES[[0, 2]]
+    cache = PixelCache(tmp_path, {"image": 3, "mask": 1}, sizes)
+    for index in (0, 1):
+        cache.write(index, sample(0))
+    for found in (cache.read(0), cache.read(1), cache.read_batch([0, 1])):
+        for pixels in found.values():
+            pixels.zero_()
+    assert equal(cache.read(0), sample(0)) and equal(cache.read(1), sample(0))
