@@ -155,7 +155,9 @@ def test_a_tracker_that_cannot_start_is_switched_off(folder: RunFolder, capsys: 
 
 
 def test_nothing_heavy_is_imported_for_a_recipe_check() -> None:
-    code = "import sys, trainer.reporting.trackers.wandb, trainer.reporting.trackers.tensorboard; sys.exit(' '.join({'wandb', 'tensorboard', 'matplotlib', 'datasets', 'accelerate'} & set(sys.modules)))"
+    heavy = {"wandb", "tensorboard", "matplotlib", "datasets", "accelerate"}
+    modules = "trainer.reporting.trackers.wandb, trainer.reporting.trackers.tensorboard"
+    code = f"import sys, {modules}; sys.exit(' '.join({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[3], capture_output=True, text=True).stderr.strip() == ""
 
 
