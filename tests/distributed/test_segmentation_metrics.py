@@ -26,7 +26,7 @@ from __future__ import annotations
 import numpy as np
 
 from trainer.components import dataset
-from trainer.data.prepare import encode_png
+from trainer.data.images import encode_png
 from trainer.data.source import DataInfo, Source
 
 
