@@ -159,3 +159,22 @@ def test_a_crop_keeps_the_size_of_data_resize_unless_it_says_another() -> None:
     assert build(component, component.schema(size=[8, 9]), resize=[20, 30])(image).shape == (3, 8, 9)
     with pytest.raises(ValueError, match=r"data\.resize"):
         build(component, component.schema(), resize=None)
+
+
+@pytest.mark.parametrize("size", [(24, 72), (72, 24)])
+def test_a_mosaic_shows_four_samples_and_nothing_else_around_a_point_anywhere(size: tuple[int, int]) -> None:
+    """Also where it is wide or tall: the four are plain, so the point is where one value ends and the next begins."""
+    mosaic = catalogue("augmentation")["mosaic"].build({"size": list(size), "scale": [1.0, 1.0]}, resize=None)
+    values = [50, 100, 150, 200]
+    parts = [{"image": tv_tensors.Image(torch.full((3, *size), value, dtype=torch.uint8))} for value in values]
+    points = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        shown = mosaic(parts)["image"].as_subclass(Tensor)[0]
+        assert shown.shape == size and set(shown.unique().tolist()) <= set(values)
+        top, left = int((shown[:, 0] == shown[0, 0]).sum()), int((shown[0] == shown[0, 0]).sum())
+        if top < size[0] and left < size[1]:  # the point is inside
+            assert [int(shown[row, column]) for row in (0, -1) for column in (0, -1)] == values
+            points.append((top / size[0], left / size[1]))
+    assert len(points) > 40
+    assert all(min(places) < 0.2 and max(places) > 0.8 for places in zip(*points, strict=True))
