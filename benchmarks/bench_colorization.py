@@ -1,4 +1,5 @@
-"""25 epochs of the colourisation U-Net against `plain_loop.py`, in turns in one run: seconds as ratios, and the accuracy of each.
+"""25 epochs of the colourisation U-Net against `plain_loop.py`, in turns in one run: seconds as ratios, and the
+accuracy of each.
 
     TRAINER_DATA=data python benchmarks/bench_colorization.py
 
@@ -56,7 +57,10 @@ def main() -> None:
     seconds = {name: statistics.median(each[0] for each in results) for name, results in found.items()}
     print(f"{'':16}{'seconds':>10}{'ratio':>8}  accuracy")
     for name, results in found.items():
-        print(f"{name:16}{seconds[name]:10.1f}{seconds['plain loop'] / seconds[name]:8.2f}  {', '.join(f'{accuracy:.4f}' for _, accuracy in results)}")
+        print(
+            f"{name:16}{seconds[name]:10.1f}{seconds['plain loop'] / seconds[name]:8.2f}  "
+            f"{', '.join(f'{accuracy:.4f}' for _, accuracy in results)}"
+        )
 
 
 if __name__ == "__main__":

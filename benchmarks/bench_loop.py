@@ -18,7 +18,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = [sys.executable, "benchmarks/plain_loop.py", "shapes"]
-RUN = [sys.executable, "trainer/run.py", "recipes/quickstart.yaml", "--resume", "never", "track=[]", "schedule=cosine", "evaluate.pictures=0"]
+RUN = [
+    sys.executable,
+    "trainer/run.py",
+    "recipes/quickstart.yaml",
+    "--resume",
+    "never",
+    "track=[]",
+    "schedule=cosine",
+    "evaluate.pictures=0",
+]
 RUN += ["data.batch_size=16", "data.augment=[horizontal_flip]", "model.depth=4"]  # what the plain loop does
 SAME = ["train.precision=fp32", "train.channels_last=false"]
 
@@ -27,7 +36,9 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
     """Seconds from the start of the process to its first printed step, and the last printed samples a second."""
     started = time.monotonic()
     first = rate = 0.0
-    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             words = line.split()
@@ -50,7 +61,13 @@ def main() -> None:
         environment = {**os.environ, "TRAINER_RUNS": folder}
         # The plain loop prints after its first step and at its end; the framework does one in each of two runs.
         one_step = [*RUN, "train.duration=1 steps", "train.log_every=1 steps"]
-        all_steps = [*RUN, f"train.duration={options.steps} steps", f"train.log_every={half} steps", "evaluate.every=100%", "checkpoint.every=100%"]
+        all_steps = [
+            *RUN,
+            f"train.duration={options.steps} steps",
+            f"train.log_every={half} steps",
+            "evaluate.every=100%",
+            "checkpoint.every=100%",
+        ]
         plain = [*PLAIN, f"--steps={options.steps}"]
         sides = {
             "plain loop": (plain, plain),
@@ -65,7 +82,9 @@ def main() -> None:
                     rate = run(to_the_end, environment)[1]
                 if turn:  # the first turn fills page cache and pixel cache
                     found[side].append((first, rate))
-    medians = {side: tuple(statistics.median(values) for values in zip(*turns, strict=True)) for side, turns in found.items()}
+    medians = {
+        side: tuple(statistics.median(values) for values in zip(*turns, strict=True)) for side, turns in found.items()
+    }
     plain_first, plain_rate = medians["plain loop"]
     print(f"{'':16}{'first step, s':>15}{'ratio':>8}{'samples/s':>12}{'ratio':>8}")
     for side, (first, rate) in medians.items():

@@ -2,9 +2,10 @@
 
     make bench
 
-A tiny model that logs every step, so that tracking has the largest share it can have. A step's time is that from its end to the end of
-the next one, with all that the loop does in between. All sides train at the same time, each in a process of its own: what else the
-machine is doing changes their times, hardly their ratios. A second side without W&B says how much chance there is in these.
+A tiny model that logs every step, so that tracking has the largest share it can have. A step's time is that from its
+end to the end of the next one, with all that the loop does in between. All sides train at the same time, each in a
+process of its own: what else the machine is doing changes their times, hardly their ratios. A second side without W&B
+says how much chance there is in these.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def train_side(recipe: Path, steps: int, url: str) -> None:
     track = "[wandb]" if url else "[]"
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         train(recipe, (*OVERRIDES, f"train.duration={steps} steps", f"track={track}"), resume="never")
-    recipe.with_suffix(".json").write_text(json.dumps([after - before for before, after in zip(ends[WARM_UP:], ends[WARM_UP + 1 :], strict=False)]))
+    recipe.with_suffix(".json").write_text(
+        json.dumps([after - before for before, after in zip(ends[WARM_UP:], ends[WARM_UP + 1 :], strict=False)])
+    )
 
 
 def train_sides(folder: Path, sides: dict[str, str], steps: int) -> dict[str, list[float]]:
@@ -74,7 +77,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, WandbServer(500) as failing, WandbServer(None) as silent, socket.socket() as closed:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        WandbServer(500) as failing,
+        WandbServer(None) as silent,
+        socket.socket() as closed,
+    ):
         closed.bind(("127.0.0.1", 0))  # taken, so nobody else listens there, and not listening
         sides = {
             "off": "",

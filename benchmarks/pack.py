@@ -55,10 +55,13 @@ def main() -> None:
             for split in card.splits:  # noqa: B023  used up before the next turn
                 for file in card.files(folder, split):  # noqa: B023
                     for row in ParquetFile(file).read(list(card.columns)).to_pylist():  # noqa: B023
-                        yield split, {column: repacked(row[column], role, size) for column, role in card.columns.items()}  # noqa: B023
+                        columns = card.columns.items()  # noqa: B023
+                        yield split, {column: repacked(row[column], role, size) for column, role in columns}  # noqa: B023
 
         packed = prepare(replace(source, rows=rows, archives=()), options.out, None)
-        total = sum(file.stat().st_size for split in packed.splits for file in packed.files(options.out / packed.name, split))
+        total = sum(
+            file.stat().st_size for split in packed.splits for file in packed.files(options.out / packed.name, split)
+        )
         print(f"{packed.name}: {total / 2**20:.1f} MiB in {options.out / packed.name}")
 
 

@@ -1,7 +1,7 @@
 """Plain training loops, without the framework: what it is measured against, and proof that it hides nothing.
 
-    python benchmarks/plain_loop.py shapes --steps 100               # a U-Net, speed
-    python benchmarks/plain_loop.py cifar10_horses --epochs 25       # the colourisation U-Net, evaluated after each epoch
+    python benchmarks/plain_loop.py shapes --steps 100               # a U-Net, speed python benchmarks/plain_loop.py
+    cifar10_horses --epochs 25       # the colourisation U-Net, evaluated after each epoch
 
 Reads the prepared Parquet into memory, shuffles, trains. One process, no checkpoint, no resume.
 """
@@ -26,15 +26,24 @@ from torch import Tensor, nn
 from trainer.models.colorization import ColorizationUNet
 from trainer.models.unet import UNet
 
-MEAN, STD = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) * 255 for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+MEAN, STD = (
+    torch.tensor(values, dtype=torch.float64).view(3, 1, 1) * 255
+    for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 def read(folder: Path) -> tuple[Tensor, Tensor]:
     """All images uint8 (N, 3, H, W) and masks uint8 (N, H, W) of a split."""
-    rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.ParquetFile(file).read(["image", "mask"]).to_pylist()]
-    images, masks = ([np.asarray(Image.open(io.BytesIO(row[column]["bytes"]))) for row in rows] for column in ("image", "mask"))
+    rows = [
+        row
+        for file in sorted(folder.glob("*.parquet"))
+        for row in pq.ParquetFile(file).read(["image", "mask"]).to_pylist()
+    ]
+    images, masks = (
+        [np.asarray(Image.open(io.BytesIO(row[column]["bytes"]))) for row in rows] for column in ("image", "mask")
+    )
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(np.stack(masks))
 
 
@@ -45,7 +54,10 @@ def shuffled(images: Tensor, masks: Tensor, batch_size: int, flips: bool) -> Bat
             x, y = images[chosen], masks[chosen]
             if flips:
                 flip = torch.rand(len(chosen)) < 0.5
-                x, y = torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x), torch.where(flip.view(-1, 1, 1), y.flip(-1), y)
+                x, y = (
+                    torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x),
+                    torch.where(flip.view(-1, 1, 1), y.flip(-1), y),
+                )
             yield x, y
 
 
@@ -60,7 +72,12 @@ def grey(images: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def train(
-    model: nn.Module, batches: Batches, steps: int, optimizer: torch.optim.Optimizer, inputs: Callable[..., Tensor] = normalised, cosine: bool = True
+    model: nn.Module,
+    batches: Batches,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    inputs: Callable[..., Tensor] = normalised,
+    cosine: bool = True,
 ) -> Iterator[Tensor]:
     """The loop; yields the loss of each step. Cross entropy that ignores 255."""
     device, dtype = (weights := next(model.parameters())).device, weights.dtype
@@ -79,7 +96,9 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, masks: Tensor, inputs: Callable[..., Tensor], batch_size: int) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module, images: Tensor, masks: Tensor, inputs: Callable[..., Tensor], batch_size: int
+) -> tuple[float, float]:
     """Mean cross entropy and pixel accuracy."""
     model.eval()
     loss, correct = 0.0, 0
@@ -113,17 +132,25 @@ def shapes(folder: Path, steps: int, batch_size: int) -> None:
 
 
 def colorization(folder: Path, epochs: int, batch_size: int) -> None:
-    """Prints loss and accuracy on the validation images after each epoch, and the seconds of training and evaluation."""
+    """Prints loss and accuracy on the validation images after each epoch,
+    and the seconds of training and evaluation.
+    """
     (images, masks), validation = read(folder / "train"), read(folder / "validation")
     model = ColorizationUNet(24).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     steps = len(images) // batch_size
     started = time.monotonic()
-    losses = train(model, shuffled(images, masks, batch_size, flips=False), epochs * steps, optimizer, grey, cosine=False)
+    losses = train(
+        model, shuffled(images, masks, batch_size, flips=False), epochs * steps, optimizer, grey, cosine=False
+    )
     for step, _ in enumerate(losses, 1):
         if step % steps == 0:
             loss, accuracy = evaluate(model, *validation, grey, 500)
-            print(f"epoch {step // steps}  validation loss {loss:.4f}  accuracy {accuracy:.4f}  {time.monotonic() - started:.1f} s", flush=True)
+            print(
+                f"epoch {step // steps}  validation loss {loss:.4f}  accuracy {accuracy:.4f}  "
+                f"{time.monotonic() - started:.1f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

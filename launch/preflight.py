@@ -2,8 +2,8 @@
 
     python launch/preflight.py ADDRESS PORT RANK NODE…
 
-The nodes register at the first one, which can thus name those that don't. Then they add up a number over gloo, as the training will.
-Exit code 1 after one message if $TRAINER_PREFLIGHT_TIMEOUT (default 60) seconds weren't enough for that.
+The nodes register at the first one, which can thus name those that don't. Then they add up a number over gloo, as the
+training will. Exit code 1 after one message if $TRAINER_PREFLIGHT_TIMEOUT (default 60) seconds weren't enough for that.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ def preflight(address: str, port: int, rank: int, nodes: list[str], limit_s: flo
     except RuntimeError as error:
         if rank == 0:
             return f"node {nodes[0]} can't listen on port {port}: {error}"
-        return f"node {nodes[rank]} (rank {rank}): the first node, {nodes[0]}, doesn't answer at {address}:{port} within {limit_s:g} s"
+        return (
+            f"node {nodes[rank]} (rank {rank}): the first node, {nodes[0]}, doesn't answer at {address}:{port} within "
+            f"{limit_s:g} s"
+        )
     store.set(f"node {rank}", "here")
     if rank == 0:
-        missing = [f"node {nodes[other]} (rank {other})" for other in range(1, len(nodes)) if not _answers(store, other, deadline)]
+        missing = [
+            f"node {nodes[other]} (rank {other})"
+            for other in range(1, len(nodes))
+            if not _answers(store, other, deadline)
+        ]
         if missing:
             return f"{', '.join(missing)} {'do' if len(missing) > 1 else 'does'}n't answer within {limit_s:g} s"
         store.set("complete", "yes")
@@ -40,7 +47,9 @@ def preflight(address: str, port: int, rank: int, nodes: list[str], limit_s: flo
     except RuntimeError:
         return ""
     try:
-        dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), rank=rank, world_size=len(nodes), timeout=limit)
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore("gloo", store), rank=rank, world_size=len(nodes), timeout=limit
+        )
         total = torch.ones(1)
         dist.all_reduce(total)
         assert total.item() == len(nodes)
@@ -48,7 +57,8 @@ def preflight(address: str, port: int, rank: int, nodes: list[str], limit_s: flo
         interfaces = ", ".join(name for _, name in socket.if_nameindex())
         return (
             f"node {nodes[rank]} (rank {rank}) reaches the first node, but not all others: {error}\n"
-            f"set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that the nodes share; this one has {interfaces}"
+            "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that the nodes share; this one "
+            f"has {interfaces}"
         )
     dist.destroy_process_group()
     return None
@@ -65,7 +75,9 @@ def _answers(store: dist.TCPStore, rank: int, deadline: float) -> bool:
 def main(address: str, port: str, rank: str, *nodes: str) -> int:
     """The command line; returns the exit code."""
     started = time.monotonic()
-    wrong = preflight(address, int(port), int(rank), list(nodes), float(os.environ.get("TRAINER_PREFLIGHT_TIMEOUT") or 60))
+    wrong = preflight(
+        address, int(port), int(rank), list(nodes), float(os.environ.get("TRAINER_PREFLIGHT_TIMEOUT") or 60)
+    )
     if wrong:
         print(f"error: {wrong}", file=sys.stderr, flush=True)
     elif wrong is None and rank == "0":

@@ -16,7 +16,8 @@ import pytest
 
 # Each worker of pytest-xdist has one core to itself, and a forked child hangs in OpenMP with more than one thread.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Forked tests would ask for CUDA, and several ranks for one card: only tests that need a GPU see one, where they run alone.
+# Forked tests would ask for CUDA, and several ranks for one card: only tests that need a GPU see one, where they run
+# alone.
 # Here, since this file is read before any that imports torch.
 _VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -27,12 +28,15 @@ SHARED = ("resource_tracker", "forkserver")  # processes that multiprocessing ke
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Signals have their default effect, whatever started the suite: a background shell has its children ignore SIGINT, nohup SIGHUP."""
+    """Signals have their default effect, whatever started the suite:
+    a background shell has its children ignore SIGINT, nohup SIGHUP.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    if sys.platform == "linux":  # a grandchild whose parent has ended becomes a child of this process, where it is found
+    # A grandchild whose parent has ended becomes a child of this process, where it is found.
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
 
 
@@ -49,7 +53,8 @@ def _ends_what_it_starts() -> Iterator[None]:
     """Fails a test that leaves a process behind, and ends that process."""
     before = _children()
     yield
-    for worker in multiprocessing.active_children():  # of a loader that an error keeps alive; they would end with this process
+    # Of a loader that an error keeps alive; they would end with this process.
+    for worker in multiprocessing.active_children():
         if worker.daemon and worker.pid not in before:
             worker.kill()
             worker.join()

@@ -1,4 +1,6 @@
-"""Runs the framework in forked processes: a launch takes ten seconds, a fork of a parent that has imported everything 0.2."""
+"""Runs the framework in forked processes: a launch takes ten seconds,
+a fork of a parent that has imported everything 0.2.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ TINY = Path(__file__).with_name("tiny.py")
 RECIPE = f"""
 plugins: [{TINY}]
 task: segmentation
-data: {{name: tiny, batch_size: 8, window: 3, workers: 0, augment: [{{name: random_crop, size: [16, 16]}}, horizontal_flip]}}
+data: {{name: tiny, batch_size: 8, window: 3, workers: 0,
+       augment: [{{name: random_crop, size: [16, 16]}}, horizontal_flip]}}
 model: {{name: unet, width: 4, depth: 2}}
 loss: soft_iou
 optimizer: {{name: adamw, lr: 1e-2}}
@@ -50,7 +53,12 @@ checkpoint: {{every: 5 steps}}
 def _enter(rank: int, world_size: int, port: int) -> None:
     torch.set_num_threads(1)  # a forked child hangs in OpenMP otherwise
     if world_size > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+        }
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # as launchers do
 
 
@@ -116,13 +124,17 @@ class Job:
         context, port, self.group = mp.get_context("fork"), _free_port(), 0
         self.processes: list[Any] = []
         for rank in range(world_size):
-            process = context.Process(target=self._run, args=(rank, world_size, port, [str(argument) for argument in arguments], fault))
+            process = context.Process(
+                target=self._run, args=(rank, world_size, port, [str(argument) for argument in arguments], fault)
+            )
             process.start()
             self.group = self.group or process.pid
             os.setpgid(process.pid, self.group)  # here and there, as either may come first
             self.processes.append(process)
 
-    def _run(self, rank: int, world_size: int, port: int, arguments: list[str], fault: Callable[[int], Any] | None) -> None:
+    def _run(
+        self, rank: int, world_size: int, port: int, arguments: list[str], fault: Callable[[int], Any] | None
+    ) -> None:
         os.setpgid(0, self.group)
         for descriptor in (1, 2):
             os.dup2(self._output.fileno(), descriptor)
@@ -147,7 +159,9 @@ class Job:
                 os.kill(process.pid, number)
 
     def wait(self, seconds: float = 200.0) -> list[int | None]:
-        """Waits until all have ended or the time is over; returns their exit codes, minus the signal's number of one that was killed."""
+        """Waits until all have ended or the time is over; returns their exit codes,
+        minus the signal's number of one that was killed.
+        """
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -187,7 +201,11 @@ def lines(run: Path, split: str | None = None) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what depends on the clock."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if not key.endswith("_per_second") and key not in ("seconds", "time")}
+        {
+            key: value
+            for key, value in line.items()
+            if not key.endswith("_per_second") and key not in ("seconds", "time")
+        }
         for line in found
         if split in (None, line["split"])
     ]

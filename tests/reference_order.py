@@ -1,6 +1,8 @@
-"""The order of the samples and their fingerprint once more, in plain Python, as the documentation describes them: shares nothing with `trainer`.
+"""The order of the samples and their fingerprint once more, in plain Python, as the documentation describes them:
+shares nothing with `trainer`.
 
-an epoch permutes the row groups; `window` consecutive ones are permuted together; batch k holds positions k·B … k·B + B - 1
+an epoch permutes the row groups; `window` consecutive ones are permuted together; batch k holds positions k·B … k·B + B
+- 1
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import blake2b
 
-ROW_GROUPS, WINDOW, AUGMENT = 2, 3, 4  # what a seed is for: later versions must not change these numbers, or resumed runs change
+# What a seed is for: later versions must not change these numbers, or resumed runs change.
+ROW_GROUPS, WINDOW, AUGMENT = 2, 3, 4
 _64_BITS = 2**64 - 1
 
 
@@ -51,10 +54,14 @@ def stream_of(row_groups: Sequence[int], seed: int, window: int, positions: int)
 
 
 def fingerprints(samples: Sequence[tuple[int, int]], batch_size: int) -> list[str]:
-    """`data_fingerprint` after each step: the sum modulo 2^61 of blake2b-8 over the little-endian int64 triples (step, epoch, sample id)."""
+    """`data_fingerprint` after each step: the sum modulo 2^61 of blake2b-8 over the little-endian int64 triples (step,
+    epoch, sample id).
+    """
     total, found = 0, []
     for position, (epoch, sample) in enumerate(samples):
-        triple = b"".join(number.to_bytes(8, "little", signed=True) for number in (position // batch_size, epoch, sample))
+        triple = b"".join(
+            number.to_bytes(8, "little", signed=True) for number in (position // batch_size, epoch, sample)
+        )
         total = (total + int.from_bytes(blake2b(triple, digest_size=8).digest(), "little")) % 2**61
         if (position + 1) % batch_size == 0:
             found.append(f"{total:016x}")

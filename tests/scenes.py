@@ -1,4 +1,6 @@
-"""A data set of a few generated images with boxes and masks, of different sizes, for tests; a recipe lists `tests.scenes` under `plugins`."""
+"""A data set of a few generated images with boxes and masks, of different sizes, for tests;
+a recipe lists `tests.scenes` under `plugins`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ checkpoint: {every: 4 steps}
 RECIPES = {
     "detection": """
 task: {name: detection, conf_threshold: 1e-5}
-data: {name: scenes, batch_size: 4, window: 3, workers: 0, resize: [64, 64], resize_mode: letterbox, augment: [mosaic, horizontal_flip]}
+data: {name: scenes, batch_size: 4, window: 3, workers: 0, resize: [64, 64], resize_mode: letterbox,
+       augment: [mosaic, horizontal_flip]}
 model: {name: yolo, size: n}
 loss: yolo
 evaluate: {every: 4 steps, best: map, batch_size: 4, pictures: 2}
@@ -83,7 +86,10 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
     for index in range(TRAIN + VALIDATION):
         image, masks, labels, crowds = scene(index)
         counts = encode_masks(torch.from_numpy(np.stack(masks))) if masks else []
-        objects = [Instance(box(mask), label, rle, crowd) for mask, label, rle, crowd in zip(masks, labels, counts, crowds, strict=True)]
+        objects = [
+            Instance(box(mask), label, rle, crowd)
+            for mask, label, rle, crowd in zip(masks, labels, counts, crowds, strict=True)
+        ]
         yield "train" if index < TRAIN else "validation", {"image": encode_png(image), "objects": objects}
 
 

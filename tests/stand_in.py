@@ -16,11 +16,20 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
     for index in range(11):
         random = np.random.default_rng(index)
         mask = random.integers(0, 2, (64, 64), dtype=np.uint8)
-        yield "train" if index < 8 else "validation", {"image": encode_png(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "mask": encode_png(mask)}
+        yield (
+            "train" if index < 8 else "validation",
+            {"image": encode_png(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "mask": encode_png(mask)},
+        )
 
 
 @dataset(fields=("image", "mask", "colour_centres"))
 def stand_in() -> Source:
     """Two classes, 8 + 3 images of 64 x 64."""
     centres = {"colour_centres": [[0.1, 0.2, 0.3], [0.9, 0.8, 0.7]]}
-    return Source("stand_in", DataInfo(("background", "flower"), 255), {"image": "image", "mask": "mask"}, _rows, statistics=lambda paths: centres)
+    return Source(
+        "stand_in",
+        DataInfo(("background", "flower"), 255),
+        {"image": "image", "mask": "mask"},
+        _rows,
+        statistics=lambda paths: centres,
+    )

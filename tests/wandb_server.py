@@ -5,7 +5,8 @@
         (run,) = server.runs.values()
         run.history, run.config, run.summary, run.files
 
-It answers GraphQL (who am I, create or resume a run, where to put files), takes the stream of history and summary, and stores files.
+It answers GraphQL (who am I, create or resume a run, where to put files), takes the stream of history and summary, and
+stores files.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Run:
         return json.loads(lines[max(lines)]) if lines else {}
 
     def _resume_status(self, name: str) -> dict[str, Any]:
-        history, events = (list(self.lines.get(file, {}).values()) for file in ("wandb-history.jsonl", "wandb-events.jsonl"))
+        history, events = (
+            list(self.lines.get(file, {}).values()) for file in ("wandb-history.jsonl", "wandb-events.jsonl")
+        )
         return {
             "id": name,
             "name": name,
@@ -97,7 +100,9 @@ class WandbServer:
                     return
                 if not owner.takes_rows and self.path.endswith("file_stream"):
                     status = 403
-                text = json.dumps(owner._answer(self.path, body) if status < 300 else {"error": "out of order"}).encode()
+                text = json.dumps(
+                    owner._answer(self.path, body) if status < 300 else {"error": "out of order"}
+                ).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))
@@ -129,7 +134,9 @@ class WandbServer:
     def wait_until(self, condition: Callable[[Run], object], timeout: float = 60) -> None:
         """Returns when there is a run of which `condition` is true."""
         with self.changed:
-            assert self.changed.wait_for(lambda: any(condition(run) for run in self.runs.values()), timeout), "it never happened"
+            assert self.changed.wait_for(lambda: any(condition(run) for run in self.runs.values()), timeout), (
+                "it never happened"
+            )
 
     def _answer(self, path: str, body: bytes) -> dict[str, Any]:
         with self.changed:
@@ -154,10 +161,23 @@ class WandbServer:
 
     def _graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         operation = query.split("(")[0].split("{")[0].split()[1]
-        project = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": variables.get("entity") or "somebody"}}
+        project = {
+            "id": "p",
+            "name": variables.get("project"),
+            "entity": {"id": "e", "name": variables.get("entity") or "somebody"},
+        }
         match operation:
             case "Viewer":
-                return {"viewer": {"id": "v", "entity": "somebody", "username": "somebody", "email": "", "flags": "{}", "teams": {"edges": []}}}
+                return {
+                    "viewer": {
+                        "id": "v",
+                        "entity": "somebody",
+                        "username": "somebody",
+                        "email": "",
+                        "flags": "{}",
+                        "teams": {"edges": []},
+                    }
+                }
             case "ServerFeaturesQuery":
                 return {"serverInfo": {"features": []}}
             case "RunResumeStatus":
@@ -171,7 +191,13 @@ class WandbServer:
                 if variables.get("config"):
                     run.config = json.loads(variables["config"])
                 run.about |= {name: value for name, value in variables.items() if value is not None}
-                bucket = {"id": key[1], "name": key[1], "displayName": run.about.get("displayName"), "config": json.dumps(run.config), "project": project}
+                bucket = {
+                    "id": key[1],
+                    "name": key[1],
+                    "displayName": run.about.get("displayName"),
+                    "config": json.dumps(run.config),
+                    "project": project,
+                }
                 return {"upsertBucket": {"bucket": bucket | {"historyLineCount": len(run.history)}, "inserted": new}}
             case "CreateRunFiles":
                 where = f"{self.url}/storage/{variables['project']}/{variables['run']}"

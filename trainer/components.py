@@ -79,7 +79,9 @@ _loaded: set[str] = set()
 
 
 def _decorator(kind: str) -> Callable[..., Callable[[F], F]]:
-    def decorate(*, name: str | None = None, interface: str | None = None, fields: tuple[str, ...] = ()) -> Callable[[F], F]:
+    def decorate(
+        *, name: str | None = None, interface: str | None = None, fields: tuple[str, ...] = ()
+    ) -> Callable[[F], F]:
         def register(factory: F) -> F:
             _register(kind, name or factory.__name__.lower(), factory, interface, fields)
             return factory
@@ -89,14 +91,26 @@ def _decorator(kind: str) -> Callable[..., Callable[[F], F]]:
     return decorate
 
 
-def _register(kind: str, name: str, factory: Callable[..., Any], interface: str | None, fields: tuple[str, ...]) -> None:
+def _register(
+    kind: str, name: str, factory: Callable[..., Any], interface: str | None, fields: tuple[str, ...]
+) -> None:
     known = _registered[kind].get(name)
     if known and (known.factory.__module__, known.factory.__qualname__) != (factory.__module__, factory.__qualname__):
-        raise ValueError(f"two components are called {kind} {name!r}: in {known.factory.__module__} and in {factory.__module__}")
+        raise ValueError(
+            f"two components are called {kind} {name!r}: in {known.factory.__module__} and in {factory.__module__}"
+        )
     # A class without __init__ of its own may have inherited `*args, **kwargs`, which are no settings.
-    parameters = [p for p in inspect.signature(factory, eval_str=True).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    parameters = [
+        p
+        for p in inspect.signature(factory, eval_str=True).parameters.values()
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     context = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_ONLY)
-    keys: dict[str, Any] = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters if p.kind is not p.POSITIONAL_ONLY}
+    keys: dict[str, Any] = {
+        p.name: (p.annotation, ... if p.default is p.empty else p.default)
+        for p in parameters
+        if p.kind is not p.POSITIONAL_ONLY
+    }
     schema = create_model(f"{kind}:{name}", __base__=Settings, **keys)
     _registered[kind][name] = Component(kind, name, factory, schema, context, interface, fields)
 

@@ -1,4 +1,5 @@
-"""Trains a recipe: `accelerate launch trainer/run.py recipes/quickstart.yaml [--resume auto|never|PATH] [key.path=value …]`.
+"""Trains a recipe: `accelerate launch trainer/run.py recipes/quickstart.yaml [--resume auto|never|PATH] [key.path=value
+…]`.
 
 Exit codes: 0 finished, or stopped on a signal with nothing lost; 2 a mistake in what was given; 3 training failed.
 """
@@ -8,13 +9,15 @@ from __future__ import annotations
 import os
 import sys
 
-# Launchers put this file's folder first, where `import trainer` finds nothing and `data`, `recipe` … would shadow others.
+# Launchers put this file's folder first, where `import trainer` finds nothing and `data`, `recipe` … would shadow
+# others.
 if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 from trainer.signals import STOP, Stopped
 
-if __name__ == "__main__":  # before anything else is imported: until here a signal kills, or is lost where a launcher ignores it
+# Before anything else is imported: until here a signal kills, or is lost where a launcher ignores it.
+if __name__ == "__main__":
     STOP.install(noted=os.environ.get("TRAINER_ATTEMPT", "") + ".stop")
 
 import argparse
@@ -41,7 +44,11 @@ def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
     except Stopped:
         failed = False
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped on {STOP.signal_name or 'a signal'} before training began; the same command starts again", file=sys.stderr, flush=True)
+            print(
+                f"stopped on {STOP.signal_name or 'a signal'} before training began; the same command starts again",
+                file=sys.stderr,
+                flush=True,
+            )
     finally:
         leave_processes(failed)
 
@@ -50,7 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="trainer/run.py", description="Trains a recipe.")
     parser.add_argument("recipe", help="a YAML file, e.g. recipes/quickstart.yaml")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="resume from the newest checkpoint, from none, or from a given one")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="resume from the newest checkpoint, from none, or from a given one",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optimizer.lr=1e-3")
     options = parser.parse_intermixed_args(arguments)
     return exit_code(train, options.recipe, options.resume, options.overrides)

@@ -17,7 +17,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A stop was asked for before there was anything to save. No Exception, as KeyboardInterrupt: it isn't caught on its way."""
+    """A stop was asked for before there was anything to save. No Exception, as KeyboardInterrupt:
+    it isn't caught on its way.
+    """
 
 
 class StopRequest:
@@ -46,7 +48,9 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a stop signal raises `Stopped` wherever the process stands: for long work that may be given up, such as a download."""
+        """Inside, a stop signal raises `Stopped` wherever the process stands: for long work that may be given up,
+        such as a download.
+        """
         self._at_once = True
         try:
             self.raise_if_asked()
@@ -63,7 +67,8 @@ class StopRequest:
         if os.getpid() != self._pid:
             return  # a loader worker: the process that started it decides
         if number == signal.SIGINT and self.signal_name == "SIGINT":
-            os.write(2, b"\nsecond Ctrl-C: ending at once; the last checkpoint stays\n")  # print() may be in the middle of another line
+            # Print() may be in the middle of another line.
+            os.write(2, b"\nsecond Ctrl-C: ending at once; the last checkpoint stays\n")
             os._exit(130)
         if number == signal.SIGHUP:
             leave_closed_terminal()  # or the next line that is printed would end the training
@@ -101,7 +106,9 @@ class TimeLimit:
         self._asked = time.time()
 
     def is_near(self) -> bool:
-        """Whether there is time for little more than a checkpoint; true once. To be asked regularly: a step may take long."""
+        """Whether there is time for little more than a checkpoint; true once. To be asked regularly:
+        a step may take long.
+        """
         before, self._asked = self._asked, time.time()
         near = self._end is not None and self._asked + (self._asked - before) + BEFORE_LIMIT_S > self._end
         if near:

@@ -33,7 +33,14 @@ from trainer.data.build import Data
 from trainer.data.order import FINGERPRINT_MODULUS, fingerprint
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared
 from trainer.data.seeds import Use, mix
-from trainer.distributed.accelerator import CONTROL_TIMEOUT, as_in_training, build_accelerator, launched_as, resolve_precision, why_bits_may_differ
+from trainer.distributed.accelerator import (
+    CONTROL_TIMEOUT,
+    as_in_training,
+    build_accelerator,
+    launched_as,
+    resolve_precision,
+    why_bits_may_differ,
+)
 from trainer.distributed.batch_norm import use_global_batch_norm
 from trainer.distributed.control import Control
 from trainer.distributed.failures import failures_told, reported_to_peers
@@ -79,7 +86,9 @@ class Trainer:
         self.recipe, self.resume = recipe, resume
         self.rank, self.world_size = launched_as()
         # First, since another rank may never start.
-        self.watchdog = Watchdog(self.rank, self.world_size, 60 * float(recipe.train.timeout.value), on_failure=self._fail)
+        self.watchdog = Watchdog(
+            self.rank, self.world_size, 60 * float(recipe.train.timeout.value), on_failure=self._fail
+        )
         with reported_to_peers(self.watchdog, self.world_size):
             self.accelerator = build_accelerator(recipe)
             self.control = Control(CONTROL_TIMEOUT)  # small messages between the processes
@@ -95,7 +104,8 @@ class Trainer:
         self.num_skipped = 0  # steps that changed nothing, since something wasn't finite
         self.unreadable: list[int] = []  # ids of training samples that another one stood in for
         self.evaluation_pending = False  # a stop came during the evaluation of this step
-        # Equal for runs that saw the same samples at the same steps. Each process counts its own; rank 0 adds what was restored.
+        # Equal for runs that saw the same samples at the same steps. Each process counts its own; rank 0 adds what was
+        # restored.
         self.fingerprint = 0
         self.learning_rate = 0.0
 
@@ -108,7 +118,8 @@ class Trainer:
 
         Raises:
             UserError: the run can't be what the recipe asks for.
-            TrainingFailed: something isn't finite, a sample can't be read, a checkpoint can't be written, memory is out.
+            TrainingFailed: something isn't finite, a sample can't be read, a checkpoint can't be written, memory is
+                out.
             Stopped: a stop was asked for before there was anything to save.
         """
         with failures_told(self.watchdog, self._fail, self.recipe, self.world_size, self.folder.path):
@@ -157,16 +168,23 @@ class Trainer:
             use_global_batch_norm(model)
         if train.compile:
             model.compile()  # in place: the keys of the state dict stay as they are
-        self.trainable: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.trainable: dict[Tensor, str] = {
+            parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
         self.ema = Ema(model, train.ema) if train.ema else None
         self.schedule = build_schedule(self.recipe, self.clock, self.best)
         optimizer = self.recipe.build("optimizer", parameters=list(self.trainable))
-        self.guard = Guard(optimizer, model.buffers(), skip=train.non_finite == "skip", scaled=self.accelerator.scaler is not None)
+        self.guard = Guard(
+            optimizer, model.buffers(), skip=train.non_finite == "skip", scaled=self.accelerator.scaler is not None
+        )
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.model = self.accelerator.prepare_model(model, evaluation_mode=self.world_size == 1)  # DDP only where there are others
+        # DDP only where there are others.
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=self.world_size == 1)
         if self.world_size > 1:
-            # Batch norms that learn use the statistics of all processes and frozen ones don't change, so buffers are equal everywhere.
-            # The constructor's argument of this name is deprecated in torch 2.15; older versions and Accelerate don't know its successor.
+            # Batch norms that learn use the statistics of all processes and frozen ones don't change, so buffers are
+            # equal everywhere.
+            # The constructor's argument of this name is deprecated in torch 2.15; older versions and Accelerate don't
+            # know its successor.
             self.model.broadcast_buffers = False
 
     # ------------------------------------------------------------ the loop
@@ -179,7 +197,10 @@ class Trainer:
         if counters["evaluation_pending"] or not self._is_over():
             return False
         self._summary("finished")  # a kill may have come between the last save and this
-        self.report.say(f"{self.recipe.name} is finished already, at step {self.step}; a longer train.duration (or evaluate.stop_after) goes on from there")
+        self.report.say(
+            f"{self.recipe.name} is finished already, at step {self.step}; a longer train.duration (or "
+            "evaluate.stop_after) goes on from there"
+        )
         return True
 
     def _begin(self, restored: Checkpoint | None) -> Iterator[Batch]:
@@ -221,10 +242,14 @@ class Trainer:
         return status
 
     def _agree(self) -> tuple[bool, bool, float]:
-        """Whether any process was asked to stop, whether a time limit is near, and rank 0's clock, which is the run's."""
+        """Whether any process was asked to stop, whether a time limit is near, and rank 0's clock,
+        which is the run's.
+        """
         self.watchdog.at("waiting for the other ranks", self.step)
         seconds = time.monotonic() - self.started if self.is_main else 0.0
-        stop, limit_near, seconds = self.control.maximum([float(STOP.signal_name is not None), float(self.is_main and self.time_limit.is_near()), seconds])
+        stop, limit_near, seconds = self.control.maximum(
+            [float(STOP.signal_name is not None), float(self.is_main and self.time_limit.is_near()), seconds]
+        )
         if limit_near:
             self.report.say(f"the time limit of this job is near: saving a checkpoint at step {self.step}")
         return bool(stop), bool(limit_near), seconds
@@ -244,15 +269,26 @@ class Trainer:
         return status
 
     def _end(self, status: Status) -> None:
-        """Waits for the last checkpoint, then says how the run ended: in the run folder, to the trackers and to people."""
+        """Waits for the last checkpoint, then says how the run ended: in the run folder,
+        to the trackers and to people.
+        """
         self.watchdog.at("ending", self.step)
         self.writer.wait()
         if status == "stopped":
             again = "the same command" if self.resume == "auto" else "the same command with --resume auto"
-            text = f"stopped on {STOP.signal_name or 'a signal'} at step {self.step}, checkpoint saved; {again} goes on from there"
+            text = (
+                f"stopped on {STOP.signal_name or 'a signal'} at step {self.step}, checkpoint saved; {again} goes on "
+                "from there"
+            )
         else:
-            early = "" if self.clock.finished(self.step, self.seconds) else f" early, {self.best.stale} evaluations after the best one"
-            text = f"finished {self.recipe.name}{early}: {self.step} steps in {self.seconds:.0f} s; see {self.folder.path}"
+            early = (
+                ""
+                if self.clock.finished(self.step, self.seconds)
+                else f" early, {self.best.stale} evaluations after the best one"
+            )
+            text = (
+                f"finished {self.recipe.name}{early}: {self.step} steps in {self.seconds:.0f} s; see {self.folder.path}"
+            )
         self.report.end(status, text, **self._facts())
 
     def _fail(self, error: BaseException) -> None:
@@ -286,7 +322,9 @@ class Trainer:
             self._count(batch)
 
         self.accelerator.unscale_gradients()  # of fp16; does nothing otherwise
-        step_terms[GRADIENTS] = get_total_norm([parameter.grad for parameter in self.trainable if parameter.grad is not None])
+        step_terms[GRADIENTS] = get_total_norm(
+            [parameter.grad for parameter in self.trainable if parameter.grad is not None]
+        )
         if train.clip_norm:
             clip_grads_with_norm_(list(self.trainable), train.clip_norm, step_terms[GRADIENTS])
         passes, counts = self.guard.passes(self.step, step_terms, finite_shares)
@@ -303,9 +341,9 @@ class Trainer:
     def _forward_backward(self, batch: Batch, weight: float) -> tuple[dict[str, Tensor], Tensor]:
         """Adds `weight` times the gradients of a micro-batch; returns the terms of its loss over all processes.
 
-        The loss is a function of sums over all processes, of which each process differentiates its own summands. The whole
-        gradient is the sum of these parts; DDP takes their mean, which the number of processes makes up for.
-        Also returns whether this process's own sums are finite.
+        The loss is a function of sums over all processes, of which each process differentiates its own summands. The
+        whole gradient is the sum of these parts; DDP takes their mean, which the number of processes makes up for. Also
+        returns whether this process's own sums are finite.
         """
         local_sums = self.task.loss_sums(self.model, batch)
         terms = self.task.loss.combine(add_over_processes(local_sums))
@@ -323,9 +361,9 @@ class Trainer:
     def _rehearse(self, batch: Batch) -> None:
         """One forward and backward whose results are thrown away.
 
-        DDP sends gradients in groups, and arranges these anew after the first backward. With three or more processes the
-        new arrangement adds gradients in another order, so a restarted run would differ in its first step if that were
-        not over before.
+        DDP sends gradients in groups, and arranges these anew after the first backward. With three or more processes
+        the new arrangement adds gradients in another order, so a restarted run would differ in its first step if that
+        were not over before.
         """
         self.watchdog.at("in the first forward and backward", self.step)
         buffers = {name: buffer.clone() for name, buffer in self.task.model.named_buffers()}
@@ -346,15 +384,22 @@ class Trainer:
             return
         message = finding.describe(self.data, self.control)
         if self.recipe.train.non_finite == "error":
-            raise TrainingFailed(f"{message}; the weights are still those before it, and the last checkpoint is older: {finding.advice}")
-        self.report.say(f"{message}; skipped, {self.num_skipped} so far" + (f": {finding.advice}" if finding.advice else ""))
+            raise TrainingFailed(
+                f"{message}; the weights are still those before it, and the last checkpoint is older: {finding.advice}"
+            )
+        self.report.say(
+            f"{message}; skipped, {self.num_skipped} so far" + (f": {finding.advice}" if finding.advice else "")
+        )
 
     def _gather_unreadable(self) -> None:
         """Makes every process know the unreadable samples of all; too many end the training."""
         if self.recipe.data.max_unreadable:
             self.unreadable = self.control.union(self.unreadable)
         if len(self.unreadable) > self.recipe.data.max_unreadable:
-            raise TrainingFailed(f"samples {self.unreadable} can't be read, more than data.max_unreadable ({self.recipe.data.max_unreadable})")
+            raise TrainingFailed(
+                f"samples {self.unreadable} can't be read, more than data.max_unreadable "
+                f"({self.recipe.data.max_unreadable})"
+            )
 
     # ------------------------------------------------------------ logging and evaluation
 
@@ -381,11 +426,15 @@ class Trainer:
         self.report.train(line)
 
     def _evaluate(self) -> bool | None:
-        """Evaluates on the whole validation set; returns whether `evaluate.best` improved, None where a stop was asked for meanwhile."""
+        """Evaluates on the whole validation set; returns whether `evaluate.best` improved,
+        None where a stop was asked for meanwhile.
+        """
         self._look_at_guard()
         model = self.ema.model if self.ema else self.task.model
         forward = as_in_training(self.accelerator, model)
-        metrics = evaluate(self.task, model, forward, self.data, self._to_device, partial(self._may_go_on, "evaluating"))
+        metrics = evaluate(
+            self.task, model, forward, self.data, self._to_device, partial(self._may_go_on, "evaluating")
+        )
         if metrics is None:
             return None
         self.watchdog.at("drawing pictures", self.step)
@@ -393,7 +442,9 @@ class Trainer:
         value = metrics.get(self.best.metric)
         improved = bool(self.control.from_main([self.best.is_improved_by(value)])[0])
         self.best.add(value, self.step, improved)
-        self.report.validation(self._line("validation") | metrics, self.task.metric_names, improved, self.task.advice(metrics))
+        self.report.validation(
+            self._line("validation") | metrics, self.task.metric_names, improved, self.task.advice(metrics)
+        )
         if self.is_main:
             self._draw_pictures(forward)
         set_train_mode(self.task.model)
@@ -401,23 +452,35 @@ class Trainer:
 
     @torch.no_grad()
     def _draw_pictures(self, forward: Callable[..., Any]) -> None:
-        """Draws a few samples from all over the validation set, always the same ones; the model is in eval mode still."""
+        """Draws a few samples from all over the validation set, always the same ones;
+        the model is in eval mode still.
+        """
         shown = self.data.validation.spread(self.recipe.evaluate.pictures)
         if shown:
             # One by one, since they may differ in size.
             batches = (self._to_device(self.data.validation.__getitems__([sample_id])) for sample_id in shown)
-            self.report.pictures([self.task.pictures(forward, batch)[0] for batch in batches], self.step, self.task.panels, self.task.legend)
+            self.report.pictures(
+                [self.task.pictures(forward, batch)[0] for batch in batches],
+                self.step,
+                self.task.panels,
+                self.task.legend,
+            )
 
     # ------------------------------------------------------------ saving and restoring
 
     def _save(self, best: bool) -> None:
-        """Saves the state of the run. Rank 0 copies it, and writes the copy in the background; the others add their part of the counters."""
+        """Saves the state of the run. Rank 0 copies it, and writes the copy in the background;
+        the others add their part of the counters.
+        """
         self.watchdog.at("saving", self.step)
         self._look_at_guard()
         self._gather_unreadable()
         fingerprint = self._global_fingerprint()
         if not torch.stack([parameter.isfinite().all() for parameter in self.trainable]).all():
-            raise TrainingFailed(f"weights are not finite after step {self.step} and aren't saved; lower optimizer.lr or set train.clip_norm=1.0")
+            raise TrainingFailed(
+                f"weights are not finite after step {self.step} and aren't saved; lower optimizer.lr or set "
+                "train.clip_norm=1.0"
+            )
         if not self.is_main:
             return
         counters: Any = {name: getattr(self, name) for name in COUNTERS}
@@ -443,7 +506,9 @@ class Trainer:
         """Puts a checkpoint's state in place."""
         counters = state.counters
         self.data.check_unchanged(counters.get("data"))
-        checkpoints.restore(state, self.task.model, self.ema.model if self.ema else None, self.optimizer.optimizer, self.trainable)
+        checkpoints.restore(
+            state, self.task.model, self.ema.model if self.ema else None, self.optimizer.optimizer, self.trainable
+        )
         if self.accelerator.scaler and counters["scaler"]:
             self.accelerator.scaler.load_state_dict(counters["scaler"])
         for name in COUNTERS:
@@ -462,8 +527,18 @@ class Trainer:
 
     def _facts(self) -> dict[str, Any]:
         rate = self.step * self.clock.batch_size / self.seconds if self.seconds else 0.0
-        facts = {"step": self.step, "total_steps": self.clock.total_steps, "seconds": self.seconds, "samples_per_second": rate, "world_size": self.world_size}
-        return facts | ({"skipped_steps": self.num_skipped} if self.num_skipped else {}) | ({"unreadable": self.unreadable} if self.unreadable else {})
+        facts = {
+            "step": self.step,
+            "total_steps": self.clock.total_steps,
+            "seconds": self.seconds,
+            "samples_per_second": rate,
+            "world_size": self.world_size,
+        }
+        return (
+            facts
+            | ({"skipped_steps": self.num_skipped} if self.num_skipped else {})
+            | ({"unreadable": self.unreadable} if self.unreadable else {})
+        )
 
     # ------------------------------------------------------------ small things
 
@@ -490,4 +565,6 @@ class Trainer:
     def _to_device(self, batch: Batch) -> Batch:
         """Moves what the model sees; ids stay where they are."""
         stay = ("sample_id", "epoch", "unreadable", "height", "width")
-        return {key: value.to(self.device, non_blocking=True) if key not in stay else value for key, value in batch.items()}
+        return {
+            key: value.to(self.device, non_blocking=True) if key not in stay else value for key, value in batch.items()
+        }

@@ -1,4 +1,6 @@
-"""A watched metric that stops improving lowers the learning rate and ends the training, at the same step for every process and every history."""
+"""A watched metric that stops improving lowers the learning rate and ends the training,
+at the same step for every process and every history.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ from tests.processes import lines, run_processes, train, weights, write_recipe
 
 # Trained too fast on purpose: most evaluations bring nothing better.
 OPTIONS = (
-    *("train.duration=200 steps", "evaluate.every=1 steps", "evaluate.best=loss", "evaluate.stop_after=5", "optimizer.lr=3e-2"),
+    *(
+        "train.duration=200 steps",
+        "evaluate.every=1 steps",
+        "evaluate.best=loss",
+        "evaluate.stop_after=5",
+        "optimizer.lr=3e-2",
+    ),
     *("schedule={name: plateau, factor: 0.5, patience: 1}", "checkpoint.every=3 steps"),
 )
 

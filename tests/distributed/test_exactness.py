@@ -29,17 +29,25 @@ def test_any_number_of_processes_and_workers_sees_the_same_samples_and_losses(tm
     reference = runs.pop("p1w0")
     assert len({line["data_fingerprint"] for line in reference if line["split"] == "train"}) == 20
     for name, found in runs.items():
-        assert [line.get("data_fingerprint") for line in found] == [line.get("data_fingerprint") for line in reference], name
+        assert [line.get("data_fingerprint") for line in found] == [
+            line.get("data_fingerprint") for line in reference
+        ], name
         for line, expected in zip(found, reference, strict=True):
             assert math.isclose(line["loss"], expected["loss"], rel_tol=1e-9), (name, line, expected)
 
 
 @pytest.mark.parametrize(
     "loss",
-    ["dice", "{name: focal, class_weights: inverse_frequency}", "{name: cross_entropy, class_weights: inverse_frequency}"],
+    [
+        "dice",
+        "{name: focal, class_weights: inverse_frequency}",
+        "{name: cross_entropy, class_weights: inverse_frequency}",
+    ],
     ids=["dice", "focal", "weighted-cross-entropy"],
 )
-def test_losses_of_overlaps_and_of_weighted_pixels_are_the_same_on_any_number_of_processes(tmp_path: Path, loss: str) -> None:
+def test_losses_of_overlaps_and_of_weighted_pixels_are_the_same_on_any_number_of_processes(
+    tmp_path: Path, loss: str
+) -> None:
     recipe = write_recipe(tmp_path)
     for world_size in (1, 2, 4):
         run_processes(world_size, train, recipe, (f"name=p{world_size}", f"loss={loss}", "train.duration=8 steps"))
@@ -56,14 +64,22 @@ def test_single_precision_losses_agree_over_the_first_steps(tmp_path: Path) -> N
         run_processes(world_size, train, recipe, (f"name=p{world_size}", "train.precision=fp32"))
     one, two, four = (lines(tmp_path / "runs" / f"p{n}") for n in (1, 2, 4))
     for other in (two, four):
-        first = [(a["loss"], b["loss"]) for a, b in zip(one, other, strict=True) if a["split"] == "train" and a["step"] <= 10]
+        first = [
+            (a["loss"], b["loss"]) for a, b in zip(one, other, strict=True) if a["split"] == "train" and a["step"] <= 10
+        ]
         assert len(first) == 10 and all(math.isclose(a, b, rel_tol=1e-5) for a, b in first)
         assert math.isclose(one[-1]["loss"], other[-1]["loss"], rel_tol=0.01)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("options", [(), ("train.accumulate=2", "train.ema=0.9", "train.clip_norm=1.0")], ids=["plain", "accumulate-ema-clip"])
-def test_a_run_interrupted_twice_ends_bit_for_bit_like_an_undisturbed_one(tmp_path: Path, world_size: int, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [(), ("train.accumulate=2", "train.ema=0.9", "train.clip_norm=1.0")],
+    ids=["plain", "accumulate-ema-clip"],
+)
+def test_a_run_interrupted_twice_ends_bit_for_bit_like_an_undisturbed_one(
+    tmp_path: Path, world_size: int, options: tuple[str, ...]
+) -> None:
     recipe = write_recipe(tmp_path)
     options = (*options, "train.precision=fp32", "train.log_every=3 steps")
     run_processes(world_size, train, recipe, ("name=whole", *options))
@@ -84,7 +100,9 @@ def test_the_last_steps_differ_if_one_sample_was_augmented_differently(tmp_path:
     for seed in (0, 1):
         run_processes(1, train, recipe, (f"name=s{seed}", f"train.seed={seed}", "train.duration=2 steps"))
     assert sha256(tmp_path / "runs" / "s0") != sha256(tmp_path / "runs" / "s1")
-    assert lines(tmp_path / "runs" / "s0")[0]["data_fingerprint"] != lines(tmp_path / "runs" / "s1")[0]["data_fingerprint"]
+    assert (
+        lines(tmp_path / "runs" / "s0")[0]["data_fingerprint"] != lines(tmp_path / "runs" / "s1")[0]["data_fingerprint"]
+    )
 
 
 def _count_evaluated(recipe: Path, out: Path) -> None:

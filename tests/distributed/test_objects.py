@@ -1,4 +1,6 @@
-"""Detection and instance segmentation go through the same Trainer: exact over processes, resumed bit for bit, drawn and reported."""
+"""Detection and instance segmentation go through the same Trainer: exact over processes, resumed bit for bit,
+drawn and reported.
+"""
 
 from __future__ import annotations
 
@@ -62,22 +64,33 @@ def test_average_precision_is_pycocotools_on_exported_predictions(tmp_path: Path
     assert sorted(image["id"] for image in truth["images"]) == list(range(VALIDATION))
     assert {file.name[0] for file in kept.glob("*.json")} == {str(rank) for rank in range(world_size)}
     assert results
-    for prefix, kind in {"detection": {"": "bbox"}, "watershed": {"mask_": "segm"}, "mask_rcnn": {"mask_": "segm", "box_": "bbox"}}[task].items():
+    for prefix, kind in {
+        "detection": {"": "bbox"},
+        "watershed": {"mask_": "segm"},
+        "mask_rcnn": {"mask_": "segm", "box_": "bbox"},
+    }[task].items():
         annotations = COCO()
         annotations.dataset = truth
         annotations.createIndex()
-        shown = [{key: value for key, value in result.items() if key != ("bbox" if kind == "segm" else "segmentation")} for result in results]
+        shown = [
+            {key: value for key, value in result.items() if key != ("bbox" if kind == "segm" else "segmentation")}
+            for result in results
+        ]
         evaluation = COCOeval(annotations, annotations.loadRes(shown), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-        assert [line[f"{prefix}{name}"] for name in ("map", "map_50", "map_75")] == pytest.approx(evaluation.stats[:3].tolist(), abs=1e-6)
+        assert [line[f"{prefix}{name}"] for name in ("map", "map_50", "map_75")] == pytest.approx(
+            evaluation.stats[:3].tolist(), abs=1e-6
+        )
     if task == "watershed":  # the quickest to learn
         assert line["mask_map_50"] > 0.1
 
 
 def evaluate_jittered_truth(file: Path, overrides: tuple[str, ...], folder: Path) -> None:
-    """Lets each process find the true boxes, moved at random, also beyond the image, and write them down: sample id, class, score, box."""
+    """Lets each process find the true boxes, moved at random, also beyond the image, and write them down: sample id,
+    class, score, box.
+    """
     find, numbers = Detection.find, count()
 
     def finding(task: Detection, outputs: Any, batch: dict[str, Any]) -> Any:
@@ -86,9 +99,17 @@ def evaluate_jittered_truth(file: Path, overrides: tuple[str, ...], folder: Path
             mine, random = batch["image_index"] == index, torch.Generator().manual_seed(number)
             boxes, labels = (batch[name][mine].repeat_interleave(3, dim=0) for name in ("boxes", "labels"))
             scores = torch.rand(len(labels), generator=random).sort(descending=True).values
-            found.append(Detections(boxes + 2 * torch.randn(boxes.shape, generator=random) + torch.tensor([-3.0, -1, 0, 1]), scores, labels))
+            found.append(
+                Detections(
+                    boxes + 2 * torch.randn(boxes.shape, generator=random) + torch.tensor([-3.0, -1, 0, 1]),
+                    scores,
+                    labels,
+                )
+            )
             rows = zip(found[-1].labels.tolist(), scores.tolist(), found[-1].boxes.tolist(), strict=True)
-            (folder / f"{os.environ.get('RANK', 0)}_{next(numbers)}.json").write_text(json.dumps([[number, *row] for row in rows]))
+            (folder / f"{os.environ.get('RANK', 0)}_{next(numbers)}.json").write_text(
+                json.dumps([[number, *row] for row in rows])
+            )
         detection.postprocess = lambda *_: found  # type: ignore[assignment]
         return find(task, outputs, batch)
 
@@ -97,21 +118,36 @@ def evaluate_jittered_truth(file: Path, overrides: tuple[str, ...], folder: Path
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_average_precision_of_letterboxed_images_is_that_in_the_original_images(tmp_path: Path, world_size: int) -> None:
-    """The truth comes from the scenes as they were drawn; what is found is mapped back and clipped at the original image."""
+def test_average_precision_of_letterboxed_images_is_that_in_the_original_images(
+    tmp_path: Path, world_size: int
+) -> None:
+    """The truth comes from the scenes as they were drawn;
+    what is found is mapped back and clipped at the original image.
+    """
     side, kept = (96, 288), tmp_path / "kept"
     kept.mkdir()
     overrides = ("train.duration=1 steps", "evaluate.pictures=0", f"data.resize={list(side)}")
     run_processes(world_size, evaluate_jittered_truth, recipe(tmp_path, "detection"), overrides, kept)
     (line,) = lines(tmp_path / "runs" / "run", "validation")
-    truth: dict[str, Any] = {"info": {}, "images": [], "annotations": [], "categories": [{"id": label, "name": name} for label, name in enumerate(CLASSES)]}
+    truth: dict[str, Any] = {
+        "info": {},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": label, "name": name} for label, name in enumerate(CLASSES)],
+    }
     for number in range(VALIDATION):
         image, masks, labels, crowds = scene(TRAIN + number)
         truth["images"].append({"id": number, "height": image.shape[0], "width": image.shape[1]})
         for mask, label, crowd in zip(masks, labels, crowds, strict=True):
             left, top, right, bottom = box(mask)
-            entry = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top), "iscrowd": int(crowd)}
-            truth["annotations"].append(entry | {"id": len(truth["annotations"]) + 1, "image_id": number, "category_id": label})
+            entry = {
+                "bbox": [left, top, right - left, bottom - top],
+                "area": (right - left) * (bottom - top),
+                "iscrowd": int(crowd),
+            }
+            truth["annotations"].append(
+                entry | {"id": len(truth["annotations"]) + 1, "image_id": number, "category_id": label}
+            )
     results, num_outside = [], 0
     for number, label, score, corners in (row for file in kept.glob("*.json") for row in json.loads(file.read_text())):
         size = scene(TRAIN + number)[0].shape[:2]
@@ -123,7 +159,9 @@ def test_average_precision_of_letterboxed_images_is_that_in_the_original_images(
             original.append([min(max(end, 0), size[axis]) for end in ends])
             num_outside += original[-1] != ends
         (top, bottom), (left, right) = original
-        results.append({"image_id": number, "category_id": label, "score": score, "bbox": [left, top, right - left, bottom - top]})
+        results.append(
+            {"image_id": number, "category_id": label, "score": score, "bbox": [left, top, right - left, bottom - top]}
+        )
     annotations = COCO()
     annotations.dataset = truth
     annotations.createIndex()
@@ -132,13 +170,16 @@ def test_average_precision_of_letterboxed_images_is_that_in_the_original_images(
     evaluation.accumulate()
     evaluation.summarize()
     assert num_outside > 10 and 0.1 < evaluation.stats[0] < evaluation.stats[1] < 1
-    assert [line[name] for name in ("map", "map_50", "map_75")] == pytest.approx(evaluation.stats[:3].tolist(), abs=1e-6)
+    assert [line[name] for name in ("map", "map_50", "map_75")] == pytest.approx(
+        evaluation.stats[:3].tolist(), abs=1e-6
+    )
 
 
 @TASKS
 def test_one_and_two_processes_see_the_same_and_evaluate_every_image(tmp_path: Path, task: str) -> None:
     """Losses are equal but for Mask R-CNN, each process of which draws its own regions."""
-    overrides = ("train.precision=fp64", "evaluate.pictures=0", "optimizer={name: sgd, lr: 1e-3}")  # Adam's first steps magnify rounding errors
+    # Adam's first steps magnify rounding errors.
+    overrides = ("train.precision=fp64", "evaluate.pictures=0", "optimizer={name: sgd, lr: 1e-3}")
     for world_size in (1, 2):
         run_processes(world_size, train, recipe(tmp_path, task), (f"name=p{world_size}", *overrides))
     one, two = (lines(tmp_path / "runs" / f"p{n}", "train") for n in (1, 2))
@@ -171,8 +212,16 @@ def test_pictures_show_truth_beside_prediction_and_curves(tmp_path: Path, task: 
 def test_frozen_layers_stay_bit_for_bit_and_the_others_learn(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    run_processes(1, train, recipe(tmp_path, "detection"), ("train.freeze=10", "train.duration=4 steps", "checkpoint.every=2 steps", "evaluate.pictures=0"))
-    before, after = (load_file(tmp_path / "runs" / "run" / "checkpoints" / f"step_0000000{step}" / "model.safetensors") for step in (2, 4))
+    run_processes(
+        1,
+        train,
+        recipe(tmp_path, "detection"),
+        ("train.freeze=10", "train.duration=4 steps", "checkpoint.every=2 steps", "evaluate.pictures=0"),
+    )
+    before, after = (
+        load_file(tmp_path / "runs" / "run" / "checkpoints" / f"step_0000000{step}" / "model.safetensors")
+        for step in (2, 4)
+    )
     frozen = {name for name in before if int(name.split(".")[1]) < 10}
     assert len(frozen) > 100
     assert all(torch.equal(before[name], after[name]) for name in frozen)
@@ -181,7 +230,11 @@ def test_frozen_layers_stay_bit_for_bit_and_the_others_learn(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("task", ["detection", "watershed"])
-def test_images_of_different_sizes_in_one_batch_are_refused_where_their_padding_would_count(tmp_path: Path, task: str) -> None:
+def test_images_of_different_sizes_in_one_batch_are_refused_where_their_padding_would_count(
+    tmp_path: Path, task: str
+) -> None:
     with Job(1, recipe(tmp_path, task), "data.resize=null", "data.resize_mode=stretch", "data.augment=[]") as job:
         assert job.wait() == [2], job.output
-        assert re.search(r"images of scenes \(train and validation\) differ in size .*: set data.resize=\[H,W\]", job.output)
+        assert re.search(
+            r"images of scenes \(train and validation\) differ in size .*: set data.resize=\[H,W\]", job.output
+        )

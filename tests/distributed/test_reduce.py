@@ -23,7 +23,9 @@ from trainer.distributed.reduce import add_over_processes, joined, total
 
 def _data(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(8, 3, 5, 5, generator=generator, dtype=dtype) * 3 + 1, torch.randn(8, 3, 5, 5, generator=generator, dtype=dtype)
+    return torch.randn(8, 3, 5, 5, generator=generator, dtype=dtype) * 3 + 1, torch.randn(
+        8, 3, 5, 5, generator=generator, dtype=dtype
+    )
 
 
 def _batch_norm(out: Path) -> None:
@@ -35,7 +37,12 @@ def _batch_norm(out: Path) -> None:
             use_global_batch_norm(part)
             x = images.clone().requires_grad_()
             share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
-            y = images[share].clone().to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).requires_grad_()
+            y = (
+                images[share]
+                .clone()
+                .to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+                .requires_grad_()
+            )
             for _ in range(2):
                 (whole(x) * weights).sum().backward()
                 (part(y) * weights[share]).sum().backward()

@@ -1,4 +1,6 @@
-"""Metrics of segmentation agree with scikit-learn's on the predictions of all processes, and their pictures are drawn."""
+"""Metrics of segmentation agree with scikit-learn's on the predictions of all processes,
+and their pictures are drawn.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,11 @@ def keep_what_is_counted(folder: Path) -> None:
     counts, numbers = Segmentation.counts, count()
 
     def keeping(task: Segmentation, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        np.savez(folder / f"rank{os.environ.get('RANK', 0)}_{next(numbers)}.npz", logits=outputs.numpy(), targets=targets.numpy())
+        np.savez(
+            folder / f"rank{os.environ.get('RANK', 0)}_{next(numbers)}.npz",
+            logits=outputs.numpy(),
+            targets=targets.numpy(),
+        )
         return counts(task, outputs, targets)
 
     Segmentation.counts = keeping  # type: ignore[method-assign]
@@ -83,7 +89,9 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("world_size", "precision"), [(1, "fp32"), (2, "fp32"), (2, "bf16")])
-def test_they_are_scikit_learns_whatever_the_number_of_processes(tmp_path: Path, recipe: Path, world_size: int, precision: str) -> None:
+def test_they_are_scikit_learns_whatever_the_number_of_processes(
+    tmp_path: Path, recipe: Path, world_size: int, precision: str
+) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
     run_processes(world_size, train_and_keep, recipe, (f"train.precision={precision}",), kept)
@@ -104,12 +112,23 @@ def test_they_are_scikit_learns_whatever_the_number_of_processes(tmp_path: Path,
         iou = metrics.jaccard_score(truth, guess, labels=[index], average=None)[0]
         assert line[f"iou/{CLASSES[index]}"] == pytest.approx(iou, abs=1e-12)
     for index in (0, 1):
-        rounded, exact = (metrics.average_precision_score(truth == index, each[index].double().numpy()) for each in (scores.half(), scores))
+        rounded, exact = (
+            metrics.average_precision_score(truth == index, each[index].double().numpy())
+            for each in (scores.half(), scores)
+        )
         assert line[f"ap/{CLASSES[index]}"] == pytest.approx(rounded, abs=1e-9)
         assert line[f"ap/{CLASSES[index]}"] == pytest.approx(exact, abs=1e-4)
     assert "ap/frame" not in line and "class_accuracy/frame" not in line
-    assert line["map"] == line["map_without_nothing_frame"] == pytest.approx((line["ap/background"] + line["ap/square"]) / 2)
-    assert line["miou"] < line["miou_without_nothing_frame"] == pytest.approx((line["iou/background"] + line["iou/square"]) / 2)
+    assert (
+        line["map"]
+        == line["map_without_nothing_frame"]
+        == pytest.approx((line["ap/background"] + line["ap/square"]) / 2)
+    )
+    assert (
+        line["miou"]
+        < line["miou_without_nothing_frame"]
+        == pytest.approx((line["iou/background"] + line["iou/square"]) / 2)
+    )
     assert line["pixel_accuracy"] == pytest.approx(metrics.accuracy_score(truth, guess))
 
 
@@ -128,12 +147,17 @@ def test_the_confusion_matrix_and_the_samples_are_drawn_shown_and_reported(tmp_p
     run_processes(1, train, recipe, ("evaluate.pictures=3", "evaluate.every=1 epoch", "track=[tensorboard]"))
     run = tmp_path / "runs" / "run"
     pictures = {file.name for file in (run / "pictures").glob("*.png")}
-    assert pictures == {"curves.png", *(f"{kind}_step_{step:08d}.png" for kind in ("confusion", "validation") for step in (6, 12))}
+    assert pictures == {
+        "curves.png",
+        *(f"{kind}_step_{step:08d}.png" for kind in ("confusion", "validation") for step in (6, 12)),
+    }
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     for tag, kind in (("pictures/0", "confusion"), ("pictures/1", "validation")):
         with Image.open(run / "pictures" / f"{kind}_step_00000012.png") as image:
-            assert [(shown.step, shown.width, shown.height) for shown in events.Images(tag)] == [(step, *image.size) for step in (6, 12)]
+            assert [(shown.step, shown.width, shown.height) for shown in events.Images(tag)] == [
+                (step, *image.size) for step in (6, 12)
+            ]
     assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     best = max(lines(run, "validation"), key=lambda line: line["map_without_nothing_frame"])

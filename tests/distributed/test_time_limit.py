@@ -12,7 +12,10 @@ from trainer.runs import checkpoint as checkpoints
 from trainer.signals import BEFORE_LIMIT_S, TimeLimit
 
 
-@pytest.mark.parametrize(("variable", "value"), [("TRAINER_END_TIME", "soon"), ("SLURM_JOB_END_TIME", "soon"), ("TRAINER_END_TIME", "late"), ("OTHER", "soon")])
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("TRAINER_END_TIME", "soon"), ("SLURM_JOB_END_TIME", "soon"), ("TRAINER_END_TIME", "late"), ("OTHER", "soon")],
+)
 def test_a_limit_is_near_once(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     for name in ("TRAINER_END_TIME", "SLURM_JOB_END_TIME"):
         monkeypatch.delenv(name, raising=False)

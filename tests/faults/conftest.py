@@ -1,4 +1,6 @@
-"""Faults, injected. `make test` runs a short form of each test, `make faults` the long one; both end with a table of counts."""
+"""Faults, injected. `make test` runs a short form of each test, `make faults` the long one;
+both end with a table of counts.
+"""
 
 from __future__ import annotations
 

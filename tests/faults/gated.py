@@ -1,4 +1,6 @@
-"""Holds a real run at a place that the environment names; a recipe lists this file under `plugins`, after tests/tiny.py."""
+"""Holds a real run at a place that the environment names; a recipe lists this file under `plugins`,
+after tests/tiny.py.
+"""
 
 from __future__ import annotations
 

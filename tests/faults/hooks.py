@@ -1,4 +1,6 @@
-"""Places in a run where a test can hold it, or break it; imports nothing heavy, since plugins of real runs use it too."""
+"""Places in a run where a test can hold it, or break it; imports nothing heavy,
+since plugins of real runs use it too.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def before_step(step: int, act: Callable[[Any], Any]) -> None:
 
 
 def in_reading(step: int, act: Callable[[], Any]) -> None:
-    """Calls `act` inside of the loader, when so many steps are done; the other ranks have been told that this one is there."""
+    """Calls `act` inside of the loader, when so many steps are done;
+    the other ranks have been told that this one is there.
+    """
     from trainer.trainer import Trainer
 
     train_step = Trainer._train_step

@@ -34,7 +34,9 @@ def go_on(folder: RunFolder, recipe: Recipe) -> tuple[str, list[str]]:
     return found.name if found else "", said
 
 
-def test_every_flipped_byte_and_truncation_is_noticed_and_the_checkpoint_before_used(tmp_path: Path, tally: Tally) -> None:
+def test_every_flipped_byte_and_truncation_is_noticed_and_the_checkpoint_before_used(
+    tmp_path: Path, tally: Tally
+) -> None:
     file = write_recipe(tmp_path)
     with Job(1, file, *OPTIONS) as job:
         assert job.wait() == [0], job.output
@@ -48,13 +50,17 @@ def test_every_flipped_byte_and_truncation_is_noticed_and_the_checkpoint_before_
         found, said = go_on(RunFolder(copy), recipe)
         tally(f"damaged checkpoints: {kind} of {victim.name}")
         if found == newest.name:
-            assert victim.name == "manifest.json" and json.loads(victim.read_bytes()) == before, f"{kind} of {victim.name} was not noticed"
+            assert victim.name == "manifest.json" and json.loads(victim.read_bytes()) == before, (
+                f"{kind} of {victim.name} was not noticed"
+            )
             tally("damaged checkpoints: white space of the manifest, which says the same")
             continue
         assert found == "step_00000015" and len(said) == 1, said
         assert said[0].startswith(f"{newest.name} is not intact: "), said
         # A damaged manifest may say something wrong of another file.
-        assert victim.name in said[0] or (victim.name == "manifest.json" and any(name in said[0] for name in before["files"])), said
+        assert victim.name in said[0] or (
+            victim.name == "manifest.json" and any(name in said[0] for name in before["files"])
+        ), said
         tally("damaged checkpoints noticed, the one before used, and said")
         if number % 10 == 3:
             with Job(1, file, f"name={copy.name}", *OPTIONS) as job:

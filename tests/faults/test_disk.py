@@ -25,7 +25,11 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file system of 4 MiB, where the runs lie."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True) if shutil.which("mount") else None
+    mounted = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True)
+        if shutil.which("mount")
+        else None
+    )
     if mounted is None or mounted.returncode:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip() if mounted else 'no mount command'}")
     monkeypatch.setenv("TRAINER_RUNS", str(folder))
@@ -50,7 +54,8 @@ def filled_during_save(disk: Path) -> None:
     """While the third checkpoint is written, and training has gone on."""
     goes_on = threading.Event()
     before_step(10, lambda trainer: goes_on.set())
-    before_call(checkpoints, "save_file", lambda *_: (goes_on.wait(), fill(disk)), on_call=5)  # each checkpoint has two files of tensors
+    # Each checkpoint has two files of tensors.
+    before_call(checkpoints, "save_file", lambda *_: (goes_on.wait(), fill(disk)), on_call=5)
 
 
 def filled_between_saves(disk: Path) -> None:
@@ -81,8 +86,14 @@ def test_a_full_disk_ends_the_run_in_one_message_and_nothing_saved_is_lost(
     with Job(world_size, recipe, *options, fault=lambda rank: filled(disk) if rank == 0 else None) as job:
         assert job.wait() == [3] * world_size, job.output
     said = sorted(messages(job.output), key=lambda line: line.startswith("training failed: rank 0"))
-    assert said and all(line.startswith("training failed: rank 0") for line in said[1:]), job.output  # where no launcher ends the other, it says why it ends
-    assert says in said[0] and "No space left on device" in said[0] and "(0 MiB free)" in said[0] and "the same command goes on" in said[0], said
+    # Where no launcher ends the other, it says why it ends.
+    assert said and all(line.startswith("training failed: rank 0") for line in said[1:]), job.output
+    assert (
+        says in said[0]
+        and "No space left on device" in said[0]
+        and "(0 MiB free)" in said[0]
+        and "the same command goes on" in said[0]
+    ), said
     found = sorted((disk / "run" / "checkpoints").glob("step_*"))
     assert [folder.name for folder in found] == ["step_00000005", "step_00000007"]
     for folder in found:

@@ -31,7 +31,10 @@ def test_a_run_interrupted_and_continued_by_other_numbers_of_processes_sees_the_
         assert job.wait() == [0], job.output
     for world_size, stop in zip(SIZES, STOPS, strict=True):
         with Job(
-            world_size, recipe, f"train.precision={precision}", fault=lambda rank, stop=stop: before_step(stop - 1, signal_itself) if stop else None
+            world_size,
+            recipe,
+            f"train.precision={precision}",
+            fault=lambda rank, stop=stop: before_step(stop - 1, signal_itself) if stop else None,
         ) as job:
             assert job.wait() == [0] * world_size, job.output
         assert (f"at step {stop}, checkpoint saved" if stop else "finished run") in job.output
@@ -42,4 +45,7 @@ def test_a_run_interrupted_and_continued_by_other_numbers_of_processes_sees_the_
     for line, other in zip(found, expected, strict=True) if precision == "fp64" else [(found[-1], expected[-1])]:
         assert math.isclose(line["loss"], other["loss"], rel_tol=tolerance), (line, other)
     assert found[-1]["split"] == "validation"
-    tally(f"runs of 1, 2, 4, 1, 2 processes across four interruptions, {precision}: same samples, loss within {tolerance:g}")
+    tally(
+        f"runs of 1, 2, 4, 1, 2 processes across four interruptions, {precision}: same samples, loss within "
+        f"{tolerance:g}"
+    )

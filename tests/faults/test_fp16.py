@@ -1,4 +1,6 @@
-"""fp16 in whole runs, on a CPU: gradients that overflow are counted, and never finite ones end the run or are reported."""
+"""fp16 in whole runs, on a CPU: gradients that overflow are counted,
+and never finite ones end the run or are reported.
+"""
 
 from __future__ import annotations
 
@@ -63,14 +65,23 @@ def test_fp16_whose_gradients_are_never_finite_ends_the_run_with_advice(tmp_path
     with Job(1, recipe, *FP16, fault=scaled(lambda step: step >= 3)) as job:
         assert job.wait() == [3], job.output
     step = 3 + MAX_OVERFLOWS
-    assert f"training failed: step {step}: the gradients overflow fp16 in {MAX_OVERFLOWS} steps in a row, at every scale" in job.output, job.output
-    assert "set train.precision=bf16 or fp32" in job.output and "Traceback" not in job.output and "clip_norm" not in job.output
+    assert (
+        f"training failed: step {step}: the gradients overflow fp16 in {MAX_OVERFLOWS} steps in a row, at every scale"
+        in job.output
+    ), job.output
+    assert (
+        "set train.precision=bf16 or fp32" in job.output
+        and "Traceback" not in job.output
+        and "clip_norm" not in job.output
+    )
     run = tmp_path / "runs" / "run"
     assert lines(run, "train")[-1]["num_skipped_steps"] == MAX_OVERFLOWS - 1  # the last one ended the run
     tally("fp16 whose gradients are never finite: one message with advice")
 
 
-def test_where_bad_steps_are_skipped_the_run_continues_and_the_report_has_the_advice(tmp_path: Path, tally: Tally) -> None:
+def test_where_bad_steps_are_skipped_the_run_continues_and_the_report_has_the_advice(
+    tmp_path: Path, tally: Tally
+) -> None:
     recipe = write_recipe(tmp_path)
     with Job(1, recipe, *FP16, "train.non_finite=skip", fault=scaled(lambda step: True)) as job:
         assert job.wait() == [0], job.output
@@ -82,7 +93,9 @@ def test_where_bad_steps_are_skipped_the_run_continues_and_the_report_has_the_ad
 
 
 @pytest.mark.parametrize("non_finite", ["error", "skip"])
-def test_a_scaler_that_finds_its_scale_is_counted_resumed_and_not_reported(tmp_path: Path, tally: Tally, non_finite: str) -> None:
+def test_a_scaler_that_finds_its_scale_is_counted_resumed_and_not_reported(
+    tmp_path: Path, tally: Tally, non_finite: str
+) -> None:
     recipe, options = write_recipe(tmp_path), (*FP16, f"train.non_finite={non_finite}", "schedule=constant")
     overflowing = {0, 1, 7, 20}
     with Job(1, recipe, "name=whole", *options, fault=scaled(overflowing.__contains__)) as job:

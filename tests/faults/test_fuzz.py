@@ -1,7 +1,8 @@
-"""Damaged recipes, archives, prepared sets and checkpoints: each ends in a result or in one message, never in a traceback, a crash,
-a hang, or a file where none belongs.
+"""Damaged recipes, archives, prepared sets and checkpoints: each ends in a result or in one message, never in a
+traceback, a crash, a hang, or a file where none belongs.
 
-Case n of a kind is always the same: it is drawn from the seed n. `TRAINER_FAULTS=long` takes 2,000 recipes and 510 files.
+Case n of a kind is always the same: it is drawn from the seed n. `TRAINER_FAULTS=long` takes 2,000 recipes and 510
+files.
 """
 
 from __future__ import annotations
@@ -136,13 +137,94 @@ def show(counts: Mapping[str, Counter[str]]) -> None:
 # ---------------------------------------------------------------- recipes
 
 NASTY = [
-    *("", "null", "~", "true", "-1", "0", "1", "1.5", "1e-320", "1e999", "-1e999", ".inf", "-.inf", ".nan", "0x1F", "0o17", "1_000", "'8'", "2001-01-01"),
-    *(str(2**31), str(2**63 - 1), str(2**63), str(-(2**63)), "9" * 30, "9" * 5000, "0x" + "f" * 5000, "1e400", "0." + "0" * 400 + "1"),
-    *("10%", "0 steps", "1e9 epochs", "9" * 400 + " epochs", "9" * 400 + ".5 epochs", "9" * 5000 + " steps", "0.0000001 minutes", "٣ epochs", "-1 steps"),
-    *("[]", "{}", "[1, [2, [3]]]", "{a: {b: c}}", "{name: }", "{name: [x]}", "{name: unet, name: unet}", "[name, name]", "[[[name]]]", "{1: 2, true: 3, ~: 4}"),
-    *("&a [*a]", "&a {b: *a}", "*a", "&a b", "&a", "{<<: *a}", "<<: *a", "<<", "? [a, b] : c", "- - - a", "a: b: c", "{? }", "[&a 1, &a 2, *a]"),
-    *("!!python/object/apply:os.system [touch sentinel]", "!!python/name:os.system", "!!python/object/new:os.system [touch sentinel]", "!!python/module:os"),
-    *("!!binary aGk=", "!!binary x", "!!int x", "!!int ''", "!!float ''", "!!float x", "!!bool maybe", "!!null x", "!!timestamp x", "!!timestamp 2001-99-99"),
+    *(
+        "",
+        "null",
+        "~",
+        "true",
+        "-1",
+        "0",
+        "1",
+        "1.5",
+        "1e-320",
+        "1e999",
+        "-1e999",
+        ".inf",
+        "-.inf",
+        ".nan",
+        "0x1F",
+        "0o17",
+        "1_000",
+        "'8'",
+        "2001-01-01",
+    ),
+    *(
+        str(2**31),
+        str(2**63 - 1),
+        str(2**63),
+        str(-(2**63)),
+        "9" * 30,
+        "9" * 5000,
+        "0x" + "f" * 5000,
+        "1e400",
+        "0." + "0" * 400 + "1",
+    ),
+    *(
+        "10%",
+        "0 steps",
+        "1e9 epochs",
+        "9" * 400 + " epochs",
+        "9" * 400 + ".5 epochs",
+        "9" * 5000 + " steps",
+        "0.0000001 minutes",
+        "٣ epochs",
+        "-1 steps",
+    ),
+    *(
+        "[]",
+        "{}",
+        "[1, [2, [3]]]",
+        "{a: {b: c}}",
+        "{name: }",
+        "{name: [x]}",
+        "{name: unet, name: unet}",
+        "[name, name]",
+        "[[[name]]]",
+        "{1: 2, true: 3, ~: 4}",
+    ),
+    *(
+        "&a [*a]",
+        "&a {b: *a}",
+        "*a",
+        "&a b",
+        "&a",
+        "{<<: *a}",
+        "<<: *a",
+        "<<",
+        "? [a, b] : c",
+        "- - - a",
+        "a: b: c",
+        "{? }",
+        "[&a 1, &a 2, *a]",
+    ),
+    *(
+        "!!python/object/apply:os.system [touch sentinel]",
+        "!!python/name:os.system",
+        "!!python/object/new:os.system [touch sentinel]",
+        "!!python/module:os",
+    ),
+    *(
+        "!!binary aGk=",
+        "!!binary x",
+        "!!int x",
+        "!!int ''",
+        "!!float ''",
+        "!!float x",
+        "!!bool maybe",
+        "!!null x",
+        "!!timestamp x",
+        "!!timestamp 2001-99-99",
+    ),
     *(
         "!!set {a, b}",
         "!!omap [a: 1]",
@@ -180,8 +262,30 @@ NASTY = [
         "%",
         "# ",
     ),
-    *("%YAML 1.1\n---\n", "%YAML 9.9\n---\n", "%TAG ! tag:yaml.org,2002:python/\n---\n", "\n---\n", "\n...\n", "\r", "\r\n", "\n\t"),
-    *("..", ".", "/", "~", "../../../etc/passwd", "/etc/passwd", "/dev/zero", "/dev/stdin", "/proc/self/mem", "${HOME}", "$(touch sentinel)", "a\0b"),
+    *(
+        "%YAML 1.1\n---\n",
+        "%YAML 9.9\n---\n",
+        "%TAG ! tag:yaml.org,2002:python/\n---\n",
+        "\n---\n",
+        "\n...\n",
+        "\r",
+        "\r\n",
+        "\n\t",
+    ),
+    *(
+        "..",
+        ".",
+        "/",
+        "~",
+        "../../../etc/passwd",
+        "/etc/passwd",
+        "/dev/zero",
+        "/dev/stdin",
+        "/proc/self/mem",
+        "${HOME}",
+        "$(touch sentinel)",
+        "a\0b",
+    ),
     *(
         "x" * 300,
         "x" * 300 + ".yaml",
@@ -192,7 +296,18 @@ NASTY = [
         "x" * 100_000,
         "🙂" * 1000,
     ),
-    *("os.system", "builtins.eval", "__import__('os').system('touch sentinel')", "torch.nn.Linear", "名前", "un𝐞t", "UNET", "unet ", "wandb", "tensorboard"),
+    *(
+        "os.system",
+        "builtins.eval",
+        "__import__('os').system('touch sentinel')",
+        "torch.nn.Linear",
+        "名前",
+        "un𝐞t",
+        "UNET",
+        "unet ",
+        "wandb",
+        "tensorboard",
+    ),
     *(
         "[" * 50,
         "[" * 2000,
@@ -287,7 +402,9 @@ def _mutate_recipe(draw: random.Random, data: bytes) -> bytes:
         case 12:
             return draw.choice((b"\xef\xbb\xbf", b"\xff\xfe", b"\xff", b"\xc0\x80", b"\0")) + data
         case 13:
-            return data.decode("utf-8", "replace").encode(draw.choice(("utf-16", "utf-32", "latin-1", "cp500")), "replace")
+            return data.decode("utf-8", "replace").encode(
+                draw.choice(("utf-16", "utf-32", "latin-1", "cp500")), "replace"
+            )
     return b"\n".join(lines)
 
 
@@ -317,7 +434,9 @@ def resolve(recipe: Path, overrides: list[str]) -> None:
     load_recipe(recipe, overrides, CHECKS).resolved()
 
 
-def test_damaged_recipes_are_valid_or_refused_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_recipes_are_valid_or_refused_with_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "recipes"
     shutil.copytree(Path(__file__).resolve().parents[2] / "recipes", folder)
     texts = [path.read_bytes() for path in sorted(folder.glob("*.yaml"))] + [RECIPE.encode()]
@@ -433,7 +552,20 @@ def damaged_archive(draw: random.Random) -> bytes:
             return damaged_bytes(draw, pack(files))
         case 3:
             outside = draw.choice(
-                ("../evil.png", "set/../../evil.png", "/evil.png", "..\\evil.png", "C:\\evil.png", "", ".", "..", "a" * 5000, "a\0b.png", "\udcff.png", "é.png")
+                (
+                    "../evil.png",
+                    "set/../../evil.png",
+                    "/evil.png",
+                    "..\\evil.png",
+                    "C:\\evil.png",
+                    "",
+                    ".",
+                    "..",
+                    "a" * 5000,
+                    "a\0b.png",
+                    "\udcff.png",
+                    "é.png",
+                )
             )
             content = files.pop(victim)
             return pack(files | {outside.encode("utf-8", "surrogateescape").decode("utf-8", "replace"): content})
@@ -464,11 +596,17 @@ def damaged_zip_header(draw: random.Random, data: bytes) -> bytes:
     """Sizes, offsets, methods and flags of a zip's directory."""
     content = bytearray(data)
     signature, fields = draw.choice(
-        ((b"PK\1\2", (8, 10, 16, 20, 24, 28, 30, 38, 42)), (b"PK\3\4", (6, 8, 14, 18, 22, 26, 28)), (b"PK\5\6", (8, 10, 12, 16, 20)))
+        (
+            (b"PK\1\2", (8, 10, 16, 20, 24, 28, 30, 38, 42)),
+            (b"PK\3\4", (6, 8, 14, 18, 22, 26, 28)),
+            (b"PK\5\6", (8, 10, 12, 16, 20)),
+        )
     )
     starts = [match.start() for match in re.finditer(re.escape(signature), data)]
     at = draw.choice(starts) + draw.choice(fields)
-    content[at : at + 2] = struct.pack("<H", draw.choice((0, 1, 2, 8, 9, 12, 14, 64, 93, 95, 0x7FFF, 0xFFFF, draw.randrange(2**16))))
+    content[at : at + 2] = struct.pack(
+        "<H", draw.choice((0, 1, 2, 8, 9, 12, 14, 64, 93, 95, 0x7FFF, 0xFFFF, draw.randrange(2**16)))
+    )
     return bytes(content[: len(data)])
 
 
@@ -482,7 +620,9 @@ def read_all(folder: Path, card: Card, max_unreadable: int = 0) -> None:
         dataclasses.asdict(card)
 
 
-def test_damaged_archives_are_prepared_or_refused_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_archives_are_prepared_or_refused_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     counts = {"archives": Counter[str]()}
     (tmp_path / "archives").mkdir()
     (tmp_path / "neighbour").write_text("mine")
@@ -498,7 +638,10 @@ def test_damaged_archives_are_prepared_or_refused_with_a_message(tmp_path: Path,
         with told("archive", number, data):
             found = outcome_in_child(case)
             left = {path.name for path in target.iterdir()}
-            assert left == ({".pairs.lock", "pairs"} if found == "valid" else {".pairs.lock"}) or (target / "pairs" / "card.json").exists()
+            assert (
+                left == ({".pairs.lock", "pairs"} if found == "valid" else {".pairs.lock"})
+                or (target / "pairs" / "card.json").exists()
+            )
             shutil.rmtree(target)
             assert contents(tmp_path) == before
         counts["archives"][found] += 1
@@ -522,7 +665,26 @@ def damaged_json(draw: random.Random, text: str) -> str:
 
     walk(tree)
     node, key = draw.choice(places)
-    values = (None, True, -1, 0, 2**63, 10**30, 1.5, float("nan"), "", "../../x", "/etc/passwd", "a\0b", [], {}, [[]], {"a": None}, [10**15], "0" * 64)
+    values = (
+        None,
+        True,
+        -1,
+        0,
+        2**63,
+        10**30,
+        1.5,
+        float("nan"),
+        "",
+        "../../x",
+        "/etc/passwd",
+        "a\0b",
+        [],
+        {},
+        [[]],
+        {"a": None},
+        [10**15],
+        "0" * 64,
+    )
     if draw.random() < 0.2:
         del node[key]
     else:
@@ -537,9 +699,15 @@ def damage_file(draw: random.Random, path: Path) -> None:
         path.write_bytes(damaged_bytes(draw, path.read_bytes()))
 
 
-def test_damaged_prepared_sets_are_made_again_or_refused_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_prepared_sets_are_made_again_or_refused_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Damaged before training starts, or afterwards, when checksums have been compared and only reading can notice."""
-    counts = {"prepared, before": Counter[str](), "prepared, meanwhile": Counter[str](), "prepared, tolerant": Counter[str]()}
+    counts = {
+        "prepared, before": Counter[str](),
+        "prepared, meanwhile": Counter[str](),
+        "prepared, tolerant": Counter[str](),
+    }
     whole = tmp_path / "whole"
     (tmp_path / "archives").mkdir()
     (tmp_path / "archives" / "set").write_bytes(tarred(good_members(), "w"))
@@ -551,7 +719,13 @@ def test_damaged_prepared_sets_are_made_again_or_refused_with_a_message(tmp_path
         before = contents(tmp_path)
         shutil.copytree(whole, target)
         folder, kind = target / "pairs", list(counts)[number % 3]
-        victim = draw.choice(sorted(path for path in folder.rglob("*") if path.is_file() and (kind == "prepared, before" or path.suffix == ".parquet")))
+        victim = draw.choice(
+            sorted(
+                path
+                for path in folder.rglob("*")
+                if path.is_file() and (kind == "prepared, before" or path.suffix == ".parquet")
+            )
+        )
         card = Card.load(folder)
         damage_file(draw, victim)
 
@@ -600,7 +774,9 @@ def reseal(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_damaged_checkpoints_are_passed_over_or_refused_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoints_are_passed_over_or_refused_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     counts = {"checkpoints": Counter[str](), "checkpoints, resealed": Counter[str]()}
     (tmp_path / "r.yaml").write_text(RUN)
     recipe = load_recipe(tmp_path / "r.yaml")
@@ -644,5 +820,7 @@ def test_damaged_checkpoints_are_passed_over_or_refused_with_a_message(tmp_path:
 
 def test_the_same_seed_gives_the_same_case() -> None:
     texts = [RECIPE.encode()]
-    first, again, other = ((damaged_recipe(random.Random(n), texts, KEYS), damaged_archive(random.Random(n))) for n in (1, 1, 2))
+    first, again, other = (
+        (damaged_recipe(random.Random(n), texts, KEYS), damaged_archive(random.Random(n))) for n in (1, 1, 2)
+    )
     assert first == again != other

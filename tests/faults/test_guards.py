@@ -38,11 +38,15 @@ def make_nan(rank: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_term_step_and_samples(tmp_path: Path, tally: Tally, world_size: int) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_term_step_and_samples(
+    tmp_path: Path, tally: Tally, world_size: int
+) -> None:
     recipe, root = write_recipe(tmp_path), tmp_path / "runs" / "run" / "checkpoints"
     with Job(world_size, recipe, *OPTIONS, "checkpoint.every=1 steps", "checkpoint.keep=30", fault=make_nan) as job:
         assert job.wait() == [3] * world_size, job.output
-    found = re.search(r"training failed: step (\d+): loss is nan, gradient_norm is nan \(among samples ([\d, ]+)\)", job.output)
+    found = re.search(
+        r"training failed: step (\d+): loss is nan, gradient_norm is nan \(among samples ([\d, ]+)\)", job.output
+    )
     assert found and "Traceback" not in job.output, job.output
     ids = [int(number) for number in found[2].split(", ")]
     assert BAD in ids and len(ids) == 8 // world_size  # those of the rank that had it
@@ -54,7 +58,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_term_step_and_samples(
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_skipped_steps_are_counted_and_an_interrupted_run_skips_the_same(tmp_path: Path, tally: Tally, world_size: int) -> None:
+def test_skipped_steps_are_counted_and_an_interrupted_run_skips_the_same(
+    tmp_path: Path, tally: Tally, world_size: int
+) -> None:
     recipe, skip = write_recipe(tmp_path), (*OPTIONS, "train.non_finite=skip")
 
     def interrupted(rank: int) -> None:
@@ -66,7 +72,12 @@ def test_skipped_steps_are_counted_and_an_interrupted_run_skips_the_same(tmp_pat
             assert job.wait() == [0] * world_size, job.output
     run, whole = (tmp_path / "runs" / name for name in ("run", "whole"))
     assert weights(run) == weights(whole) and lines(run) == lines(whole)
-    assert lines(run, "train")[-1]["num_skipped_steps"] == json.loads((run / "summary.json").read_text())["skipped_steps"] >= 2  # one an epoch
+    # One an epoch.
+    assert (
+        lines(run, "train")[-1]["num_skipped_steps"]
+        == json.loads((run / "summary.json").read_text())["skipped_steps"]
+        >= 2
+    )
     assert "skipped, 1 so far" not in job.output and "so far" in job.output  # the count goes on where it was
     tally(f"steps skipped, {world_size} processes: counted, interrupted and resumed equal to the bit")
 
@@ -88,7 +99,9 @@ def test_on_a_device_the_fused_optimizer_leaves_out_a_bad_step_without_the_host_
     for step, loss in enumerate([1.0, float("nan"), 1.0]):
         weight.grad = torch.full((3,), loss)
         guard.begin_step()
-        passes, counts = guard.passes(step, {"loss": torch.tensor(loss).as_subclass(OnDevice)}, [torch.tensor(loss == loss)])
+        passes, counts = guard.passes(
+            step, {"loss": torch.tensor(loss).as_subclass(OnDevice)}, [torch.tensor(loss == loss)]
+        )
         assert passes  # the host never waits: the optimizer is called, and reads the flag
         optimizer.step()
         seen.append(weight.tolist())
@@ -108,19 +121,30 @@ def test_without_room_in_memory_the_message_says_the_batch_size_and_what_to_do(t
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     with Job(
-        2, recipe, *OPTIONS, "train.timeout=0.1 minutes", fault=lambda rank: before_call(Segmentation, "loss_sums", out_of_memory, 4) if rank else None
+        2,
+        recipe,
+        *OPTIONS,
+        "train.timeout=0.1 minutes",
+        fault=lambda rank: before_call(Segmentation, "loss_sums", out_of_memory, 4) if rank else None,
     ) as job:
         assert job.wait() == [3, 3], job.output
-    assert "rank 1: training failed: out of memory with 4 samples at a time in each process: train.accumulate=2 halves them" in job.output
+    assert (
+        "rank 1: training failed: out of memory with 4 samples at a time in each process: train.accumulate=2 halves "
+        "them" in job.output
+    )
     assert "Traceback" not in job.output
     tally("out of memory on one rank: one message with the batch size")
 
 
 @pytest.mark.parametrize(("tolerated", "code"), [(2, 0), (1, 3)])
-def test_damaged_images_are_counted_over_all_processes_and_listed(tmp_path: Path, tally: Tally, tolerated: int, code: int) -> None:
+def test_damaged_images_are_counted_over_all_processes_and_listed(
+    tmp_path: Path, tally: Tally, tolerated: int, code: int
+) -> None:
     recipe = write_recipe(tmp_path)
-    order = Order([(i + 1) * 52 // 8 - i * 52 // 8 for i in range(8)], seed=0, window=3)  # of tests/tiny.py: 52 rows in 8 groups
-    damaged = {order.sample(position)[1] for position in (1, 5)}  # in the first batch, the first half of which rank 0 reads, and rank 1 the other
+    # Of tests/tiny.py: 52 rows in 8 groups.
+    order = Order([(i + 1) * 52 // 8 - i * 52 // 8 for i in range(8)], seed=0, window=3)
+    # In the first batch, the first half of which rank 0 reads, and rank 1 the other.
+    damaged = {order.sample(position)[1] for position in (1, 5)}
 
     def damage(rank: int) -> None:
         row = RowGroups.row
@@ -129,16 +153,30 @@ def test_damaged_images_are_counted_over_all_processes_and_listed(tmp_path: Path
             found = row(rows, group, index)
             sample_id = sum(count for _, count in rows.groups[:group]) + index
             is_train = "train" in rows.groups[group][0].parts
-            return found | {"image": {"bytes": found["image"]["bytes"][:60], "path": None}} if is_train and sample_id in damaged else found
+            return (
+                found | {"image": {"bytes": found["image"]["bytes"][:60], "path": None}}
+                if is_train and sample_id in damaged
+                else found
+            )
 
         RowGroups.row = damaged_row
 
-    with Job(2, recipe, *OPTIONS, f"data.max_unreadable={tolerated}", "data.cache=off", "train.duration=6 steps", fault=damage) as job:
+    with Job(
+        2,
+        recipe,
+        *OPTIONS,
+        f"data.max_unreadable={tolerated}",
+        "data.cache=off",
+        "train.duration=6 steps",
+        fault=damage,
+    ) as job:
         assert job.wait() == [code, code], job.output
     run = tmp_path / "runs" / "run"
     if code == 0:
         assert json.loads((run / "summary.json").read_text())["unreadable"] == sorted(damaged)
         assert lines(run, "train")[-1]["num_unreadable"] == len(damaged)
     else:
-        assert "more than data.max_unreadable" in job.output and all(str(sample_id) in job.output for sample_id in damaged), job.output
+        assert "more than data.max_unreadable" in job.output and all(
+            str(sample_id) in job.output for sample_id in damaged
+        ), job.output
     tally("damaged images over two processes: counted and listed, too many are one message")

@@ -1,4 +1,6 @@
-"""A kill at any moment loses at most the work since the last checkpoint, and the run ends as if nothing had happened."""
+"""A kill at any moment loses at most the work since the last checkpoint,
+and the run ends as if nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,14 @@ from trainer.runs import checkpoint as checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 60.0  # on a busy machine; without the watchdog it would be half an hour
-OPTIONS = ("train.precision=fp32", "train.ema=0.9", "train.timeout=0.1 minutes", "train.log_every=3 steps", "checkpoint.every=2 steps", "checkpoint.keep=2")
+OPTIONS = (
+    "train.precision=fp32",
+    "train.ema=0.9",
+    "train.timeout=0.1 minutes",
+    "train.log_every=3 steps",
+    "checkpoint.every=2 steps",
+    "checkpoint.keep=2",
+)
 KINDS = (
     "all ranks, at a random moment",
     "all ranks, at a random line of the code that writes a checkpoint",
@@ -43,7 +52,9 @@ def kill_all() -> None:
 
 
 def tracer(number: int, act: Callable[[], Any]) -> Any:
-    """A trace function that calls `act` at the n-th line that is run of trainer/runs/checkpoint.py, or of shutil, with which it removes folders."""
+    """A trace function that calls `act` at the n-th line that is run of trainer/runs/checkpoint.py, or of shutil,
+    with which it removes folders.
+    """
     left, files = number, (checkpoints.__file__, shutil.__file__)
 
     def line(frame: FrameType, event: str, argument: Any) -> Any:
@@ -115,7 +126,10 @@ def kill_one(job: Job, victim: int, marks: Path, seconds: float, tally: Tally) -
     if codes[victim] == -signal.SIGKILL:
         assert took < LIMIT_S, job.output
         tally("SIGKILL of one rank: the other ended by itself", seconds=took)
-        assert codes[1 - victim] == 0 or (codes[1 - victim] == 3 and f"training failed: rank {victim}" in job.output), job.output  # 0: nothing was left to do
+        # 0: nothing was left to do.
+        assert codes[1 - victim] == 0 or (codes[1 - victim] == 3 and f"training failed: rank {victim}" in job.output), (
+            job.output
+        )
 
 
 def saved(root: Path, step: int) -> None:
@@ -145,13 +159,19 @@ def test_a_kill_at_any_line_of_a_save_leaves_only_whole_checkpoints(tmp_path: Pa
         shutil.rmtree(root)
         if status == 0:
             return
-        tally("SIGKILLs of a single save, one at each line" if LONG else "SIGKILLs of a single save, one at every 13th line")
+        tally(
+            "SIGKILLs of a single save, one at each line"
+            if LONG
+            else "SIGKILLs of a single save, one at every 13th line"
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900 if LONG else 300)
 @pytest.mark.parametrize("seed", range(10 if LONG else 1))
-def test_a_run_killed_again_and_again_ends_bit_for_bit_like_an_undisturbed_one(tmp_path: Path, tally: Tally, seed: int) -> None:
+def test_a_run_killed_again_and_again_ends_bit_for_bit_like_an_undisturbed_one(
+    tmp_path: Path, tally: Tally, seed: int
+) -> None:
     recipe, runs, draw = write_recipe(tmp_path), tmp_path / "runs", random.Random(seed)
     began = time.monotonic()
     with Job(2, recipe, "name=whole", *OPTIONS) as job:
@@ -196,11 +216,22 @@ def test_a_launch_killed_five_times_ends_bit_for_bit_like_an_undisturbed_run(tmp
     options = (*OPTIONS, "train.duration=100 epochs")
     with Job(2, recipe, "name=whole", *options) as job:
         assert job.wait(200) == [0, 0], job.output
-    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", "accelerate_config.yaml", "--num_processes", "2", "trainer/run.py"]
+    launch = [
+        str(Path(sys.executable).parent / "accelerate"),
+        "launch",
+        "--config_file",
+        "accelerate_config.yaml",
+        "--num_processes",
+        "2",
+        "trainer/run.py",
+    ]
     root = runs / "run" / "checkpoints"
     for kill in range(6):
         before = checkpoints.steps(root)
-        with (tmp_path / "log").open("w") as log, subprocess.Popen([*launch, str(recipe), *options], cwd=ROOT, stderr=log) as launcher:
+        with (
+            (tmp_path / "log").open("w") as log,
+            subprocess.Popen([*launch, str(recipe), *options], cwd=ROOT, stderr=log) as launcher,
+        ):
             if kill < 5:
                 while checkpoints.steps(root)[-1:] <= before[-1:]:
                     assert launcher.poll() is None, (tmp_path / "log").read_text()

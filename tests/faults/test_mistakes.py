@@ -1,4 +1,6 @@
-"""A run that can't begin because of what the user has to fix keeps its work, and `trainer status` repeats what it is."""
+"""A run that can't begin because of what the user has to fix keeps its work,
+and `trainer status` repeats what it is.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_a_run_whose_data_are_damaged_says_so_until_they_are_mended_and_then_res
     assert status(capsys, recipe)[0] == 0 and "error" not in summary(run)
 
 
-def test_a_run_whose_first_start_fails_says_why_and_starts_from_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_first_start_fails_says_why_and_starts_from_scratch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refuse(*_: Any) -> None:
         raise UserError("these weights don't fit")
 
@@ -75,10 +79,17 @@ def test_a_run_whose_first_start_fails_says_why_and_starts_from_scratch(tmp_path
         assert job.wait() == [2, 2], job.output
     code, said = status(capsys, recipe)
     assert code == 3 and "these weights don't fit; fix this, and the same command starts from scratch" in said, said
-    assert summary(tmp_path / "runs" / "run") == {"status": "failed", "best": {}, "final": {}, "error": "these weights don't fit"}
+    assert summary(tmp_path / "runs" / "run") == {
+        "status": "failed",
+        "best": {},
+        "final": {},
+        "error": "these weights don't fit",
+    }
 
 
-def test_another_recipe_or_a_wrong_checkpoint_under_the_same_name_leaves_a_run_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_recipe_or_a_wrong_checkpoint_under_the_same_name_leaves_a_run_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe, run = write_recipe(tmp_path), tmp_path / "runs" / "run"
     with Job(1, recipe, *BRIEF) as job:
         assert job.wait() == [0], job.output

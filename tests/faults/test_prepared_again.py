@@ -1,4 +1,6 @@
-"""A set of one's own that was prepared again from other files under the same name is another set: no run resumes with it."""
+"""A set of one's own that was prepared again from other files under the same name is another set:
+no run resumes with it.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,22 @@ def prepare(folder: Path, seed: int) -> None:
     shutil.rmtree(folder / "data", ignore_errors=True)
     draw = np.random.default_rng(seed)
     for i in range(20):
-        for name, pixels in (("images", draw.integers(0, 256, (8, 8, 3), np.uint8)), ("masks", draw.integers(0, 2, (8, 8), np.uint8))):
+        for name, pixels in (
+            ("images", draw.integers(0, 256, (8, 8, 3), np.uint8)),
+            ("masks", draw.integers(0, 2, (8, 8), np.uint8)),
+        ):
             (folder / name).mkdir(exist_ok=True)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     (folder / "classes.txt").write_text("road\nsky\n", encoding="utf-8")
-    given = {"name": "streets", "images": folder / "images", "masks": folder / "masks", "classes": folder / "classes.txt"}
-    assert main(["prepare", "folder", *(str(word) for key, value in given.items() for word in (f"--{key}", value))]) == 0
+    given = {
+        "name": "streets",
+        "images": folder / "images",
+        "masks": folder / "masks",
+        "classes": folder / "classes.txt",
+    }
+    assert (
+        main(["prepare", "folder", *(str(word) for key, value in given.items() for word in (f"--{key}", value))]) == 0
+    )
 
 
 def of_an_older_version(checkpoint: Path) -> None:
@@ -52,7 +64,9 @@ def of_an_older_version(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_whose_set_was_prepared_again_from_other_files_refuses_to_resume_until_it_is_as_before(tmp_path: Path, world_size: int) -> None:
+def test_a_run_whose_set_was_prepared_again_from_other_files_refuses_to_resume_until_it_is_as_before(
+    tmp_path: Path, world_size: int
+) -> None:
     recipe = write_recipe(tmp_path, RECIPE)
     prepare(tmp_path, 0)
     with Job(world_size, recipe) as job:
@@ -60,7 +74,9 @@ def test_a_run_whose_set_was_prepared_again_from_other_files_refuses_to_resume_u
     prepare(tmp_path, 1)
     with Job(world_size, recipe, LONGER) as job:
         assert job.wait() == [2] * world_size, job.output
-    assert job.output.count("error: ") == 1 and "streets holds other samples than this run began with" in job.output, job.output
+    assert job.output.count("error: ") == 1 and "streets holds other samples than this run began with" in job.output, (
+        job.output
+    )
     prepare(tmp_path, 0)  # the same files, at another time
     with Job(world_size, recipe, LONGER) as job:
         assert job.wait() == [0] * world_size, job.output

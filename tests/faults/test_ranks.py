@@ -40,11 +40,22 @@ def raises() -> None:
     raise RuntimeError("something broke")
 
 
-CASES = [(is_killed, 2, 0), (is_killed, 2, 1), (is_stopped, 2, 0), (is_stopped, 2, 1), (is_stuck, 2, 0), (is_stuck, 2, 1), (raises, 2, 0), (raises, 2, 1)]
+CASES = [
+    (is_killed, 2, 0),
+    (is_killed, 2, 1),
+    (is_stopped, 2, 0),
+    (is_stopped, 2, 1),
+    (is_stuck, 2, 0),
+    (is_stuck, 2, 1),
+    (raises, 2, 0),
+    (raises, 2, 1),
+]
 SHORT = [(is_killed, 2, 1), (is_stopped, 2, 0), (raises, 2, 1)]
 
 
-@pytest.mark.parametrize(("fault", "world_size", "victim"), [*CASES, (is_stopped, 4, 2), (is_killed, 4, 3)] if LONG else SHORT)
+@pytest.mark.parametrize(
+    ("fault", "world_size", "victim"), [*CASES, (is_stopped, 4, 2), (is_killed, 4, 3)] if LONG else SHORT
+)
 def test_a_lost_rank_ends_the_job_in_time_and_is_named(
     tmp_path: Path, tally: Tally, undisturbed: Undisturbed, fault: Callable[..., None], world_size: int, victim: int
 ) -> None:
@@ -78,7 +89,10 @@ def test_a_lost_rank_ends_the_job_in_time_and_is_named(
         assert job.wait() == [0] * world_size, job.output
     assert "resumed run from step 2" in job.output
     assert (weights(tmp_path / "runs" / "run"), lines(tmp_path / "runs" / "run")) == undisturbed(world_size, recipe)
-    tally(f"lost ranks: one of {world_size} {fault.__name__.replace('_', ' ')}: named, ended, went on exactly", seconds=took)
+    tally(
+        f"lost ranks: one of {world_size} {fault.__name__.replace('_', ' ')}: named, ended, went on exactly",
+        seconds=took,
+    )
 
 
 def wait_but_for(job: Job, victim: int) -> list[int | None]:
@@ -112,10 +126,14 @@ def test_a_rank_lost_before_all_have_met_ends_the_job_in_time_and_is_named(
 ) -> None:
     """The others wait for it in `init_process_group`, whose own limit is minutes and whose message names nobody."""
     began = time.monotonic()
-    with Job(world_size, write_recipe(tmp_path), *BRIEF, TIMEOUT, fault=lambda rank: fault() if rank == victim else None) as job:
+    with Job(
+        world_size, write_recipe(tmp_path), *BRIEF, TIMEOUT, fault=lambda rank: fault() if rank == victim else None
+    ) as job:
         codes = job.wait(30)
         took = time.monotonic() - began
-    assert [code for rank, code in enumerate(codes) if rank != victim] == [3] * (world_size - 1) and took < 2 * LIMIT_S, (codes, took, job.output)
+    assert [code for rank, code in enumerate(codes) if rank != victim] == [3] * (
+        world_size - 1
+    ) and took < 2 * LIMIT_S, (codes, took, job.output)
     told = [line for line in job.output.splitlines() if line.startswith("training failed: ")]
     assert told and all(f"rank {victim}" in line for line in told), job.output
     assert fault is fails_while_it_meets_the_others or "Traceback" not in job.output, job.output
@@ -124,16 +142,30 @@ def test_a_rank_lost_before_all_have_met_ends_the_job_in_time_and_is_named(
 
 @pytest.mark.launch
 @pytest.mark.skipif(not LONG, reason="make faults: a launch takes long")
-def test_a_rank_killed_under_a_launcher_ends_the_job_in_time_and_is_named(tmp_path: Path, tally: Tally, undisturbed: Undisturbed) -> None:
+def test_a_rank_killed_under_a_launcher_ends_the_job_in_time_and_is_named(
+    tmp_path: Path, tally: Tally, undisturbed: Undisturbed
+) -> None:
     recipe = write_recipe(tmp_path)
     gated = f"plugins=[{TINY},{Path(__file__).with_name('gated.py')}]"
-    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", "accelerate_config.yaml", "--num_processes", "2", "trainer/run.py"]
+    launch = [
+        str(Path(sys.executable).parent / "accelerate"),
+        "launch",
+        "--config_file",
+        "accelerate_config.yaml",
+        "--num_processes",
+        "2",
+        "trainer/run.py",
+    ]
     command = [*launch, str(recipe), *BRIEF, TIMEOUT, gated]
     began = time.time()
-    killed = subprocess.run(command, cwd=ROOT, env=os.environ | {"GATE_PLACE": "killed"}, capture_output=True, text=True, timeout=120)
+    killed = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"GATE_PLACE": "killed"}, capture_output=True, text=True, timeout=120
+    )
     took = time.time() - max(began, (tmp_path / "runs" / "run" / "metrics.jsonl").stat().st_mtime)
     assert killed.returncode != 0 and took < 2 * LIMIT_S, killed.stderr  # the launcher's own end included
-    assert re.search(rf"training failed: rank 1 is not responding.* reading data, after step {STEP}", killed.stderr), killed.stderr
+    assert re.search(rf"training failed: rank 1 is not responding.* reading data, after step {STEP}", killed.stderr), (
+        killed.stderr
+    )
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "finished run" in done.stderr, done.stderr
     assert (weights(tmp_path / "runs" / "run"), lines(tmp_path / "runs" / "run")) == undisturbed(2, recipe)

@@ -70,7 +70,16 @@ def in_building(gate: Gate) -> Callable[[int], None]:
         (in_preparation, 2, 1, signal.SIGTERM, None, "stopped on SIGTERM before training began"),
         (in_building, 2, 1, signal.SIGTERM, None, "stopped on SIGTERM before training began"),
     ],
-    ids=["first-step-SIGUSR1", "first-step-SIGHUP", "first-step", "evaluation", "evaluation-to-one-rank", "save", "preparation", "building"],
+    ids=[
+        "first-step-SIGUSR1",
+        "first-step-SIGHUP",
+        "first-step",
+        "evaluation",
+        "evaluation-to-one-rank",
+        "save",
+        "preparation",
+        "building",
+    ],
 )
 def test_a_stop_is_heard_at_once_and_the_same_command_goes_on_exactly(
     tmp_path: Path,
@@ -100,13 +109,20 @@ def test_a_stop_is_heard_at_once_and_the_same_command_goes_on_exactly(
     output, ended = go_on(world_size, recipe)
     assert ended == undisturbed(world_size, recipe)
     assert ("resumed run from step" in output) == ("checkpoint saved" in says)
-    tally(f"stop signals {place.__name__.replace('_', ' ')}: exit 0, went on, weights and metrics equal to the bit", seconds=took)
+    tally(
+        f"stop signals {place.__name__.replace('_', ' ')}: exit 0, went on, weights and metrics equal to the bit",
+        seconds=took,
+    )
 
 
-def test_a_second_ctrl_c_ends_at_once_and_what_is_saved_is_whole(tmp_path: Path, tally: Tally, undisturbed: Undisturbed) -> None:
+def test_a_second_ctrl_c_ends_at_once_and_what_is_saved_is_whole(
+    tmp_path: Path, tally: Tally, undisturbed: Undisturbed
+) -> None:
     recipe, gate = write_recipe(tmp_path), Gate()
     # In the middle of the third checkpoint, which has three files of tensors.
-    with Job(1, recipe, *BRIEF, fault=lambda rank: before_call(checkpoints, "save_file", gate.stop_here, on_call=8)) as job:
+    with Job(
+        1, recipe, *BRIEF, fault=lambda rank: before_call(checkpoints, "save_file", gate.stop_here, on_call=8)
+    ) as job:
         gate.await_arrival()
         for _ in range(100):  # two that come at once are one
             job.signal(signal.SIGINT)
@@ -122,9 +138,13 @@ def test_a_second_ctrl_c_ends_at_once_and_what_is_saved_is_whole(tmp_path: Path,
     tally("second Ctrl-C in the middle of a save: exit 130 at once, checkpoints whole, went on exactly")
 
 
-def test_a_hang_up_of_a_whole_process_group_leaves_loader_workers_to_the_process_that_started_them(tmp_path: Path) -> None:
+def test_a_hang_up_of_a_whole_process_group_leaves_loader_workers_to_the_process_that_started_them(
+    tmp_path: Path,
+) -> None:
     gate = Gate()
-    with Job(1, write_recipe(tmp_path), *BRIEF, "data.workers=1", fault=lambda rank: before_step(1, gate.stop_here)) as job:
+    with Job(
+        1, write_recipe(tmp_path), *BRIEF, "data.workers=1", fault=lambda rank: before_step(1, gate.stop_here)
+    ) as job:
         gate.await_arrival()
         os.killpg(job.group, signal.SIGHUP)
         gate.open()
@@ -132,8 +152,12 @@ def test_a_hang_up_of_a_whole_process_group_leaves_loader_workers_to_the_process
     assert "stopped on SIGHUP at step 2, checkpoint saved" in job.output and "worker" not in job.output, job.output
 
 
-@pytest.mark.parametrize(("ignored", "status"), [(False, "stopped"), (True, "finished")], ids=["handled", "as-nohup-does"])
-def test_a_run_whose_terminal_is_closed_saves_a_checkpoint_and_one_that_ignores_hang_ups_trains_on(tmp_path: Path, ignored: bool, status: str) -> None:
+@pytest.mark.parametrize(
+    ("ignored", "status"), [(False, "stopped"), (True, "finished")], ids=["handled", "as-nohup-does"]
+)
+def test_a_run_whose_terminal_is_closed_saves_a_checkpoint_and_one_that_ignores_hang_ups_trains_on(
+    tmp_path: Path, ignored: bool, status: str
+) -> None:
     recipe, gate = write_recipe(tmp_path), Gate()
     child, terminal = pty.fork()
     if child == 0:
@@ -156,7 +180,9 @@ def start(recipe: Path, gate: Gate, place: str, *options: str, **variables: str)
     return subprocess.Popen(
         [sys.executable, "trainer/run.py", str(recipe), *BRIEF, *options],
         cwd=ROOT,
-        env=os.environ | {"GATE_PLACE": place, "GATE_ARRIVALS": str(gate.arrivals[1]), "GATE_PASSES": str(gate.passes[0])} | variables,
+        env=os.environ
+        | {"GATE_PLACE": place, "GATE_ARRIVALS": str(gate.arrivals[1]), "GATE_PASSES": str(gate.passes[0])}
+        | variables,
         pass_fds=(gate.arrivals[1], gate.passes[0]),
         stderr=subprocess.PIPE,
         text=True,
@@ -176,7 +202,9 @@ GATED = f"plugins=[{TINY},{Path(__file__).with_name('gated.py')}]"
 
 @long_only
 @pytest.mark.launch
-def test_a_stop_during_data_preparation_leaves_nothing_half_done(tmp_path: Path, tally: Tally, undisturbed: Undisturbed) -> None:
+def test_a_stop_during_data_preparation_leaves_nothing_half_done(
+    tmp_path: Path, tally: Tally, undisturbed: Undisturbed
+) -> None:
     recipe, gate = write_recipe(tmp_path), Gate()
     with start(recipe, gate, "rows", GATED) as process:
         gate.await_arrival()
@@ -189,12 +217,16 @@ def test_a_stop_during_data_preparation_leaves_nothing_half_done(tmp_path: Path,
 
 @long_only
 @pytest.mark.launch
-def test_a_stop_while_wandb_waits_for_a_server_that_never_answers(tmp_path: Path, tally: Tally, undisturbed: Undisturbed) -> None:
+def test_a_stop_while_wandb_waits_for_a_server_that_never_answers(
+    tmp_path: Path, tally: Tally, undisturbed: Undisturbed
+) -> None:
     recipe, gate = write_recipe(tmp_path), Gate()
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         key = "0123456789abcdef0123456789abcdef01234567"  # made up
-        with start(recipe, gate, "step", GATED, "track=[wandb]", WANDB_MODE="online", WANDB_API_KEY=key, WANDB_BASE_URL=address) as process:
+        with start(
+            recipe, gate, "step", GATED, "track=[wandb]", WANDB_MODE="online", WANDB_API_KEY=key, WANDB_BASE_URL=address
+        ) as process:
             gate.await_arrival()
             server.settimeout(60)
             connection, _ = server.accept()  # W&B is starting, and waits for an answer

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def _gpu() -> None:
-    # Not at import: whoever asks CUDA before all tests are collected never sees the GPU that tests/conftest.py hides until then.
+    # Not at import: whoever asks CUDA before all tests are collected never sees the GPU that tests/conftest.py hides
+    # until then.
     if not torch.cuda.is_available():
         pytest.skip("no GPU is visible: there is none, or it is hidden since other tests run too (-m gpu)")
 
@@ -45,7 +46,9 @@ def weights(run: Path) -> str:
     return hashlib.sha256((run / "checkpoints" / "last" / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("options", [(), ("train.precision=fp16", "train.ema=0.9", "train.accumulate=2"), ("train.precision=bf16",)])
+@pytest.mark.parametrize(
+    "options", [(), ("train.precision=fp16", "train.ema=0.9", "train.accumulate=2"), ("train.precision=bf16",)]
+)
 def test_resume_is_exact_on_a_gpu_with_deterministic_kernels(tmp_path: Path, options: tuple[str, ...]) -> None:
     recipe = write_recipe(tmp_path)
     options = ("train.deterministic=true", *options)
@@ -59,10 +62,15 @@ def test_resume_says_whether_the_bits_are_those_of_an_uninterrupted_run(tmp_path
     recipe = write_recipe(tmp_path)
     for deterministic in ("auto", "true"):
         for steps in (4, 8):
-            name, options = f"name={deterministic}", (f"train.deterministic={deterministic}", f"train.duration={steps} steps")
+            name, options = (
+                f"name={deterministic}",
+                (f"train.deterministic={deterministic}", f"train.duration={steps} steps"),
+            )
             done = run(sys.executable, "trainer/run.py", recipe, "schedule=constant", name, *options)
             assert done.returncode == 0, done.stderr
-        assert ("this GPU computes without deterministic kernels" in done.stderr) == (deterministic == "auto"), done.stderr
+        assert ("this GPU computes without deterministic kernels" in done.stderr) == (deterministic == "auto"), (
+            done.stderr
+        )
 
 
 @pytest.mark.parametrize("task", RECIPES)
@@ -80,17 +88,30 @@ def test_every_precision_learns(tmp_path: Path, precision: str) -> None:
 
 def test_a_compiled_model_has_the_keys_and_losses_of_an_eager_one(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    eager, compiled = (train(recipe, f"name={name}", f"train.compile={name}", "train.duration=5 steps") for name in ("false", "true"))
-    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (eager, compiled)]
+    eager, compiled = (
+        train(recipe, f"name={name}", f"train.compile={name}", "train.duration=5 steps") for name in ("false", "true")
+    )
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (eager, compiled)
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
-    manifests = [json.loads((run / "checkpoints" / "last" / "manifest.json").read_text())["files"] for run in (eager, compiled)]
+    manifests = [
+        json.loads((run / "checkpoints" / "last" / "manifest.json").read_text())["files"] for run in (eager, compiled)
+    ]
     assert manifests[0]["model.safetensors"]["bytes"] == manifests[1]["model.safetensors"]["bytes"]
 
 
 @pytest.mark.parametrize("task", RECIPES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_objects_are_found_measured_and_drawn(tmp_path: Path, task: str, precision: str) -> None:
-    run = train(write_recipe(tmp_path, RECIPES[task]), "name=run", f"train.precision={precision}", "train.duration=60 steps", "evaluate.every=30 steps")
+    run = train(
+        write_recipe(tmp_path, RECIPES[task]),
+        "name=run",
+        f"train.precision={precision}",
+        "train.duration=60 steps",
+        "evaluate.every=30 steps",
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["split"] == "train"]
     assert losses[-1] < losses[0]
@@ -102,7 +123,18 @@ def test_objects_are_found_measured_and_drawn(tmp_path: Path, task: str, precisi
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_summary_measures_on_the_gpu(tmp_path: Path, task: str, precision: str) -> None:
     recipe = write_recipe(tmp_path, RECIPES.get(task, RECIPE))
-    done = run(sys.executable, "-m", "trainer", "summary", recipe, f"train.precision={precision}", "train.ema=0.9", "--input-size", "64x64", "--json")
+    done = run(
+        sys.executable,
+        "-m",
+        "trainer",
+        "summary",
+        recipe,
+        f"train.precision={precision}",
+        "train.ema=0.9",
+        "--input-size",
+        "64x64",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     costs = json.loads(done.stdout)["training"]
     assert all(cost["peak_bytes"] > cost["optimizer_bytes"] > 0 for cost in costs)
@@ -115,7 +147,13 @@ def test_summary_measures_on_the_gpu(tmp_path: Path, task: str, precision: str) 
 @pytest.mark.parametrize("skip", [True, False])
 def test_fp16_steps_are_skipped_and_counted_on_the_device(optimizer: Any, skip: bool) -> None:
     run = Scaled(optimizer, fused=True, skip=skip, device="cuda")
-    assert [run.step(*each) for each in [(9.0, INF), (1.0, 0.5), (9.0, NAN), (NAN, 0.5), (1.0, 0.5)]] == [False, True, False, False, skip]
+    assert [run.step(*each) for each in [(9.0, INF), (1.0, 0.5), (9.0, NAN), (NAN, 0.5), (1.0, 0.5)]] == [
+        False,
+        True,
+        False,
+        False,
+        skip,
+    ]
     finding = run.guard.look()
     assert finding and (finding.step, finding.what, finding.count) == (3, "loss is nan", 3)
     assert run.means.take()["loss"] == 1.0
@@ -135,14 +173,19 @@ def test_fp16_whose_gradients_are_never_finite_is_noticed_on_the_device() -> Non
 def test_buffers_are_put_back_on_the_device_where_a_step_is_skipped(fails: bool) -> None:
     weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    buffers = [torch.full((index % 5 + 1, 2), float(index), dtype=(torch.float32, torch.float64)[index % 2], device="cuda") for index in range(100)]
+    buffers = [
+        torch.full((index % 5 + 1, 2), float(index), dtype=(torch.float32, torch.float64)[index % 2], device="cuda")
+        for index in range(100)
+    ]
     kept, guard = [buffer.clone() for buffer in buffers], Guard(optimizer, buffers, skip=True, scaled=False)
     for step, loss in enumerate((1.0, NAN if fails else 1.0)):
         weight.grad = torch.ones_like(weight)
         guard.begin_step()
         for buffer in buffers:
             buffer.mul_(NAN if fails and step else 2.0)
-        assert guard.passes(step, {"loss": torch.tensor(loss, device="cuda")}, [torch.tensor(loss == loss, device="cuda")])[0]
+        assert guard.passes(
+            step, {"loss": torch.tensor(loss, device="cuda")}, [torch.tensor(loss == loss, device="cuda")]
+        )[0]
         optimizer.step()
     assert all(torch.equal(buffer, before * (2 if fails else 4)) for buffer, before in zip(buffers, kept, strict=True))
 
@@ -163,5 +206,7 @@ def test_a_snapshot_is_the_state_to_the_bit_whatever_happens_next() -> None:
     copied, states = checkpoints.snapshot(model), checkpoints.optimizer_tensors(optimizer, names)
     step()
     torch.cuda.synchronize()
-    assert list(copied) == list(expected) and all(torch.equal(copied[name], value) and copied[name].is_contiguous() for name, value in expected.items())
+    assert list(copied) == list(expected) and all(
+        torch.equal(copied[name], value) and copied[name].is_contiguous() for name, value in expected.items()
+    )
     assert all(torch.equal(states[f"{name}/exp_avg"], value) for name, value in moments.items())

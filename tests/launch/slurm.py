@@ -1,4 +1,6 @@
-"""A real SLURM of two nodes on 127.0.0.1, in a folder of its own: two of them never meet, and nothing outlives a test."""
+"""A real SLURM of two nodes on 127.0.0.1, in a folder of its own: two of them never meet,
+and nothing outlives a test.
+"""
 
 from __future__ import annotations
 
@@ -82,12 +84,16 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What sbatch, scancel … need to find this cluster, and its jobs to find one another: the nodes' names don't resolve."""
+        """What sbatch, scancel … need to find this cluster, and its jobs to find one another:
+        the nodes' names don't resolve.
+        """
         return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
 
     def run(self, *command: str | Path, cwd: Path | None = None) -> str:
         """The output of a command that has to succeed."""
-        done = subprocess.run([str(part) for part in command], cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(
+            [str(part) for part in command], cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=100
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -101,7 +107,11 @@ class Cluster:
 
     def jobs(self, job: str) -> list[dict[str, str]]:
         """What SLURM knows of a job, or of every task of an array."""
-        return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in self.run("scontrol", "show", "job", "--oneliner", job).splitlines() if line]
+        return [
+            dict(re.findall(r"(\w+)=(\S*)", line))
+            for line in self.run("scontrol", "show", "job", "--oneliner", job).splitlines()
+            if line
+        ]
 
     def job(self, job: str) -> dict[str, str]:
         """What SLURM knows of a single job, e.g. `JobState`."""
@@ -110,7 +120,10 @@ class Cluster:
 
     def hurry(self, job: str, restarts: int) -> None:
         """Waits for a job's next attempt, and starts it where SLURM would wait two minutes."""
-        wait_for(lambda: (now := self.job(job))["Restarts"] == str(restarts) and now["Reason"] == "BeginTime", f"requeue {restarts} of job {job}")
+        wait_for(
+            lambda: (now := self.job(job))["Restarts"] == str(restarts) and now["Reason"] == "BeginTime",
+            f"requeue {restarts} of job {job}",
+        )
         # Not at once: nodes refuse a job for the rest of the second in which they ended it.
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
         wait_for(lambda: self.job(job)["JobState"] == "RUNNING", f"attempt {restarts + 1} of job {job}")
@@ -136,7 +149,16 @@ def start_cluster(folder: Path) -> Iterator[Cluster]:
     (folder / "prolog").chmod(0o755)
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, ports=_ports(3)), encoding="utf-8")
     cluster = Cluster(folder)
-    sockets = ("--socket", munge / "munge.socket", "--pid-file", munge / "munged.pid", "--log-file", munge / "munged.log", "--seed-file", munge / "seed")
+    sockets = (
+        "--socket",
+        munge / "munge.socket",
+        "--pid-file",
+        munge / "munged.pid",
+        "--log-file",
+        munge / "munged.log",
+        "--seed-file",
+        munge / "seed",
+    )
     daemons = [
         ["munged", "--foreground", "--force", "--key-file", munge / "munge.key", *sockets],
         ["slurmctld", "-D"],
@@ -146,7 +168,9 @@ def start_cluster(folder: Path) -> Iterator[Cluster]:
     with ExitStack() as stack:
         for number, command in enumerate(daemons):
             output = stack.enter_context((folder / f"daemon-{number}.log").open("w"))
-            process = subprocess.Popen([str(part) for part in command], env=cluster.environment, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                [str(part) for part in command], env=cluster.environment, stdout=output, stderr=output
+            )
             stack.callback(_stop, process)
             if number == 0:
                 wait_for((munge / "munge.socket").exists, "munged's socket", 10)
@@ -157,7 +181,9 @@ def start_cluster(folder: Path) -> Iterator[Cluster]:
 
 
 def _idle(cluster: Cluster) -> int:
-    done = subprocess.run(["sinfo", "--noheader", "--Node", "--format=%T"], env=cluster.environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sinfo", "--noheader", "--Node", "--format=%T"], env=cluster.environment, capture_output=True, text=True
+    )
     return done.stdout.split().count("idle")
 
 

@@ -57,7 +57,14 @@ def test_check_prints_the_resolved_recipe_and_what_reading_costs(tmp_path: Path)
 
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    command = [sys.executable, "trainer/run.py", str(recipe), "train.duration=100000 steps", "train.log_every=1 steps", "checkpoint.every=100000 steps"]
+    command = [
+        sys.executable,
+        "trainer/run.py",
+        str(recipe),
+        "train.duration=100000 steps",
+        "train.log_every=1 steps",
+        "checkpoint.every=100000 steps",
+    ]
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         while not (metrics.exists() and metrics.stat().st_size):
@@ -83,7 +90,9 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) 
 
 
 def test_a_signal_is_heard_before_anything_is_imported_that_takes_time(tmp_path: Path) -> None:
-    """As soon as the operating system knows of a handler; what is imported before it is counted, since a signal kills until then."""
+    """As soon as the operating system knows of a handler; what is imported before it is counted,
+    since a signal kills until then.
+    """
     command = [sys.executable, "-X", "importtime", "trainer/run.py", str(write_recipe(tmp_path))]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         status = Path(f"/proc/{process.pid}/status")
@@ -107,7 +116,14 @@ def test_a_signal_that_came_while_it_was_ignored_counts_if_the_job_noted_it(tmp_
     """SLURM's warning may come while the launcher is starting."""
     (tmp_path / "attempt.stop").touch()
     command = [sys.executable, "trainer/run.py", str(write_recipe(tmp_path))]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRAINER_ATTEMPT": str(tmp_path / "attempt")}, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"TRAINER_ATTEMPT": str(tmp_path / "attempt")},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0 and "stopped on SIGUSR1 before training began" in done.stderr, done.stderr
 
 
@@ -116,5 +132,7 @@ def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path) -> None:
     assert run(sys.executable, "trainer/run.py", recipe, "train.duration=2 steps").returncode == 0
     done = run(sys.executable, "trainer/run.py", recipe, "train.duration=2 steps", "optimizer.lr=0.5", "train.seed=3")
     assert done.returncode == 2 and "these keys differ: optimizer.lr, train.seed" in done.stderr
-    moved = run(sys.executable, "trainer/run.py", recipe, "train.duration=2 steps", "optimizer.lr=0.5", "--resume", "never")
+    moved = run(
+        sys.executable, "trainer/run.py", recipe, "train.duration=2 steps", "optimizer.lr=0.5", "--resume", "never"
+    )
     assert moved.returncode == 0 and (tmp_path / "runs" / "run.1" / "summary.json").exists()

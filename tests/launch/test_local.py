@@ -1,4 +1,6 @@
-"""`launch/local.sh` goes on by itself, and knows when not to; a stand-in for the launcher makes an attempt cost nothing."""
+"""`launch/local.sh` goes on by itself, and knows when not to;
+a stand-in for the launcher makes an attempt cost nothing.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def start(home: Path, what: str, steps: str = "") -> Iterator[subprocess.Popen[s
     accelerate.chmod(0o755)
     (home / "steps.txt").write_text(steps, encoding="utf-8")
     command = ["launch/local.sh", "r.yaml", "train.seed=1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
         try:
             yield process
         finally:
@@ -83,7 +87,9 @@ def test_it_gives_up_after_three_more_attempts_without_a_newer_checkpoint(home: 
 
 def test_a_mistake_is_not_tried_again(home: Path) -> None:
     (home / "trainer").mkdir()
-    (home / "trainer" / "run.py").write_text("import sys; print('error: of the user', sys.argv[1:]); sys.exit(2)\n", encoding="utf-8")
+    (home / "trainer" / "run.py").write_text(
+        "import sys; print('error: of the user', sys.argv[1:]); sys.exit(2)\n", encoding="utf-8"
+    )
     code, output, attempts = run(home, '"${@: -3}" || exit 1')  # as the launcher does: its own code
     assert (code, attempts) == (2, 1) and "error: of the user ['r.yaml', 'train.seed=1']" in output
 

@@ -1,4 +1,6 @@
-"""`launch/node.sh` survives SLURM's warning at any moment and notes it; stand-ins for what it starts make that cost nothing."""
+"""`launch/node.sh` survives SLURM's warning at any moment and notes it;
+stand-ins for what it starts make that cost nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,29 @@ exit {code}
 @contextmanager
 def start(folder: Path, nodes: int) -> Iterator[subprocess.Popen[str]]:
     """node.sh with preflight and launcher that end when a file of their name is there, the launcher with 7."""
-    stand_ins = {"scontrol": "#!/bin/sh\necho n1\n", "python": HELD.format(name="preflight", code=0), "accelerate": HELD.format(name="launcher", code=7)}
+    stand_ins = {
+        "scontrol": "#!/bin/sh\necho n1\n",
+        "python": HELD.format(name="preflight", code=0),
+        "accelerate": HELD.format(name="launcher", code=7),
+    }
     for name, text in stand_ins.items():
         (folder / name).write_text(text, encoding="utf-8")
         (folder / name).chmod(0o755)
-    variables = {"PATH": f"{folder}:{os.environ['PATH']}", "TRAINER_HOME": str(ROOT), "TRAINER_ATTEMPT": str(folder / "attempt"), "SLURM_NNODES": str(nodes)}
+    variables = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "TRAINER_HOME": str(ROOT),
+        "TRAINER_ATTEMPT": str(folder / "attempt"),
+        "SLURM_NNODES": str(nodes),
+    }
     command = [ROOT / "launch" / "node.sh", "r.yaml"]
-    with subprocess.Popen(command, cwd=folder, env=os.environ | NODE | variables, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | NODE | variables,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
         try:
             yield process
         finally:

@@ -1,4 +1,6 @@
-"""How many processes a machine gets: one for each GPU that is visible, rounded down to a power of two, which divides usual batch sizes."""
+"""How many processes a machine gets: one for each GPU that is visible, rounded down to a power of two,
+which divides usual batch sizes.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,13 @@ def machine(folder: Path, monkeypatch: pytest.MonkeyPatch, gpus: bool = True, vi
     programs.mkdir()
     modules.mkdir()
     (modules / "torch.py").write_text(TORCH, encoding="utf-8")
-    files = {"python": f'#!/bin/sh\nPYTHONPATH={modules} exec {sys.executable} "$@"\n', "trainer": "#!/bin/sh\n[ -e launched.txt ] || exit 75\n"}
-    files |= {"accelerate": '#!/bin/sh\necho "$@" >launched.txt\nexit 1\n'} | ({"nvidia-smi": NVIDIA_SMI} if gpus else {})
+    files = {
+        "python": f'#!/bin/sh\nPYTHONPATH={modules} exec {sys.executable} "$@"\n',
+        "trainer": "#!/bin/sh\n[ -e launched.txt ] || exit 75\n",
+    }
+    files |= {"accelerate": '#!/bin/sh\necho "$@" >launched.txt\nexit 1\n'} | (
+        {"nvidia-smi": NVIDIA_SMI} if gpus else {}
+    )
     for name, text in files.items():
         (programs / name).write_text(text, encoding="utf-8")
         (programs / name).chmod(0o755)
@@ -47,7 +54,9 @@ def machine(folder: Path, monkeypatch: pytest.MonkeyPatch, gpus: bool = True, vi
 
 
 def count() -> int:
-    return int(subprocess.run([ROOT / "launch" / "num_processes.sh"], capture_output=True, text=True, check=True).stdout)
+    return int(
+        subprocess.run([ROOT / "launch" / "num_processes.sh"], capture_output=True, text=True, check=True).stdout
+    )
 
 
 @pytest.mark.parametrize(("visible", "expected"), VISIBLE)
@@ -58,7 +67,9 @@ def test_visible_gpus_are_counted_and_rounded_down_to_a_power_of_two(
     assert count() == expected
 
 
-def test_a_machine_without_gpus_gets_one_process_and_imports_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_gpus_gets_one_process_and_imports_no_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(tmp_path, monkeypatch, gpus=False)
     (tmp_path / "modules" / "torch.py").write_text("raise SystemExit(9)", encoding="utf-8")
     assert count() == 1
@@ -75,5 +86,7 @@ def test_local_sh_and_make_start_as_many(tmp_path: Path, monkeypatch: pytest.Mon
     subprocess.run(["launch/local.sh", "r.yaml"], capture_output=True, timeout=60)
     assert "--num_processes 2 " in (home / "launched.txt").read_text()
     shutil.copy(ROOT / "Makefile", home)
-    printed = subprocess.run(["make", "--dry-run", "--assume-old=setup", "train"], capture_output=True, text=True, timeout=60)
+    printed = subprocess.run(
+        ["make", "--dry-run", "--assume-old=setup", "train"], capture_output=True, text=True, timeout=60
+    )
     assert "--num_processes 2 " in printed.stdout, printed

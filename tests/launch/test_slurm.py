@@ -44,7 +44,9 @@ def _submit_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def last_step(run: Path) -> int:
     """Of the newest whole line of metrics.jsonl."""
     file = run / "metrics.jsonl"
-    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
+    whole = (
+        [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
+    )
     return json.loads(whole[-1])["step"] if whole else 0
 
 
@@ -52,9 +54,16 @@ def text_of(file: Path) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def test_a_job_of_two_nodes_is_preempted_twice_goes_on_by_itself_and_ends_with_the_same_bits(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_of_two_nodes_is_preempted_twice_goes_on_by_itself_and_ends_with_the_same_bits(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     recipe, runs = write_recipe(tmp_path), tmp_path / "runs"
-    overrides = ("train.precision=fp32", "train.duration=250 steps", "evaluate.every=125 steps", "checkpoint.every=25 steps")
+    overrides = (
+        "train.precision=fp32",
+        "train.duration=250 steps",
+        "evaluate.every=125 steps",
+        "checkpoint.every=25 steps",
+    )
     job = cluster.run("sbatch", "--parsable", "--nodes=2", ROOT / "launch" / "slurm.sbatch", recipe, *overrides).strip()
     reached = 0
     for interruption in (1, 2):
@@ -67,31 +76,55 @@ def test_a_job_of_two_nodes_is_preempted_twice_goes_on_by_itself_and_ends_with_t
     log = (tmp_path / "logs" / f"trainer-{job}-rank0.log").read_text()
     assert log.count("stopped on SIGUSR1 at step") == 2 and log.count("resumed run from step") == 2
     output = (tmp_path / "logs" / f"trainer-{job}.out").read_text()
-    assert re.search(r"^run  finished  .*miou", output, re.MULTILINE) and "srun ended" not in output  # the launchers survived the signal, too
+    # The launchers survived the signal, too.
+    assert re.search(r"^run  finished  .*miou", output, re.MULTILINE) and "srun ended" not in output
 
     run_processes(2, train, recipe, (*overrides, "name=undisturbed"))
-    weights = [sha256((runs / run / "checkpoints" / "last" / "model.safetensors").read_bytes()).hexdigest() for run in ("run", "undisturbed")]
+    weights = [
+        sha256((runs / run / "checkpoints" / "last" / "model.safetensors").read_bytes()).hexdigest()
+        for run in ("run", "undisturbed")
+    ]
     assert weights[0] == weights[1]
 
 
-def test_a_sweep_of_which_a_run_fails_and_one_is_cancelled_ends_with_a_table_that_says_so(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_sweep_of_which_a_run_fails_and_one_is_cancelled_ends_with_a_table_that_says_so(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path)
-    cluster.run(TRAINER, "sweep", "--slurm", recipe, "train.duration=4 steps", "optimizer.lr=1e-2,1e300,1e-3,1e-4", "--parallel", "2")
+    cluster.run(
+        TRAINER,
+        "sweep",
+        "--slurm",
+        recipe,
+        "train.duration=4 steps",
+        "optimizer.lr=1e-2,1e300,1e-3,1e-4",
+        "--parallel",
+        "2",
+    )
     (sweep,) = Path("logs").glob("*-sweep-1.txt")
     (job,) = {found["ArrayJobId"] for found in cluster.jobs("") if found["JobName"] == sweep.stem}
     cluster.run("scancel", f"{job}_3")
     table = Path("logs/run-sweep-1-table.txt")
     wait_for(lambda: len(text_of(table).splitlines()) == 4, "the table")
     rows = [line.split() for line in table.read_text().splitlines()]
-    assert [row[:2] for row in rows] == [["run-lr=1e-2", "finished"], ["run-lr=1e300", "failed"], ["run-lr=1e-3", "finished"], ["run-lr=1e-4", "cancelled"]]
+    assert [row[:2] for row in rows] == [
+        ["run-lr=1e-2", "finished"],
+        ["run-lr=1e300", "failed"],
+        ["run-lr=1e-3", "finished"],
+        ["run-lr=1e-4", "cancelled"],
+    ]
     assert Path("logs/run-sweep-1.png").stat().st_size > 1000
     assert "training failed: " in Path(f"logs/run-sweep-1-{job}_1-rank0.log").read_text()
 
 
-def test_a_node_that_never_answers_is_named_within_the_limit(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_never_answers_is_named_within_the_limit(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRAINER_PREFLIGHT_TIMEOUT", "5")
     cluster.hang("n2", True)
-    job = cluster.run("sbatch", "--parsable", "--nodes=2", ROOT / "launch" / "slurm.sbatch", write_recipe(tmp_path)).strip()
+    job = cluster.run(
+        "sbatch", "--parsable", "--nodes=2", ROOT / "launch" / "slurm.sbatch", write_recipe(tmp_path)
+    ).strip()
     output = tmp_path / "logs" / f"trainer-{job}.out"
     wait_for(lambda: "error: node n2 (rank 1) doesn't answer within 5 s" in text_of(output), "the node's name")
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", "another attempt")

@@ -19,7 +19,9 @@ OPTIONS = ("train.duration=2 steps", "evaluate.every=2 steps", "train.threads=1"
 
 
 def sweep(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([TRAINER, "sweep", str(recipe), *OPTIONS, *arguments], capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [TRAINER, "sweep", str(recipe), *OPTIONS, *arguments], capture_output=True, text=True, timeout=200
+    )
 
 
 def test_a_failed_run_does_not_stop_the_others_and_finished_ones_are_skipped(tmp_path: Path) -> None:
@@ -46,7 +48,14 @@ def test_a_mistake_in_any_run_is_reported_before_one_is_trained(tmp_path: Path) 
 
 def test_a_stop_signal_stops_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    command = [TRAINER, "sweep", str(recipe), "train.duration=100000 steps", "train.threads=1", "optimizer.lr=1e-3,2e-3"]
+    command = [
+        TRAINER,
+        "sweep",
+        str(recipe),
+        "train.duration=100000 steps",
+        "train.threads=1",
+        "optimizer.lr=1e-3,2e-3",
+    ]
     metrics = tmp_path / "runs" / "run-lr=1e-3" / "metrics.jsonl"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ) as process:
         while not (metrics.exists() and metrics.stat().st_size):

@@ -36,7 +36,9 @@ def _plain(recipe: Path, out: Path) -> None:
             batch = trainer.data.train.__getitems__(positions)
             yield batch["image"], batch["mask"][:, 0]
 
-    losses = plain_loop.train(trainer.task.model, batches(), STEPS, torch.optim.AdamW(trainer.task.model.parameters(), lr=1e-2))
+    losses = plain_loop.train(
+        trainer.task.model, batches(), STEPS, torch.optim.AdamW(trainer.task.model.parameters(), lr=1e-2)
+    )
     out.write_text(json.dumps([float(loss) for loss in losses]))
 
 
@@ -84,11 +86,18 @@ def _metrics(model: nn.Module, images: Tensor, masks: Tensor) -> dict[str, float
     ious = [np.sum((truth == c) & (guess == c)) / np.sum((truth == c) | (guess == c)) for c in (0, 1)]
     shares = [np.mean(guess[truth == c] == c) for c in (0, 1)]
     loss = -log_p[valid][np.arange(len(truth)), truth].mean()
-    return {"loss": loss, "miou": np.mean(ious), "class_accuracy": np.mean(shares), "pixel_accuracy": np.mean(truth == guess)}
+    return {
+        "loss": loss,
+        "miou": np.mean(ious),
+        "class_accuracy": np.mean(shares),
+        "pixel_accuracy": np.mean(truth == guess),
+    }
 
 
 def _sgd(recipe: Path, out: Path, options: tuple[str, ...]) -> None:
-    """A training written down step by step; of the framework it has the initial model and the samples, decoded and augmented."""
+    """A training written down step by step; of the framework it has the initial model and the samples,
+    decoded and augmented.
+    """
     trainer = Trainer(load_recipe(recipe, ("name=plain", *options)))
     trainer.build()
     model, data = trainer.task.model, trainer.data
@@ -121,7 +130,9 @@ def _sgd(recipe: Path, out: Path, options: tuple[str, ...]) -> None:
             stays = min(EMA, (2 + step) / (11 + step))
             for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
                 mean.copy_(stays * mean + (1 - stays) * value if value.is_floating_point() else value)
-        found.append(("train", {"step": step + 1, "loss": sum(losses) / parts, "gradient_norm": norm, "learning_rate": lr}))
+        found.append(
+            ("train", {"step": step + 1, "loss": sum(losses) / parts, "gradient_norm": norm, "learning_rate": lr})
+        )
         if (step + 1) % EVERY == 0 or step + 1 == STEPS:
             found.append(("validation", {"step": step + 1} | _metrics(average if has_extras else model, *validation)))
     (out / "lines.json").write_text(json.dumps(found))
@@ -130,7 +141,9 @@ def _sgd(recipe: Path, out: Path, options: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_losses_gradients_metrics_and_weights_equal_those_of_a_training_written_down_step_by_step(tmp_path: Path, variant: str) -> None:
+def test_losses_gradients_metrics_and_weights_equal_those_of_a_training_written_down_step_by_step(
+    tmp_path: Path, variant: str
+) -> None:
     """With SGD, since Adam hides a wrong scale of the gradients."""
     recipe, options = write_recipe(tmp_path), (*SGD, *VARIANTS[variant])
     run_processes(1, train, recipe, ("name=framework", *options))

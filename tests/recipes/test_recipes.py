@@ -47,7 +47,11 @@ def test_recipe_trains_on_generated_data(recipe: Path, tmp_path: Path) -> None:
     if hasattr(settings.model, "min_size"):  # to which images would be enlarged
         smaller += ["model.min_size=64", "model.max_size=96"]
     with_objects = "boxes" in settings.components["task"].fields
-    stand_in = ("plugins=[tests.scenes]", "data.name=scenes") if with_objects else (f"plugins=[{STAND_IN}]", "data.name=stand_in")
+    stand_in = (
+        ("plugins=[tests.scenes]", "data.name=scenes")
+        if with_objects
+        else (f"plugins=[{STAND_IN}]", "data.name=stand_in")
+    )
     if settings.model.weights != "none":
         smaller.append("model.weights=none")
     if getattr(settings.task, "exclude", []):  # classes that the generated data haven't got

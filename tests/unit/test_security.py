@@ -32,19 +32,35 @@ PACKAGE = Path(__file__).resolve().parents[2] / "trainer"
 
 # ---------------------------------------------------------------- the sources
 
-# The one place that may read a pickle, with an unpickler that knows numbers and arrays and nothing else: CIFAR's official batches are pickles.
+# The one place that may read a pickle, with an unpickler that knows numbers and arrays and nothing else: CIFAR's
+# official batches are pickles.
 MAY_UNPICKLE = {"data/cifar_batches.py"}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
 UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
 UNSAFE_CALLS = {
     *("os.system", "os.popen", "torch.hub.load", "pandas.read_pickle"),
-    *(f"{name}_object{end}" for name in ("all_gather", "gather", "broadcast", "scatter", "send", "recv") for end in ("", "_list")),
+    *(
+        f"{name}_object{end}"
+        for name in ("all_gather", "gather", "broadcast", "scatter", "send", "recv")
+        for end in ("", "_list")
+    ),
 }
 # A call that ends in this name must have this argument, whatever else it says.
-NEEDS = {"torch.load": ("weights_only", True), "get_state_dict": ("weights_only", True), "load_state_dict_from_url": ("weights_only", True)}
+NEEDS = {
+    "torch.load": ("weights_only", True),
+    "get_state_dict": ("weights_only", True),
+    "load_state_dict_from_url": ("weights_only", True),
+}
 NEEDS |= {"extractall": ("filter", "data"), "extract": ("filter", "data"), "unpack_archive": ("filter", "data")}
 # No call may have one of these.
-REFUSED = {("shell", True), ("allow_pickle", True), ("weights_only", False), ("trust_remote_code", True), ("typ", "unsafe"), ("typ", "full")}
+REFUSED = {
+    ("shell", True),
+    ("allow_pickle", True),
+    ("weights_only", False),
+    ("trust_remote_code", True),
+    ("typ", "unsafe"),
+    ("typ", "full"),
+}
 
 
 def dotted(node: ast.expr) -> str:
@@ -59,12 +75,16 @@ def violations(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            yield from (f"line {node.lineno}: imports {name}" for name in names if name.partition(".")[0] in UNSAFE_MODULES)
+            yield from (
+                f"line {node.lineno}: imports {name}" for name in names if name.partition(".")[0] in UNSAFE_MODULES
+            )
         if not isinstance(node, ast.Call):
             continue
         name = dotted(node.func)
         last = name.rpartition(".")[2]
-        given = {(keyword.arg, keyword.value.value) for keyword in node.keywords if isinstance(keyword.value, ast.Constant)}
+        given = {
+            (keyword.arg, keyword.value.value) for keyword in node.keywords if isinstance(keyword.value, ast.Constant)
+        }
         if name in UNSAFE_BUILTINS | UNSAFE_CALLS or last in UNSAFE_CALLS:
             yield f"line {node.lineno}: calls {name}"
         for needed in (NEEDS.get(name), NEEDS.get(last)):
@@ -97,8 +117,20 @@ def test_the_package_uses_nothing_that_could_run_code_from_a_file() -> None:
             "import marshal",
             "import shelve",
         ),
-        *("torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=flag)", "published.get_state_dict(check_hash=True)"),
-        *("np.load(f, allow_pickle=True)", "YAML(typ='unsafe').load(f)", "eval(text)", "exec(text)", "os.system('ls')", "subprocess.run('ls', shell=True)"),
+        *(
+            "torch.load(f)",
+            "torch.load(f, weights_only=False)",
+            "torch.load(f, weights_only=flag)",
+            "published.get_state_dict(check_hash=True)",
+        ),
+        *(
+            "np.load(f, allow_pickle=True)",
+            "YAML(typ='unsafe').load(f)",
+            "eval(text)",
+            "exec(text)",
+            "os.system('ls')",
+            "subprocess.run('ls', shell=True)",
+        ),
         *(
             "dist.all_gather_object(a, b)",
             "torch.distributed.broadcast_object_list(a)",
@@ -106,7 +138,11 @@ def test_the_package_uses_nothing_that_could_run_code_from_a_file() -> None:
             "archive.extractall(folder)",
             "archive.extract(name)",
         ),
-        *("archive.extractall(folder, filter='fully_trusted')", "shutil.unpack_archive(f)", "load_dataset('x', trust_remote_code=True)"),
+        *(
+            "archive.extractall(folder, filter='fully_trusted')",
+            "shutil.unpack_archive(f)",
+            "load_dataset('x', trust_remote_code=True)",
+        ),
     ],
 )
 def test_what_could_run_code_would_be_found(source: str) -> None:
@@ -114,7 +150,15 @@ def test_what_could_run_code_would_be_found(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["model.eval()", "torch.load(f, weights_only=True)", "np.load(f)", "YAML(typ='safe').load(f)", "re.compile(x)", "model.compile()"]
+    "source",
+    [
+        "model.eval()",
+        "torch.load(f, weights_only=True)",
+        "np.load(f)",
+        "YAML(typ='safe').load(f)",
+        "re.compile(x)",
+        "model.compile()",
+    ],
 )
 def test_what_is_safe_is_not_found(source: str) -> None:
     assert not list(violations(source))
@@ -160,15 +204,26 @@ def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, sentinel: Path, h
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("model: {name: deeplabv3, weights: bomb.pth}", r"model.weights: must be coco, none or an existing .safetensors file"),
-        ("model: !!python/object/apply:os.system ['touch SENTINEL']", r"model: tags are refused: a recipe holds plain values"),
-        ('model: {name: unet, width: !!python/object/apply:eval [\'open("SENTINEL", "w")\']}', r"model.width: tags are refused"),
+        (
+            "model: {name: deeplabv3, weights: bomb.pth}",
+            r"model.weights: must be coco, none or an existing .safetensors file",
+        ),
+        (
+            "model: !!python/object/apply:os.system ['touch SENTINEL']",
+            r"model: tags are refused: a recipe holds plain values",
+        ),
+        (
+            'model: {name: unet, width: !!python/object/apply:eval [\'open("SENTINEL", "w")\']}',
+            r"model.width: tags are refused",
+        ),
         ("model: os.system", r"model.name: unknown model"),
         ("model: {name: torch.nn.Linear}", r"model.name: unknown model"),
         ("loss: {name: 'trainer.losses.soft_iou.SoftIoU'}", r"loss.name: unknown loss"),
     ],
 )
-def test_a_recipe_runs_only_components_that_are_registered(tmp_path: Path, sentinel: Path, change: str, expected: str) -> None:
+def test_a_recipe_runs_only_components_that_are_registered(
+    tmp_path: Path, sentinel: Path, change: str, expected: str
+) -> None:
     torch.save({"weight": Bomb(sentinel)}, tmp_path / "bomb.pth")
     key = change.partition(":")[0]
     kept = "\n".join(line for line in RECIPE.splitlines() if not line.startswith(f"{key}:"))
@@ -209,7 +264,10 @@ def test_an_archive_writes_nothing_outside(tmp_path: Path, sentinel: Path) -> No
 
 
 def test_a_parquet_file_whose_type_is_a_pickle_runs_nothing(tmp_path: Path, sentinel: Path) -> None:
-    metadata = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Bomb(sentinel))}
+    metadata = {
+        "ARROW:extension:name": "arrow.py_extension_type",
+        "ARROW:extension:metadata": pickle.dumps(Bomb(sentinel)),
+    }
     table = pa.table([pa.array([1, 2])], schema=pa.schema([pa.field("label", pa.int64(), metadata=metadata)]))
     pq.write_table(table, tmp_path / "00000.parquet")
     rows = RowGroups({tmp_path / "00000.parquet": (2,)}, keep=1)
@@ -226,15 +284,30 @@ SECRETS = {
 }
 
 
-def test_no_secret_of_the_environment_is_written_or_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_secret_of_the_environment_is_written_or_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     for variable, value in SECRETS.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv("NOT_SECRET", "but-nobody-elses-business")
-    options = ("name=run", "track=[wandb, tensorboard]", "train.duration=2 steps", "train.precision=fp32", "evaluate.pictures=1")
+    options = (
+        "name=run",
+        "track=[wandb, tensorboard]",
+        "train.duration=2 steps",
+        "train.precision=fp32",
+        "evaluate.pictures=1",
+    )
     run_processes(1, train, write_recipe(tmp_path), options)
     run = tmp_path / "runs" / "run"
     files = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    for kind in ("*.wandb", "events.out.tfevents.*", "environment.json", "recipe.yaml", "summary.json", "metrics.jsonl"):
+    for kind in (
+        "*.wandb",
+        "events.out.tfevents.*",
+        "environment.json",
+        "recipe.yaml",
+        "summary.json",
+        "metrics.jsonl",
+    ):
         assert list(run.rglob(kind)), f"no {kind} was written, so nothing was searched"
     printed = capfd.readouterr()
     files[Path("printed")] = (printed.out + printed.err).encode()

@@ -48,7 +48,10 @@ def drawing(folder: Path, then: Callable[[], Any] | None = None) -> Callable[[in
 
 
 def test_dropout_draws_differ_between_steps_micro_batches_and_ranks_and_resume_where_they_were(tmp_path: Path) -> None:
-    recipe, options = write_recipe(tmp_path), ("train.duration=6 steps", "train.accumulate=2", "checkpoint.every=100%", "evaluate.every=100%")
+    recipe, options = (
+        write_recipe(tmp_path),
+        ("train.duration=6 steps", "train.accumulate=2", "checkpoint.every=100%", "evaluate.every=100%"),
+    )
     kept = {}
     for name, faults in {"whole": (None,), "cut": (lambda: before_step(3, stop), None)}.items():
         folder = tmp_path / name
@@ -87,13 +90,18 @@ def ticking(then: Callable[[], Any] | None = None, evaluation_s: float = 0.0) ->
 
 
 def test_a_training_in_minutes_lasts_as_long_however_often_it_is_interrupted(tmp_path: Path) -> None:
-    recipe, options = write_recipe(tmp_path), ("train.duration=2 minutes", "evaluate.every=1 minutes", "checkpoint.every=1 minutes", "checkpoint.keep=9")
+    recipe, options = (
+        write_recipe(tmp_path),
+        ("train.duration=2 minutes", "evaluate.every=1 minutes", "checkpoint.every=1 minutes", "checkpoint.keep=9"),
+    )
     for then in (lambda: before_step(3, stop), lambda: before_step(7, stop), None):
         with Job(1, recipe, *options, fault=ticking(then)) as job:
             assert job.wait() == [0], job.output
     run = tmp_path / "runs" / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["seconds"]) for line in lines if line["split"] == "train"] == [(step, 10.0 * step) for step in range(1, 13)]
+    assert [(line["step"], line["seconds"]) for line in lines if line["split"] == "train"] == [
+        (step, 10.0 * step) for step in range(1, 13)
+    ]
     assert [line["step"] for line in lines if line["split"] == "validation"] == [6, 12]
     assert checkpoints.steps(run / "checkpoints") == [4, 6, 8, 12]
     summary = json.loads((run / "summary.json").read_text())
@@ -101,7 +109,9 @@ def test_a_training_in_minutes_lasts_as_long_however_often_it_is_interrupted(tmp
 
 
 def test_the_logged_speed_is_that_of_training_alone(tmp_path: Path) -> None:
-    with Job(1, write_recipe(tmp_path), "train.duration=7 steps", "evaluate.every=2 steps", fault=ticking(evaluation_s=50.0)) as job:
+    with Job(
+        1, write_recipe(tmp_path), "train.duration=7 steps", "evaluate.every=2 steps", fault=ticking(evaluation_s=50.0)
+    ) as job:
         assert job.wait() == [0], job.output
     lines = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["samples_per_second"] for line in lines if line["split"] == "train"] == pytest.approx([0.8] * 7)
@@ -109,7 +119,9 @@ def test_the_logged_speed_is_that_of_training_alone(tmp_path: Path) -> None:
 
 
 class OnDevice(torch.Tensor):
-    """A tensor on the CPU whose flags, bools, say that they are on a GPU: there the host learns later which steps were bad."""
+    """A tensor on the CPU whose flags, bools, say that they are on a GPU:
+    there the host learns later which steps were bad.
+    """
 
     @property
     def device(self) -> Any:  # type: ignore[override]
@@ -129,7 +141,9 @@ class Overflowing(torch.autograd.Function):
 
 
 def spoiling(bad: set[int], what: str, device: str) -> Callable[[int], None]:
-    """Makes batches with these samples have a loss that isn't finite, gradients that aren't where the loss is, or images that spoil batch norms too."""
+    """Makes batches with these samples have a loss that isn't finite, gradients that aren't where the loss is,
+    or images that spoil batch norms too.
+    """
 
     def fault(rank: int) -> None:
         loss_sums, inputs, combine = Segmentation.loss_sums, Segmentation.inputs, SoftIoU.combine
@@ -151,34 +165,55 @@ def spoiling(bad: set[int], what: str, device: str) -> Callable[[int], None]:
 
         Segmentation.loss_sums, Segmentation.inputs = spoiled_sums, spoiled_images  # type: ignore[method-assign]
         if device == "gpu":
-            SoftIoU.combine = lambda loss, sums: {name: term.as_subclass(OnDevice) for name, term in combine(loss, sums).items()}  # type: ignore[method-assign]
+            SoftIoU.combine = lambda loss, sums: {
+                name: term.as_subclass(OnDevice) for name, term in combine(loss, sums).items()
+            }  # type: ignore[method-assign]
 
     return fault
 
 
 BAD = {5, 6, 17, 30, 40, 51}
-SKIPPED = sorted({position // 8 for position, (_, sample) in enumerate(stream_of(GROUPS, 0, 3, 20 * 8)) if sample in BAD})
+SKIPPED = sorted(
+    {position // 8 for position, (_, sample) in enumerate(stream_of(GROUPS, 0, 3, 20 * 8)) if sample in BAD}
+)
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize("what", ["loss", "gradients", "images"])
 def test_a_skipped_step_leaves_no_trace(tmp_path: Path, device: str, what: str) -> None:
-    options = ("train.non_finite=skip", "checkpoint.every=1 steps", "checkpoint.keep=30", "evaluate.every=100%", "train.precision=fp32")
+    options = (
+        "train.non_finite=skip",
+        "checkpoint.every=1 steps",
+        "checkpoint.keep=30",
+        "evaluate.every=100%",
+        "train.precision=fp32",
+    )
     with Job(1, write_recipe(tmp_path), *options, fault=spoiling(BAD, what, device)) as job:
         assert job.wait() == [0], job.output
-    states = [checkpoints.load(tmp_path / "runs" / "run" / "checkpoints" / checkpoints.folder_name(step)) for step in range(1, 21)]
+    states = [
+        checkpoints.load(tmp_path / "runs" / "run" / "checkpoints" / checkpoints.folder_name(step))
+        for step in range(1, 21)
+    ]
     for step, (before, after) in enumerate(pairwise(states), start=1):
         tensors = [state.model | state.optimizer for state in (before, after)]
         same = [torch.equal(value, tensors[1][name]) for name, value in tensors[0].items() if value.is_floating_point()]
         assert all(same) if step in SKIPPED else not any(same), step
         assert all(bool(value.isfinite().all()) for value in tensors[1].values())
-    assert [state.counters["num_skipped"] for state in states] == [len([step for step in SKIPPED if step <= number]) for number in range(20)]
+    assert [state.counters["num_skipped"] for state in states] == [
+        len([step for step in SKIPPED if step <= number]) for number in range(20)
+    ]
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_every_skipped_step_is_counted_once_however_many_come_between_two_logs(tmp_path: Path, device: str) -> None:
     assert 8 < len(SKIPPED) < 19
-    options = ("train.non_finite=skip", "train.log_every=4 steps", "checkpoint.every=100%", "evaluate.every=100%", "train.precision=fp32")
+    options = (
+        "train.non_finite=skip",
+        "train.log_every=4 steps",
+        "checkpoint.every=100%",
+        "evaluate.every=100%",
+        "train.precision=fp32",
+    )
     with Job(1, write_recipe(tmp_path), *options, fault=spoiling(BAD, "loss", device)) as job:
         assert job.wait() == [0], job.output
     run = tmp_path / "runs" / "run"
@@ -190,7 +225,12 @@ def test_every_skipped_step_is_counted_once_however_many_come_between_two_logs(t
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_gradients_that_are_not_finite_end_the_training_though_the_loss_is(tmp_path: Path, device: str) -> None:
-    with Job(1, write_recipe(tmp_path), "train.precision=fp32", fault=spoiling({stream_of(GROUPS, 0, 3, 21)[20][1]}, "gradients", device)) as job:
+    with Job(
+        1,
+        write_recipe(tmp_path),
+        "train.precision=fp32",
+        fault=spoiling({stream_of(GROUPS, 0, 3, 21)[20][1]}, "gradients", device),
+    ) as job:
         assert job.wait() == [3], job.output
     assert "training failed: step 3: gradient_norm is " in job.output and "each sample's loss is finite" in job.output
 

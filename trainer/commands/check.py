@@ -22,11 +22,32 @@ OPACITY = 0.65  # of the class colours over the image
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE | key.path=value", help="recipe files, and overrides for all of them")
-    parser.add_argument("--num_processes", "--num-processes", type=int, help="check the recipe for this many processes (default: the launch file's)")
-    parser.add_argument("--config_file", type=Path, default=None, help="the launch file to compare with (default: accelerate_config.yaml)")
-    parser.add_argument("--anchors", action="store_true", help="of a model with anchors: how well they fit the boxes of the training set, and better ones")
-    parser.add_argument("--show-samples", type=Path, metavar="OUT.png", help="draw training samples as they are and as the recipe augments them")
+    parser.add_argument(
+        "recipes", nargs="+", metavar="RECIPE | key.path=value", help="recipe files, and overrides for all of them"
+    )
+    parser.add_argument(
+        "--num_processes",
+        "--num-processes",
+        type=int,
+        help="check the recipe for this many processes (default: the launch file's)",
+    )
+    parser.add_argument(
+        "--config_file",
+        type=Path,
+        default=None,
+        help="the launch file to compare with (default: accelerate_config.yaml)",
+    )
+    parser.add_argument(
+        "--anchors",
+        action="store_true",
+        help="of a model with anchors: how well they fit the boxes of the training set, and better ones",
+    )
+    parser.add_argument(
+        "--show-samples",
+        type=Path,
+        metavar="OUT.png",
+        help="draw training samples as they are and as the recipe augments them",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,7 +78,9 @@ def run(options: argparse.Namespace) -> None:
     problems = []
     for path in paths:
         try:
-            recipes.append(load_recipe(path, overrides, [*launch.checks(), *TASK_CHECKS, *batch_checks(launch.processes)]))
+            recipes.append(
+                load_recipe(path, overrides, [*launch.checks(), *TASK_CHECKS, *batch_checks(launch.processes)])
+            )
         except RecipeError as error:
             problems.extend(error.problems)
     if problems:
@@ -86,7 +109,9 @@ def _data_line(recipe: Recipe, processes: int) -> str:
     source = recipe.build("data")
     folder = data_dir() / source.name
     if not (folder / CARD).exists():
-        return f"{source.name} is not prepared yet: training does it, or `trainer prepare {source.command or source.name}`"
+        return (
+            f"{source.name} is not prepared yet: training does it, or `trainer prepare {source.command or source.name}`"
+        )
     card = Card.load(folder, source.command)
     card.verify(folder, everything=False)
     order = Order(card.row_groups("train"), recipe.train.seed, recipe.data.window)
@@ -104,7 +129,9 @@ def _data_line(recipe: Recipe, processes: int) -> str:
 
 
 def _compare_anchors(recipe: Recipe) -> None:
-    """Says how many boxes of the training set, resized as in training, the model's anchors fit, and how many re-estimated ones would."""
+    """Says how many boxes of the training set, resized as in training, the model's anchors fit,
+    and how many re-estimated ones would.
+    """
     import numpy as np
 
     from trainer.detection.anchors import best_possible_recall, estimate_anchors
@@ -113,14 +140,24 @@ def _compare_anchors(recipe: Recipe) -> None:
 
     data = _uncached(recipe)
     max_ratio = getattr(recipe.loss, "max_ratio", None)
-    if "anchors" not in recipe.components["model"].schema.model_fields or max_ratio is None or data.train.objects is None:
-        raise UserError(f"--anchors: {recipe.path} has no model with anchors, or no boxes; it is for the model, the loss and the task of detection")
+    if (
+        "anchors" not in recipe.components["model"].schema.model_fields
+        or max_ratio is None
+        or data.train.objects is None
+    ):
+        raise UserError(
+            f"--anchors: {recipe.path} has no model with anchors, or no boxes; it is for the model, the loss and the "
+            "task of detection"
+        )
     sizes = data.train.objects.box_sizes()
     anchors = recipe.model.anchors or PUBLISHED_ANCHORS
     estimated = estimate_anchors(sizes).round(1).reshape(3, 3, 2)
     for name, each in (("the model's", np.array(anchors)), ("re-estimated", estimated)):
         share = best_possible_recall(sizes, each.reshape(-1, 2), max_ratio)
-        print(f"{name} anchors fit {share:.2%} of {len(sizes)} boxes: model.anchors={json.dumps(each.tolist())}", file=sys.stderr)
+        print(
+            f"{name} anchors fit {share:.2%} of {len(sizes)} boxes: model.anchors={json.dumps(each.tolist())}",
+            file=sys.stderr,
+        )
 
 
 def _uncached(recipe: Recipe) -> Data:
@@ -141,7 +178,9 @@ def _uncached(recipe: Recipe) -> Data:
 
 
 def _show_samples(recipe: Recipe, file: Path) -> None:
-    """Draws a few training samples: as they are, and as each of the first epochs sees them; with their objects, or below with their masks."""
+    """Draws a few training samples: as they are, and as each of the first epochs sees them; with their objects,
+    or below with their masks.
+    """
     import copy
 
     import torch
@@ -156,30 +195,48 @@ def _show_samples(recipe: Recipe, file: Path) -> None:
     plain = copy.copy(data.train)
     plain.transform, plain.mosaic = None, None
     size = data.order.size
-    positions = [{data.order.sample(p)[1]: p for p in range(epoch * size, (epoch + 1) * size)} for epoch in range(SHOWN_EPOCHS)]  # of each sample
+    # Of each sample.
+    positions = [
+        {data.order.sample(p)[1]: p for p in range(epoch * size, (epoch + 1) * size)} for epoch in range(SHOWN_EPOCHS)
+    ]
     shown = list(positions[0])[:SHOWN_SAMPLES]
     rows: list[list[Tensor]] = []
     seen_classes: set[int] = set()
     for sample_id in shown:
-        views = [plain.__getitems__([positions[0][sample_id]]), *(data.train.__getitems__([epoch[sample_id]]) for epoch in positions)]
+        views = [
+            plain.__getitems__([positions[0][sample_id]]),
+            *(data.train.__getitems__([epoch[sample_id]]) for epoch in positions),
+        ]
         rows.append([view["image"][0] for view in views])
         if "mask" in views[0]:
             rows.append([_painted(view["image"][0], view["mask"][0], data.info.num_classes) for view in views])
             seen_classes |= set(views[0]["mask"].unique().tolist()) - {data.info.ignore_index}
         if "boxes" in views[0]:
-            truths = [Detections(view["boxes"], torch.ones(len(view["boxes"])), view["labels"], view.get("masks")) for view in views]
-            rows[-1] = [draw_objects(image, truth, data.info.classes, with_scores=False) for image, truth in zip(rows[-1], truths, strict=True)]
+            truths = [
+                Detections(view["boxes"], torch.ones(len(view["boxes"])), view["labels"], view.get("masks"))
+                for view in views
+            ]
+            rows[-1] = [
+                draw_objects(image, truth, data.info.classes, with_scores=False)
+                for image, truth in zip(rows[-1], truths, strict=True)
+            ]
 
     figure = Figure(figsize=(2.4 * len(rows[0]), 2 * len(rows) + 0.6), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
-    for axis, heading in zip(axes[0], ["as it is", *(f"epoch {epoch + 1}" for epoch in range(SHOWN_EPOCHS))], strict=True):
+    for axis, heading in zip(
+        axes[0], ["as it is", *(f"epoch {epoch + 1}" for epoch in range(SHOWN_EPOCHS))], strict=True
+    ):
         axis.set_title(heading)
     for axis, image in zip(axes.flat, (image for row in rows for image in row), strict=True):
         axis.imshow(image.movedim(0, -1).numpy())
         axis.set_axis_off()
     colors = [f"#{bytes(color).hex()}" for color in class_colors(data.info.num_classes)]
     if seen_classes:
-        figure.legend(handles=[Patch(color=colors[c], label=data.info.classes[c]) for c in sorted(seen_classes)], loc="outside lower center", ncols=8)
+        figure.legend(
+            handles=[Patch(color=colors[c], label=data.info.classes[c]) for c in sorted(seen_classes)],
+            loc="outside lower center",
+            ncols=8,
+        )
     try:
         figure.savefig(file)
     except OSError as error:
@@ -194,4 +251,6 @@ def _painted(image: Tensor, mask: Tensor, num_classes: int) -> Tensor:
 
     from trainer.tasks.drawing import class_colors
 
-    return draw_segmentation_masks(image, mask == torch.arange(num_classes).view(-1, 1, 1), alpha=OPACITY, colors=class_colors(num_classes))
+    return draw_segmentation_masks(
+        image, mask == torch.arange(num_classes).view(-1, 1, 1), alpha=OPACITY, colors=class_colors(num_classes)
+    )

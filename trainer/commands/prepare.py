@@ -31,33 +31,82 @@ OF_FILES: dict[str, tuple[Callable[..., Source], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("dataset", metavar="DATASET", help=f"name of the data set, as in a recipe's data.name; or one of {', '.join(OF_FILES)}")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="the data set's own keys, as in a recipe's data, e.g. category=ship")
-    parser.add_argument("--archives", type=Path, metavar="DIR", help="folder with the archives (default: $TRAINER_ARCHIVES); what it lacks is downloaded")
+    parser.add_argument(
+        "dataset",
+        metavar="DATASET",
+        help=f"name of the data set, as in a recipe's data.name; or one of {', '.join(OF_FILES)}",
+    )
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="the data set's own keys, as in a recipe's data, e.g. category=ship",
+    )
+    parser.add_argument(
+        "--archives",
+        type=Path,
+        metavar="DIR",
+        help="folder with the archives (default: $TRAINER_ARCHIVES); what it lacks is downloaded",
+    )
     parser.add_argument("--verify", action="store_true", help="recompute the checksums of what is prepared")
     usages = "; ".join(f"trainer prepare {usage}" for _, usage in OF_FILES.values())
-    files = parser.add_argument_group("files of your own", f"{usages}. A recipe says data: {{name: folder, set: NAME, …}}, and likewise for yolo and coco")
+    files = parser.add_argument_group(
+        "files of your own",
+        f"{usages}. A recipe says data: {{name: folder, set: NAME, …}}, and likewise for yolo and coco",
+    )
     files.add_argument("--name", help="of the set")
     files.add_argument("--images", type=Path, metavar="DIR", help="images, in this folder and below")
     files.add_argument("--masks", type=Path, metavar="DIR", help="folder: index or palette PNG of the same names")
-    files.add_argument("--labels", type=Path, metavar="DIR", help="yolo: text files of the same names; an image without one has no objects")
+    files.add_argument(
+        "--labels",
+        type=Path,
+        metavar="DIR",
+        help="yolo: text files of the same names; an image without one has no objects",
+    )
     files.add_argument("--annotations", type=Path, metavar="FILE", help="coco: a COCO file of instances (JSON)")
-    files.add_argument("--classes", type=Path, metavar="FILE", help="text file: the name of a class in each line, in the order of their index")
-    files.add_argument("--ignore", type=int, metavar="LABEL", help="folder: the label that counts nowhere (default: none)")
+    files.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="text file: the name of a class in each line, in the order of their index",
+    )
+    files.add_argument(
+        "--ignore", type=int, metavar="LABEL", help="folder: the label that counts nowhere (default: none)"
+    )
     files.add_argument(
         "--validation",
         metavar="SHARE | DIR | FILE",
-        help=f"share of the images that validate (default: {VALIDATION}); folder, yolo: or a folder with two called like those of --images and of "
-        "--masks or --labels (where these are called alike, the name of the folders beside them); coco: or a COCO file of those that do",
+        help=f"share of the images that validate (default: {VALIDATION}); folder, yolo: or a folder with two called "
+        "like those of --images and of "
+        "--masks or --labels (where these are called alike, the name of the folders beside them); coco: or a COCO "
+        "file of those that do",
     )
-    files.add_argument("--validation-images", type=Path, metavar="DIR", help="images that validate; coco: those that the file of --validation lists")
+    files.add_argument(
+        "--validation-images",
+        type=Path,
+        metavar="DIR",
+        help="images that validate; coco: those that the file of --validation lists",
+    )
     files.add_argument("--validation-masks", type=Path, metavar="DIR", help="folder: the masks of --validation-images")
-    files.add_argument("--validation-labels", type=Path, metavar="DIR", help="yolo: the text files of --validation-images")
-    files.add_argument("--test", metavar="DIR | FILE", help="a third split, which no training reads; otherwise like --validation, but never a share")
-    files.add_argument("--test-images", type=Path, metavar="DIR", help="images of the test split; coco: those that the file of --test lists")
+    files.add_argument(
+        "--validation-labels", type=Path, metavar="DIR", help="yolo: the text files of --validation-images"
+    )
+    files.add_argument(
+        "--test",
+        metavar="DIR | FILE",
+        help="a third split, which no training reads; otherwise like --validation, but never a share",
+    )
+    files.add_argument(
+        "--test-images",
+        type=Path,
+        metavar="DIR",
+        help="images of the test split; coco: those that the file of --test lists",
+    )
     files.add_argument("--test-masks", type=Path, metavar="DIR", help="folder: the masks of --test-images")
     files.add_argument("--test-labels", type=Path, metavar="DIR", help="yolo: the text files of --test-images")
-    files.add_argument("--invalid", choices=("refuse", "drop"), help="yolo, coco: what becomes of an invalid object (default: refuse)")
+    files.add_argument(
+        "--invalid", choices=("refuse", "drop"), help="yolo, coco: what becomes of an invalid object (default: refuse)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,7 +123,9 @@ def run(args: argparse.Namespace) -> int:
         card.verify(folder)
         print("every file is as it was written")
     counts = {split: written.rows for split, written in card.splits.items()}
-    print(f"{card.name}: {sum(counts.values())} rows, " + ", ".join(f"{rows} {split}" for split, rows in counts.items()))
+    print(
+        f"{card.name}: {sum(counts.values())} rows, " + ", ".join(f"{rows} {split}" for split, rows in counts.items())
+    )
     print(describe_classes(card))
     print("\n".join([*card.notes, f"in {folder} ({time.monotonic() - start:.1f} s)"]))
     return 0
@@ -84,7 +135,10 @@ def describe_classes(card: Card) -> str:
     """The classes, and how much of each there is to train on."""
     objects = card.statistics.get("class_objects")
     if objects is not None:
-        found = sorted(((count, name) for count, name in zip(objects, card.classes, strict=True) if count), key=lambda each: -each[0])
+        found = sorted(
+            ((count, name) for count, name in zip(objects, card.classes, strict=True) if count),
+            key=lambda each: -each[0],
+        )
         listed = ", ".join([f"{name} {count}" for count, name in found[:SHOWN]] + ["…"] * (len(found) > SHOWN))
         return f"{sum(objects)} training objects, of {len(found)} of {len(objects)} classes: {listed or 'none'}"
     pixels = card.statistics.get("class_pixels", [])
@@ -100,7 +154,12 @@ def _source(args: argparse.Namespace) -> Source:
     if args.dataset not in datasets:
         raise UserError(f"unknown data set {args.dataset!r}; {nearest(args.dataset, datasets)}")
     options = {kind: inspect.signature(make).parameters for kind, (make, _) in OF_FILES.items()}
-    given = {option: value for of_kind in options.values() for option in of_kind if (value := getattr(args, option)) is not None}
+    given = {
+        option: value
+        for of_kind in options.values()
+        for option in of_kind
+        if (value := getattr(args, option)) is not None
+    }
     own = dict(options.get(args.dataset, {}))
     for option in given:
         if option not in own:
@@ -108,9 +167,15 @@ def _source(args: argparse.Namespace) -> Source:
             raise UserError(f"{flag(option)} belongs to {owners}, not to {args.dataset}")
     if own:
         make, usage = OF_FILES[args.dataset]
-        lacking = [flag(option) for option, parameter in own.items() if parameter.default is parameter.empty and option not in given]
+        lacking = [
+            flag(option)
+            for option, parameter in own.items()
+            if parameter.default is parameter.empty and option not in given
+        ]
         if lacking:
-            raise UserError(f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing: trainer prepare {usage}")
+            raise UserError(
+                f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing: trainer prepare {usage}"
+            )
         if args.settings:
             raise UserError(f"{args.settings[0]} is no option: trainer prepare {usage}")
         return make(**given)

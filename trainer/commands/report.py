@@ -29,4 +29,6 @@ def run(options: argparse.Namespace) -> None:
         atomic_write(options.out, page)
     except OSError as error:
         raise UserError(f"--out {options.out}: can't be written: {error.strerror or error}") from error
-    print(f"{options.out}: {len(options.runs)} runs, {options.out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
+    print(
+        f"{options.out}: {len(options.runs)} runs, {options.out.stat().st_size / 2**20:.1f} MiB; open it in a browser"
+    )

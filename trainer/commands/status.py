@@ -27,10 +27,20 @@ TO_BE_RESUMED, FAILED = 75, 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
-    what = "run folders, names below $TRAINER_RUNS, or recipe files; with a recipe, overrides count too, as name=… does in training"
+    what = (
+        "run folders, names below $TRAINER_RUNS, or recipe files; with a recipe, overrides count too, as name=… does "
+        "in training"
+    )
     parser.add_argument("runs", nargs="*", metavar="RUN | RECIPE | key.path=value", help=what)
-    parser.add_argument("--sweep", type=Path, metavar="FILE", help="all runs of a sweep: a file with the overrides of a run in each line")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the best values of the sweep's runs into this PNG")
+    parser.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FILE",
+        help="all runs of a sweep: a file with the overrides of a run in each line",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the best values of the sweep's runs into this PNG"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead")
 
 
@@ -98,7 +108,9 @@ class Standing:
 
     def row(self) -> list[str]:
         """Cells of a table."""
-        step = "" if self.step is None else f"step {self.step}" + (f" of {self.total_steps}" if self.total_steps else "")
+        step = (
+            "" if self.step is None else f"step {self.step}" + (f" of {self.total_steps}" if self.total_steps else "")
+        )
         best = "" if self.best is None else f"{self.best['metric']} {self.best['value']:.4f}"
         return [self.name, self.status, step, best, "" if self.seconds is None else f"{self.seconds:.0f} s", self.note]
 
@@ -109,7 +121,11 @@ def standing_of(folder: Path) -> Standing:
         return Standing(folder.name, "not started", TO_BE_RESUMED, "nothing was computed yet")
     file = folder / "summary.json"
     summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    steps = [int(match[1]) for path in (folder / "checkpoints").iterdir() if (match := re.fullmatch(r"step_(\d+)", path.name))]
+    steps = [
+        int(match[1])
+        for path in (folder / "checkpoints").iterdir()
+        if (match := re.fullmatch(r"step_(\d+)", path.name))
+    ]
     newest = max(steps, default=None)
     go_on = f"the same command resumes from step {newest}" if steps else "the same command starts from scratch"
     if is_locked(folder):
@@ -123,12 +139,21 @@ def standing_of(folder: Path) -> Standing:
     else:  # it says that it is running, but nobody is
         status, code, note = "interrupted", TO_BE_RESUMED, go_on
     return Standing(
-        folder.name, status, code, note, summary.get("step", newest), summary.get("total_steps"), newest, _best(folder, summary), summary.get("seconds")
+        folder.name,
+        status,
+        code,
+        note,
+        summary.get("step", newest),
+        summary.get("total_steps"),
+        newest,
+        _best(folder, summary),
+        summary.get("seconds"),
     )
 
 
 def sweep_standings(file: Path) -> list[Standing]:
-    """Where the runs of a sweep stand: those in a file's lines, and what SLURM still knows of an array named like the file.
+    """Where the runs of a sweep stand: those in a file's lines, and what SLURM still knows of an array named like the
+    file.
 
     Raises:
         UserError: a line doesn't name its run.
@@ -137,7 +162,8 @@ def sweep_standings(file: Path) -> list[Standing]:
     standings = []
     for index, overrides in enumerate(read_sweep(file)):
         standing = standing_of(runs_dir() / _name_in(file, overrides))
-        forgotten = bool(states) and index not in states and standing.status == "not started"  # as a task is that was cancelled while it waited
+        # As a task is that was cancelled while it waited.
+        forgotten = bool(states) and index not in states and standing.status == "not started"
         if standing.code == TO_BE_RESUMED and (forgotten or states.get(index) == "CANCELLED"):
             standing.status = "cancelled"
         standings.append(standing)
@@ -149,7 +175,9 @@ def _name_in(file: Path, overrides: list[str]) -> str:
     reader = Reader({})
     tree, _ = reader.overrides(overrides)
     if reader.problems or "name" not in tree:
-        raise UserError(f"{file}: {shlex.join(overrides)!r} has no name=…; each line gives its run one, and other overrides")
+        raise UserError(
+            f"{file}: {shlex.join(overrides)!r} has no name=…; each line gives its run one, and other overrides"
+        )
     return str(tree["name"])
 
 
@@ -195,7 +223,9 @@ def _best(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _array_states(job_name: str) -> dict[int, str]:
-    """What SLURM says of each task of the newest job array of that name, e.g. `CANCELLED`; it forgets a task some minutes after its end."""
+    """What SLURM says of each task of the newest job array of that name, e.g. `CANCELLED`;
+    it forgets a task some minutes after its end.
+    """
     if not shutil.which("scontrol"):
         return {}
     everything = os.environ | {"SLURM_BITSTR_LEN": "0"}  # or it leaves out indices of a large array
@@ -203,7 +233,12 @@ def _array_states(job_name: str) -> dict[int, str]:
     jobs = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in done.stdout.splitlines()]
     mine = [job for job in jobs if job.get("JobName") == job_name and "ArrayTaskId" in job]
     newest = max((int(job["ArrayJobId"]) for job in mine), default=None)
-    return {index: job["JobState"] for job in mine if int(job["ArrayJobId"]) == newest for index in _indices(job["ArrayTaskId"])}
+    return {
+        index: job["JobState"]
+        for job in mine
+        if int(job["ArrayJobId"]) == newest
+        for index in _indices(job["ArrayTaskId"])
+    }
 
 
 def _indices(text: str) -> list[int]:

@@ -1,4 +1,6 @@
-"""`trainer submit`: checks a recipe, then hands it to SLURM. What runs there is `launch/slurm.sbatch`, with the options filled in."""
+"""`trainer submit`: checks a recipe, then hands it to SLURM. What runs there is `launch/slurm.sbatch`,
+with the options filled in.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optimizer.lr=1e-3")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
     parser.add_argument("--gpus", type=int, metavar="G", help="GPUs of each node")
-    parser.add_argument("--processes", type=int, metavar="P", help="processes on each node (default: one for each GPU, else one)")
+    parser.add_argument(
+        "--processes", type=int, metavar="P", help="processes on each node (default: one for each GPU, else one)"
+    )
     parser.add_argument("--cpus", type=int, metavar="C", help="cores of each node")
     for option, what in (("time", "limit of a single attempt, e.g. 12:00:00"), ("partition", ""), ("account", "")):
         parser.add_argument(f"--{option}", help=what)
-    parser.add_argument("--sweep", action="append", default=[], metavar="key=a,b,c", help="a run for each value; several of them: for each combination")
-    parser.add_argument("--parallel", type=int, metavar="N", help="how many runs of a sweep may run at a time (default: all)")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="key=a,b,c",
+        help="a run for each value; several of them: for each combination",
+    )
+    parser.add_argument(
+        "--parallel", type=int, metavar="N", help="how many runs of a sweep may run at a time (default: all)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print what would be submitted")
 
 
@@ -47,21 +59,31 @@ def run(options: argparse.Namespace) -> None:
     """
     name = run_name(options.recipe, options.overrides)
     variants = variants_of(options.sweep)
-    runs = [[*options.overrides, f"name={variant_name(name, variant)}", *variant] for variant in variants] or [options.overrides]
+    runs = [[*options.overrides, f"name={variant_name(name, variant)}", *variant] for variant in variants] or [
+        options.overrides
+    ]
     for overrides in runs:
         _check(options, overrides)
     if variants:
         name = _free_name(name)
     script, log, sweep = job_script(options, name, len(variants)), LOGS / name, LOGS / f"{name}.txt"
     lines = [shlex.join(overrides) for overrides in runs]
-    command = ["sbatch", "--parsable", f"{log}.sbatch", str(options.recipe), *([str(sweep)] if variants else options.overrides)]
+    command = [
+        "sbatch",
+        "--parsable",
+        f"{log}.sbatch",
+        str(options.recipe),
+        *([str(sweep)] if variants else options.overrides),
+    ]
     print(script, f"# {shlex.join(command)}", sep="\n")
     if variants:
         print(f"\n# {sweep}:", *lines, sep="\n")
     if options.dry_run:
         return
     if not shutil.which("sbatch"):
-        raise UserError("there is no sbatch here: submit from a login node of a cluster with SLURM; --dry-run shows the script")
+        raise UserError(
+            "there is no sbatch here: submit from a login node of a cluster with SLURM; --dry-run shows the script"
+        )
 
     LOGS.mkdir(exist_ok=True)  # SLURM doesn't make the folder: a job without it would vanish
     Path(f"{log}.sbatch").write_text(script, encoding="utf-8")
@@ -73,7 +95,17 @@ def run(options: argparse.Namespace) -> None:
         return
     where = [f"--{key}={getattr(options, key)}" for key in ("partition", "account") if getattr(options, key)]
     about = [f"--job-name={name}-table", f"--output={log}-table.txt", f"--export=ALL,TRAINER_HOME={ROOT}"]
-    _sbatch(["sbatch", "--parsable", f"--dependency=afterany:{job}", *about, *where, str(ROOT / "launch" / "sweep_status.sbatch"), str(sweep)])
+    _sbatch(
+        [
+            "sbatch",
+            "--parsable",
+            f"--dependency=afterany:{job}",
+            *about,
+            *where,
+            str(ROOT / "launch" / "sweep_status.sbatch"),
+            str(sweep),
+        ]
+    )
     how = f"`trainer status --sweep {sweep}` says how they are, {log}-table.txt and {log}.png how they ended"
     print(f"submitted {len(runs)} runs as job array {job}; {how}", file=sys.stderr)
 
@@ -87,7 +119,9 @@ def job_script(options: argparse.Namespace, name: str, num_variants: int) -> str
     variables = {"TRAINER_HOME": ROOT, "TRAINER_PROCESSES_PER_NODE": options.processes}
     lines = [f"#SBATCH --{key}={value}" for key, value in settings.items() if value is not None]
     lines += [f"export {key}={shlex.quote(str(value))}" for key, value in variables.items() if value is not None]
-    template = (ROOT / "launch" / ("slurm_array.sbatch" if num_variants else "slurm.sbatch")).read_text(encoding="utf-8")
+    template = (ROOT / "launch" / ("slurm_array.sbatch" if num_variants else "slurm.sbatch")).read_text(
+        encoding="utf-8"
+    )
     template = re.sub(r"#SBATCH --job-name=.*\n", "", template)
     directives, strict, body = template.partition("set -euo pipefail\n")
     return directives + "\n".join(lines) + "\n" + strict + body
@@ -100,12 +134,16 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> Recipe:
     from trainer.tasks.build import TASK_CHECKS, batch_checks
 
     launch = Launch(processes=options.nodes * (options.processes or options.gpus or 1))
-    return load_recipe(options.recipe, overrides, [(("data", "train"), launch.check), *TASK_CHECKS, *batch_checks(launch.processes)])
+    return load_recipe(
+        options.recipe, overrides, [(("data", "train"), launch.check), *TASK_CHECKS, *batch_checks(launch.processes)]
+    )
 
 
 def _free_name(name: str) -> str:
     """A name for a sweep that none in the folder of logs has; SLURM knows the array by it."""
-    return next(free for number in itertools.count(1) if not (LOGS / f"{(free := f'{name}-sweep-{number}')}.txt").exists())
+    return next(
+        free for number in itertools.count(1) if not (LOGS / f"{(free := f'{name}-sweep-{number}')}.txt").exists()
+    )
 
 
 def _sbatch(command: list[str]) -> str:

@@ -25,8 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. model.train_only=[classifier.4]")
-    parser.add_argument("--input-size", metavar="HxW", help="height and width of an image (default: what the recipe trains on)")
-    parser.add_argument("--no-measure", action="store_true", help="only count; without this, a few training steps are run to measure memory and time")
+    parser.add_argument(
+        "--input-size", metavar="HxW", help="height and width of an image (default: what the recipe trains on)"
+    )
+    parser.add_argument(
+        "--no-measure",
+        action="store_true",
+        help="only count; without this, a few training steps are run to measure memory and time",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead")
 
 
@@ -70,7 +76,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _input_size(recipe: Recipe, given: str | None) -> tuple[int, int]:
-    """Height and width: the given ones, else those of the last crop or resize, else of the prepared set's first image."""
+    """Height and width: the given ones, else those of the last crop or resize,
+    else of the prepared set's first image.
+    """
     from trainer.data.card import CARD, Card
     from trainer.data.parquet import RowGroups
     from trainer.data.prepare import data_dir
@@ -88,9 +96,17 @@ def _input_size(recipe: Recipe, given: str | None) -> tuple[int, int]:
         return tuple(recipe.data.resize)
     folder = data_dir() / recipe.build("data").name
     if not (folder / CARD).exists():
-        raise UserError(f"{recipe.data.name} isn't prepared, so the size of its images isn't known: give --input-size HxW")
+        raise UserError(
+            f"{recipe.data.name} isn't prepared, so the size of its images isn't known: give --input-size HxW"
+        )
     card = Card.load(folder)
-    rows = RowGroups({file: shard.row_groups for file, shard in zip(card.files(folder, "train"), card.splits["train"].files, strict=True)}, keep=1)
+    rows = RowGroups(
+        {
+            file: shard.row_groups
+            for file, shard in zip(card.files(folder, "train"), card.splits["train"].files, strict=True)
+        },
+        keep=1,
+    )
     return int(rows.integers("height")[0]), int(rows.integers("width")[0])
 
 
@@ -122,7 +138,9 @@ def _polynomials(recipe: Recipe, height: int, width: int) -> dict[str, str]:
 
 
 def _measure(recipe: Recipe, learning: list[str], height: int, width: int) -> list[dict[str, Any]]:
-    """Cost of training everything and of training the layers that the recipe has learn, at this size and at twice the height and width."""
+    """Cost of training everything and of training the layers that the recipe has learn,
+    at this size and at twice the height and width.
+    """
     from trainer.data.card import CARD, Card
     from trainer.data.prepare import data_dir
     from trainer.distributed.accelerator import configure_backends
@@ -133,7 +151,9 @@ def _measure(recipe: Recipe, learning: list[str], height: int, width: int) -> li
     info = Card.load(data_dir() / source.name).info if (data_dir() / source.name / CARD).exists() else source.info
     kinds: dict[str, list[str]] = {"everything": []}
     if learning:
-        kinds[f"only {', '.join(learning)}" if len(learning) <= MAX_NAMED else f"only {learning[0]} to {learning[-1]}"] = learning
+        kinds[
+            f"only {', '.join(learning)}" if len(learning) <= MAX_NAMED else f"only {learning[0]} to {learning[-1]}"
+        ] = learning
     costs = []
     for size in ((height, width), (2 * height, 2 * width)):
         for kind, layers in kinds.items():
@@ -146,18 +166,41 @@ def _text(report: dict[str, Any]) -> str:
     """The report as tables."""
     shape = "x".join(map(str, report["input"]))
     rows = [["layer", "kind", "output", *COUNTS]]
-    rows += [[layer["name"], layer["kind"], "x".join(map(str, layer["shape"])), *(f"{layer[what]:,}" for what in COUNTS)] for layer in report["layers"]]
+    rows += [
+        [layer["name"], layer["kind"], "x".join(map(str, layer["shape"])), *(f"{layer[what]:,}" for what in COUNTS)]
+        for layer in report["layers"]
+    ]
     rows += [[f"total, {shape}", "", "", *(f"{report['totals'][what]:,}" for what in COUNTS)]]
-    rows += [["total, height and width doubled", "", "", *(f"{report['totals_at_doubled_size'][what]:,}" for what in COUNTS)]]
+    rows += [
+        ["total, height and width doubled", "", "", *(f"{report['totals_at_doubled_size'][what]:,}" for what in COUNTS)]
+    ]
     parts = [_table(rows, left=3)]
     if "polynomials" in report:
         parts.append("\n".join(f"{what} = {text}" for what, text in report["polynomials"].items()))
     if "training" in report:
         keys = ("saved_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")
-        rows = [["trained", "input", "batch", "weights", "saved activations", "gradients", "optimizer", "peak", "GFLOP a step", "s a step"]]
+        rows = [
+            [
+                "trained",
+                "input",
+                "batch",
+                "weights",
+                "saved activations",
+                "gradients",
+                "optimizer",
+                "peak",
+                "GFLOP a step",
+                "s a step",
+            ]
+        ]
         for cost in report["training"]:
             sizes = ("?" if cost[key] is None else f"{cost[key] / 2**20:,.1f} MiB" for key in keys)
-            row = [cost["trained"], "x".join(map(str, cost["input"])), str(cost["batch_size"]), f"{cost['trainable']:,}"]
+            row = [
+                cost["trained"],
+                "x".join(map(str, cost["input"])),
+                str(cost["batch_size"]),
+                f"{cost['trainable']:,}",
+            ]
             rows.append([*row, *sizes, f"{cost['flops'] / 1e9:,.2f}", f"{cost['seconds']:.3f}"])
         parts.append(_table(rows, left=2))
     return "\n\n".join(parts)
@@ -166,5 +209,11 @@ def _text(report: dict[str, Any]) -> str:
 def _table(rows: list[list[str]], left: int) -> str:
     """Aligned columns, the first `left` of them to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ((cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+    lines = (
+        (
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
     return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -27,9 +27,13 @@ STOP_TIMEOUT_S = 30  # a run that is asked to stop saves a checkpoint in less
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe file")
-    parser.add_argument("overrides", nargs="+", metavar="key=a,b,c | key=value", help="values to try, and what is the same for all runs")
+    parser.add_argument(
+        "overrides", nargs="+", metavar="key=a,b,c | key=value", help="values to try, and what is the same for all runs"
+    )
     parser.add_argument("--processes", type=int, default=1, metavar="P", help="processes of each run (default: 1)")
-    parser.add_argument("--parallel", type=int, metavar="N", help="runs at a time (default: as many as the GPUs serve, else one)")
+    parser.add_argument(
+        "--parallel", type=int, metavar="N", help="runs at a time (default: as many as the GPUs serve, else one)"
+    )
     parser.add_argument("--slurm", action="store_true", help="submit the runs to SLURM instead, see `trainer submit`")
 
 
@@ -39,7 +43,11 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: a run's recipe has mistakes; then none is trained.
     """
-    axes = [override for override in options.overrides if not override.startswith("name=") and len(variants_of([override])) > 1]
+    axes = [
+        override
+        for override in options.overrides
+        if not override.startswith("name=") and len(variants_of([override])) > 1
+    ]
     same = [override for override in options.overrides if override not in axes]
     if not axes:
         raise UserError("nothing to sweep over: give a key several values, e.g. optimizer.lr=1e-3,1e-2")
@@ -50,7 +58,11 @@ def run(options: argparse.Namespace) -> int:
     names = [variant_name(name, variant) for variant in variants]
     runs = [[*same, *variant, f"name={each}"] for each, variant in zip(names, variants, strict=True)]
     recipes = [_checked(options, overrides) for overrides in runs]
-    commands = {each: _command(options, overrides) for each, overrides, recipe in zip(names, runs, recipes, strict=True) if not _is_finished(recipe)}
+    commands = {
+        each: _command(options, overrides)
+        for each, overrides, recipe in zip(names, runs, recipes, strict=True)
+        if not _is_finished(recipe)
+    }
     for each in names:
         if each not in commands:
             print(f"{each}: finished already", flush=True)
@@ -82,7 +94,9 @@ def _checked(options: argparse.Namespace, overrides: list[str]) -> Recipe:
 
 
 def _is_finished(recipe: Recipe) -> bool:
-    """Whether this very recipe was trained to its end; what has another one under its name, training itself will say."""
+    """Whether this very recipe was trained to its end; what has another one under its name,
+    training itself will say.
+    """
     from trainer.runs.folder import RunFolder
 
     folder = runs_dir() / recipe.name
@@ -93,7 +107,13 @@ def _command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
     script = [str(ROOT / "trainer" / "run.py"), str(options.recipe), *overrides]
     if options.processes == 1:
         return [sys.executable, *script]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_config.yaml")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "accelerate_config.yaml"),
+    ]
     return [*launcher, "--num_processes", str(options.processes), *script]
 
 
@@ -112,7 +132,9 @@ def _slots(options: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def _train(commands: dict[str, list[str]], slots: list[dict[str, str]]) -> None:
-    """Runs the commands, as many at a time as there are slots; a failed one doesn't stop the others, a stop signal stops all."""
+    """Runs the commands, as many at a time as there are slots; a failed one doesn't stop the others,
+    a stop signal stops all.
+    """
     waiting = dict(commands)
     free, running = list(slots), dict[str, tuple[subprocess.Popen[bytes], dict[str, str]]]()
     runs_dir().mkdir(parents=True, exist_ok=True)
@@ -122,7 +144,9 @@ def _train(commands: dict[str, list[str]], slots: list[dict[str, str]]) -> None:
                 name, slot = next(iter(waiting)), free.pop()
                 with (runs_dir() / f"{name}.log").open("ab") as log:
                     # A group of its own: Ctrl-C in a terminal must reach it once, from here.
-                    process = subprocess.Popen(waiting.pop(name), stdout=log, stderr=log, env=os.environ | slot, start_new_session=True)
+                    process = subprocess.Popen(
+                        waiting.pop(name), stdout=log, stderr=log, env=os.environ | slot, start_new_session=True
+                    )
                 running[name] = process, slot
                 print(f"{name}: training ({len(waiting)} waiting); log in {log.name}", flush=True)
             time.sleep(0.2)

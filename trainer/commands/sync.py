@@ -75,7 +75,8 @@ def _send(folder: RunFolder, mirror: WandbRun, online: bool) -> str:
     from trainer.reporting.trackers.tracker import one_line
 
     lines, summary = folder.read_metrics(), folder.read_summary()
-    settings = {"x_disable_stats": True, "x_disable_meta": True}  # load and kind of this machine say nothing about the one that trained
+    # Load and kind of this machine say nothing about the one that trained.
+    settings = {"x_disable_stats": True, "x_disable_meta": True}
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch) if online else folder.path
         try:
@@ -87,9 +88,15 @@ def _send(folder: RunFolder, mirror: WandbRun, online: bool) -> str:
                 mirror.open(online, files, UPLOAD_TIMEOUT_S, **settings)
                 mirror.close(summary)
                 if mirror.num_rows < len(lines):
-                    raise UserError(f"{folder.path}: W&B has {mirror.num_rows} of {len(lines)} lines so far; the same command sends the others")
+                    raise UserError(
+                        f"{folder.path}: W&B has {mirror.num_rows} of {len(lines)} lines so far; the same command "
+                        "sends the others"
+                    )
         except (wandb.Error, TimeoutError) as error:
-            raise UserError(f"{folder.path} could not be sent to W&B: {one_line(error)}; the same command tries again and sends nothing twice") from error
+            raise UserError(
+                f"{folder.path} could not be sent to W&B: {one_line(error)}; the same command tries again and sends "
+                "nothing twice"
+            ) from error
         finally:
             wandb.teardown()
     if not online:

@@ -41,7 +41,9 @@ class Member(NamedTuple):
 
 @contextmanager
 def locked(path: Path, waiting: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds a file lock, which the operating system frees however its process ends; says `waiting` once if another process has it."""
+    """Holds a file lock, which the operating system frees however its process ends;
+    says `waiting` once if another process has it.
+    """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -60,14 +62,18 @@ def locked(path: Path, waiting: str, say: Callable[[str], None]) -> Iterator[Non
 # ---------------------------------------------------------------- finding
 
 
-def locate(archives: Sequence[Archive], data_dir: Path, archives_dir: Path | None, say: Callable[[str], None] = print) -> dict[str, Path]:
+def locate(
+    archives: Sequence[Archive], data_dir: Path, archives_dir: Path | None, say: Callable[[str], None] = print
+) -> dict[str, Path]:
     """Finds each archive in `archives_dir`, else in `<data_dir>/downloads`, else downloads it there.
 
     Raises:
         UserError: one message for all that are missing, with where to put them; or a checksum is wrong.
     """
     if archives and archives_dir and not archives_dir.is_dir():
-        raise UserError(f"no folder {archives_dir}; give --archives (or TRAINER_ARCHIVES) the folder that holds the archives")
+        raise UserError(
+            f"no folder {archives_dir}; give --archives (or TRAINER_ARCHIVES) the folder that holds the archives"
+        )
     downloads = data_dir / "downloads"
     found: dict[str, Path] = {}
     missing: list[str] = []
@@ -80,11 +86,20 @@ def locate(archives: Sequence[Archive], data_dir: Path, archives_dir: Path | Non
                 missing.append("\n".join([f"  {archive.name}", *(f"    {reason}" for reason in reasons)]))
                 continue
         elif archive.sha256 and (sum_found := sha256(path)) != archive.sha256:
-            raise UserError(f"{path} is not the official archive: its SHA-256 is {sum_found}, not {archive.sha256}; delete or replace it")
+            raise UserError(
+                f"{path} is not the official archive: its SHA-256 is {sum_found}, not {archive.sha256}; delete or "
+                "replace it"
+            )
         found[archive.name] = path
     if missing:
-        where = str(archives_dir) if archives_dir else f"a folder that --archives (or TRAINER_ARCHIVES) names, or into {downloads}"
-        raise UserError("\n".join([f"these archives are neither here nor can they be downloaded; put them into {where}:", *missing]))
+        where = (
+            str(archives_dir)
+            if archives_dir
+            else f"a folder that --archives (or TRAINER_ARCHIVES) names, or into {downloads}"
+        )
+        raise UserError(
+            "\n".join([f"these archives are neither here nor can they be downloaded; put them into {where}:", *missing])
+        )
     return found
 
 
@@ -115,7 +130,8 @@ def _download(archive: Archive, folder: Path, say: Callable[[str], None]) -> tup
 
 def _fetch(url: str, part: Path, say: Callable[[str], None]) -> None:
     """Downloads one file; says how far it is every few seconds."""
-    request = urllib.request.Request(url, headers={"User-Agent": "recipe-trainer"})  # some servers refuse urllib's own name
+    # Some servers refuse urllib's own name.
+    request = urllib.request.Request(url, headers={"User-Agent": "recipe-trainer"})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, part.open("wb") as file:
         expected = int(response.headers.get("Content-Length") or 0)
         said = time.monotonic()
@@ -124,7 +140,11 @@ def _fetch(url: str, part: Path, say: Callable[[str], None]) -> None:
             file.write(chunk)
             if time.monotonic() - said > 5:
                 said = time.monotonic()
-                say(f"  {file.tell() / 2**20:.0f} of {expected / 2**20:.0f} MiB" if expected else f"  {file.tell() / 2**20:.0f} MiB")
+                say(
+                    f"  {file.tell() / 2**20:.0f} of {expected / 2**20:.0f} MiB"
+                    if expected
+                    else f"  {file.tell() / 2**20:.0f} MiB"
+                )
         if expected and file.tell() != expected:
             raise urllib.error.URLError(f"the connection ended after {file.tell()} of {expected} bytes")
         file.flush()
@@ -155,9 +175,22 @@ def members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
 def _damage_reported(path: Path) -> Iterator[None]:
     try:
         yield
-    # RuntimeError is what zipfile raises for encrypted members and unknown compression, LookupError for a member without a name.
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, LookupError, ValueError) as error:
-        raise UserError(f"{path} is damaged or incomplete ({error}); delete it or replace it by the official archive") from error
+    # RuntimeError is what zipfile raises for encrypted members and unknown compression, LookupError for a member
+    # without a name.
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        LookupError,
+        ValueError,
+    ) as error:
+        raise UserError(
+            f"{path} is damaged or incomplete ({error}); delete it or replace it by the official archive"
+        ) from error
 
 
 def _tar_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
@@ -203,18 +236,25 @@ def _checked(path: Path, name: str, plain: bool) -> str:
 
 def _check_size(path: Path, name: str, size: int) -> None:
     if size > MAX_MEMBER_BYTES:
-        raise UserError(f"{path}: member {name!r} has {size / 2**20:.0f} MiB, more than the {MAX_MEMBER_BYTES / 2**20:.0f} MiB a member may have")
+        raise UserError(
+            f"{path}: member {name!r} has {size / 2**20:.0f} MiB, more than the {MAX_MEMBER_BYTES / 2**20:.0f} MiB a "
+            "member may have"
+        )
 
 
 def _decompressed(path: Path) -> IO[bytes]:
     with path.open("rb") as file:
         magic = file.read(6)
     openers: Mapping[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-    return next((opener(path, "rb") for start, opener in openers.items() if magic.startswith(start)), None) or path.open("rb")
+    return next(
+        (opener(path, "rb") for start, opener in openers.items() if magic.startswith(start)), None
+    ) or path.open("rb")
 
 
 class _Bounded:
-    """A stream that refuses a huge or negative single read: tarfile reads a header's extension whole, whatever size it claims."""
+    """A stream that refuses a huge or negative single read: tarfile reads a header's extension whole,
+    whatever size it claims.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.seek, self.tell = stream, stream.seek, stream.tell

@@ -30,7 +30,9 @@ Size = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 """Height and width in pixels."""
 Interval = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
 """The smallest and the largest."""
-Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
+Shares = Annotated[
+    list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)
+]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
 
@@ -39,7 +41,8 @@ Strength = Annotated[float, Field(ge=0)]
 def random_crop(ignore_index: int | None, has_objects: bool, /, *, size: Size) -> v2.Transform:
     """Cuts `size` (height, width) out at a random place; a smaller image is padded, its mask with the ignored label.
 
-    Where no label is ignored, the padding repeats what stands at the edges: black with the label of a class would be learnt.
+    Where no label is ignored, the padding repeats what stands at the edges: black with the label of a class would be
+    learnt.
     """
     if has_objects:
         return v2.RandomCrop(size, pad_if_needed=True)
@@ -57,7 +60,8 @@ def random_resized_crop(
     scale: Shares = [0.08, 1.0],  # noqa: B006
     ratio: Interval = [3 / 4, 4 / 3],  # noqa: B006
 ) -> v2.Transform:
-    """Cuts out a random share `scale` of the area with a random aspect `ratio` and resizes it to `size`, by default that of `data.resize`.
+    """Cuts out a random share `scale` of the area with a random aspect `ratio` and resizes it to `size`, by default
+    that of `data.resize`.
 
     Raises:
         ValueError: neither is there.
@@ -81,9 +85,15 @@ def vertical_flip(*, p: Probability = 0.5) -> v2.Transform:
 
 @augmentation()
 def color_jitter(
-    *, brightness: Strength = 0.0, contrast: Strength = 0.0, saturation: Strength = 0.0, hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    *,
+    brightness: Strength = 0.0,
+    contrast: Strength = 0.0,
+    saturation: Strength = 0.0,
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0,
 ) -> v2.Transform:
-    """Changes the image's colours by random factors in [1 - strength, 1 + strength]; hue by a shift of at most `hue` turns."""
+    """Changes the image's colours by random factors in [1 - strength, 1 + strength];
+    hue by a shift of at most `hue` turns.
+    """
     return v2.ColorJitter(brightness, contrast, saturation, hue)
 
 
@@ -114,25 +124,41 @@ class Mosaic:
         for name in tiles[0]:
             parts = [tile[name] for tile in tiles]
             if name in ("boxes", "masks"):
-                parts = [v2.functional.pad(part, [column, row, width - column, height - row]) for part, (row, column) in zip(parts, corners, strict=True)]
+                parts = [
+                    v2.functional.pad(part, [column, row, width - column, height - row])
+                    for part, (row, column) in zip(parts, corners, strict=True)
+                ]
             if isinstance(parts[0], tv_tensors.TVTensor):
                 plain = [part.as_subclass(Tensor) for part in parts]
-                whole = torch.cat(plain) if name in ("boxes", "masks") else torch.cat([torch.cat(plain[:2], 2), torch.cat(plain[2:], 2)], 1)
-                mosaic[name] = v2.functional.resized_crop(tv_tensors.wrap(whole, like=parts[0]), top, left, *inner, [height, width])
+                whole = (
+                    torch.cat(plain)
+                    if name in ("boxes", "masks")
+                    else torch.cat([torch.cat(plain[:2], 2), torch.cat(plain[2:], 2)], 1)
+                )
+                mosaic[name] = v2.functional.resized_crop(
+                    tv_tensors.wrap(whole, like=parts[0]), top, left, *inner, [height, width]
+                )
             else:
                 mosaic[name] = torch.cat(parts)
         return mosaic
 
     def _tile(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """The largest part of an image, without padding, that has the aspect of the mosaic, at a random place; resized to a tile."""
+        """The largest part of an image, without padding, that has the aspect of the mosaic, at a random place;
+        resized to a tile.
+        """
         height, width = v2.functional.get_size(sample["image"])
         left, top, right, bottom = sample["content"].int().tolist() if "content" in sample else (0, 0, width, height)
         scale = max(self.size[0] / (bottom - top), self.size[1] / (right - left))
         part = [max(1, round(side / scale)) for side in self.size]
         spare = (bottom - top - part[0], right - left - part[1])
-        top, left = (start + int(torch.randint(rest + 1, ())) if rest else start for start, rest in zip((top, left), spare, strict=True))
+        top, left = (
+            start + int(torch.randint(rest + 1, ())) if rest else start
+            for start, rest in zip((top, left), spare, strict=True)
+        )
         return {
-            name: v2.functional.resized_crop(value, top, left, *part, list(self.size)) if isinstance(value, tv_tensors.TVTensor) else value
+            name: v2.functional.resized_crop(value, top, left, *part, list(self.size))
+            if isinstance(value, tv_tensors.TVTensor)
+            else value
             for name, value in sample.items()
             if name != "content"
         }
@@ -145,12 +171,14 @@ def mosaic(
     *,
     p: Probability = 1.0,
     size: Size | None = None,
-    scale: Annotated[list[Annotated[float, Field(ge=0.5)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)] = [0.5, 1.5],  # noqa: B006
+    scale: Annotated[
+        list[Annotated[float, Field(ge=0.5)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)
+    ] = [0.5, 1.5],  # noqa: B006
 ) -> Mosaic:
     """Puts a sample and three others around a point, with probability `p`; it must be the first augmentation.
 
-    The result has the height and width `size`, by default those of `data.resize`. Each sample fills a tile of that size, cut to its aspect;
-    the four tiles are enlarged by a factor in `scale`.
+    The result has the height and width `size`, by default those of `data.resize`. Each sample fills a tile of that
+    size, cut to its aspect; the four tiles are enlarged by a factor in `scale`.
 
     Raises:
         ValueError: there is no size.

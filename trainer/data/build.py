@@ -53,7 +53,15 @@ class Data:
         has_objects = bool({*card.columns.values()} & {*ROLES})
         context = {"ignore_index": card.ignore_index, "resize": settings.resize, "has_objects": has_objects}
         augmentations = [build(component, chosen, **context) for component, chosen in recipe.augmentations]
-        read = partial(Samples, folder, card, resize=settings.resize, cache=settings.cache == "auto", window=settings.window, resize_mode=settings.resize_mode)
+        read = partial(
+            Samples,
+            folder,
+            card,
+            resize=settings.resize,
+            cache=settings.cache == "auto",
+            window=settings.window,
+            resize_mode=settings.resize_mode,
+        )
         self.train = read("train", self.order, transforms=augmentations, max_unreadable=settings.max_unreadable)
         self.validation = read("validation", None, transforms=[])
         batch_size = images_together(recipe, world_size)["validation"]
@@ -75,7 +83,8 @@ class Data:
         if identity not in (None, self.identity):
             raise UserError(
                 f"{self.folder} holds other samples than this run began with: it was prepared again. "
-                "Prepare it from the same files as before, or give this run another name=… (--resume never starts it from scratch)"
+                "Prepare it from the same files as before, or give this run another name=… (--resume never starts it "
+                "from scratch)"
             )
 
     def sample_ids(self, step: int, micro_batch: int, rank: int) -> list[int]:

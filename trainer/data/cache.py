@@ -24,7 +24,8 @@ from torch import Tensor
 Bytes = npt.NDArray[np.uint8]
 
 SPARE_BYTES = 2**30  # left free on the disk
-_allocate = getattr(os, "posix_fallocate", None) or (lambda descriptor, start, size: os.ftruncate(descriptor, size))  # macOS has none
+# MacOS has none.
+_allocate = getattr(os, "posix_fallocate", None) or (lambda descriptor, start, size: os.ftruncate(descriptor, size))
 
 
 class PixelCache:
@@ -55,7 +56,9 @@ class PixelCache:
     def read(self, sample_id: int) -> dict[str, Tensor]:
         """A copy of one sample: column -> uint8 (C, H, W)."""
         flat = self.pixels[self.starts[sample_id] : self.starts[sample_id + 1]]
-        return {column: pixels[0] for column, pixels in self._split(torch.from_numpy(flat.copy())[None], sample_id).items()}
+        return {
+            column: pixels[0] for column, pixels in self._split(torch.from_numpy(flat.copy())[None], sample_id).items()
+        }
 
     def read_batch(self, sample_ids: list[int]) -> dict[str, Tensor]:
         """Samples of one size, all of them filled: column -> uint8 (B, C, H, W)."""
@@ -77,7 +80,10 @@ class PixelCache:
         """Cuts rows (B, bytes) of the size of `sample_id` into columns (B, C, H, W)."""
         height, width = self.sizes[sample_id].tolist()
         parts = rows.split([channels * height * width for channels in self.channels.values()], dim=1)
-        return {column: part.reshape(len(rows), channels, height, width) for (column, channels), part in zip(self.channels.items(), parts, strict=True)}
+        return {
+            column: part.reshape(len(rows), channels, height, width)
+            for (column, channels), part in zip(self.channels.items(), parts, strict=True)
+        }
 
 
 def _reserve(file: Path, size: int) -> Bytes:

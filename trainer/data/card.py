@@ -69,9 +69,10 @@ class Card:
         splits: `train` and `validation`, and perhaps `test`, which no training reads.
         archives: SHA-256 of each archive the rows were read from.
         notes: sentences for people, e.g. how the set was split.
-        statistics: what was measured when it was prepared: `class_pixels` (list of int, the pixels of each class in the training split;
-            ignored ones left out) where there is a column `mask`, `class_objects` (list of int, the objects of each class in the training
-            split; crowds left out) where there is a column `objects`, and what the set adds, e.g. colour centres.
+        statistics: what was measured when it was prepared: `class_pixels` (list of int, the pixels of each class in the
+            training split; ignored ones left out) where there is a column `mask`, `class_objects` (list of int, the
+            objects of each class in the training split; crowds left out) where there is a column `objects`, and what
+            the set adds, e.g. colour centres.
         command: what follows `trainer prepare` to make it again; "" is the name alone.
         version: of the files it was made from, where these are no archives.
         format: version of this layout.
@@ -106,8 +107,12 @@ class Card:
 
         Runs record it, so no later version may compute another one of the same set.
         """
-        rows = [(shard.sha256, shard.row_groups) for split in ("train", "validation") for shard in self.splits[split].files]
-        return hashlib.sha256(json.dumps([self.classes, self.ignore_index, self.columns, rows], sort_keys=True).encode()).hexdigest()
+        rows = [
+            (shard.sha256, shard.row_groups) for split in ("train", "validation") for shard in self.splits[split].files
+        ]
+        return hashlib.sha256(
+            json.dumps([self.classes, self.ignore_index, self.columns, rows], sort_keys=True).encode()
+        ).hexdigest()
 
     @property
     def again(self) -> str:
@@ -115,7 +120,9 @@ class Card:
         return f"`trainer prepare {self.command or self.name}` makes it again"
 
     def of_first(self, count: int) -> Card:
-        """The card of a set that trains and validates on the first `count` training samples (all, where there are fewer), in the same files."""
+        """The card of a set that trains and validates on the first `count` training samples (all,
+        where there are fewer), in the same files.
+        """
         shards, left = [], count
         for shard in self.splits["train"].files:
             groups = []
@@ -140,7 +147,8 @@ class Card:
 
         Args:
             folder: of the set.
-            command: what follows `trainer prepare` to make it, where there is no card to say so; "" is the folder's name.
+            command: what follows `trainer prepare` to make it, where there is no card to say so; "" is the folder's
+                name.
 
         Raises:
             UserError: there is no card, it is damaged or of another format, or a file is missing or cut short.
@@ -155,7 +163,9 @@ class Card:
         try:
             found = json.loads(text).get("format")
             if found != FORMAT:
-                raise UserError(f"{folder / CARD} has format {found}, this version reads format {FORMAT}; {makes} again")
+                raise UserError(
+                    f"{folder / CARD} has format {found}, this version reads format {FORMAT}; {makes} again"
+                )
             card = _reader.validate_json(text)
             if not card._is_sound():
                 raise ValueError
@@ -203,9 +213,13 @@ class Card:
         _write_noted(folder, {shard.name: _state(folder / shard.name, shard) for shard in self._shards()})
 
     def _is_sound(self) -> bool:
-        """Whether what it says fits together: files of this folder that can hold as many rows as their row groups have."""
+        """Whether what it says fits together: files of this folder that can hold as many
+        rows as their row groups have.
+        """
         return self.splits.keys() - {"test"} == {"train", "validation"} and all(
-            re.fullmatch(rf"{name}/\d{{5}}\.parquet", shard.name) and min(shard.row_groups, default=0) > 0 and sum(shard.row_groups) <= shard.bytes
+            re.fullmatch(rf"{name}/\d{{5}}\.parquet", shard.name)
+            and min(shard.row_groups, default=0) > 0
+            and sum(shard.row_groups) <= shard.bytes
             for name, split in self.splits.items()
             for shard in split.files
         )

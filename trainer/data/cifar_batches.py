@@ -1,4 +1,5 @@
-"""The official batches of CIFAR-10: pickles of Python 2, read by an unpickler that knows arrays and plain containers, nothing else.
+"""The official batches of CIFAR-10: pickles of Python 2, read by an unpickler that knows arrays and plain containers,
+nothing else.
 
 The only place of this package that unpickles anything.
 """
@@ -36,7 +37,11 @@ def read_batch(data: bytes) -> tuple[npt.NDArray[np.uint8], list[int]]:
         batch = _Restricted(io.BytesIO(data), encoding="bytes").load()
         pixels, labels = batch[b"data"], batch[b"labels"]
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        if images.dtype != np.uint8 or len(images) != len(labels) or not all(isinstance(label, int) for label in labels):
+        if (
+            images.dtype != np.uint8
+            or len(images) != len(labels)
+            or not all(isinstance(label, int) for label in labels)
+        ):
             raise ValueError("images and labels don't belong together")
     except Exception as error:  # damaged pickles raise all kinds of errors
         raise ValueError(f"no batch of CIFAR-10: {error}") from error

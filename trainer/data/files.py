@@ -1,4 +1,6 @@
-"""Files of the user's own that become a set: what `trainer prepare folder`, `yolo` and `coco` have in common, and recipes that name such sets."""
+"""Files of the user's own that become a set: what `trainer prepare folder`, `yolo` and `coco` have in common,
+and recipes that name such sets.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,15 @@ def names_a_set(usage: str, column: str) -> AfterValidator:
     def check(name: str) -> str:
         try:
             if not NAME.fullmatch(name):
-                raise UserError(f"{name!r} is no name of a set: it is made of letters, digits and . _ -, and names a folder in {data_dir()}")
+                raise UserError(
+                    f"{name!r} is no name of a set: it is made of letters, digits and . _ -, and names a folder in "
+                    f"{data_dir()}"
+                )
             card = Card.load(data_dir() / name, usage.partition(" [")[0].replace("NAME", name))
             if column not in card.columns:
-                raise UserError(f"{data_dir() / name} has no {column}: `trainer prepare {card.command or name}` made it")
+                raise UserError(
+                    f"{data_dir() / name} has no {column}: `trainer prepare {card.command or name}` made it"
+                )
         except UserError as error:
             raise ValueError(str(error)) from error
         return name
@@ -57,7 +64,9 @@ def prepared_set(name: str) -> Source:
     def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{data_dir() / name} is damaged; {card.again}")
 
-    return Source(name, card.info, card.columns, rows, command=card.command, version=card.version, splits=tuple(card.splits))
+    return Source(
+        name, card.info, card.columns, rows, command=card.command, version=card.version, splits=tuple(card.splits)
+    )
 
 
 # ---------------------------------------------------------------- making it
@@ -119,8 +128,8 @@ def source_of_files(
 
     Args:
         kind: name of the data set in the catalogue.
-        options: of the command, by their names: `name`, `validation`, `validation_images`, `test`, `test_images`, perhaps `invalid`, and what
-            else it has; those that are None don't count.
+        options: of the command, by their names: `name`, `validation`, `validation_images`, `test`, `test_images`,
+            perhaps `invalid`, and what else it has; those that are None don't count.
         info: classes and ignored label.
         columns: role of each column.
         samples: an image each, and what belongs to it.
@@ -135,10 +144,16 @@ def source_of_files(
     """
     name, invalid = options["name"], options.get("invalid", "refuse")
     if not NAME.fullmatch(name) or name == DOWNLOADS:
-        raise UserError(f"--name {name}: a set's name is made of letters, digits and . _ -, and names a folder in {data_dir()}")
+        raise UserError(
+            f"--name {name}: a set's name is made of letters, digits and . _ -, and names a folder in {data_dir()}"
+        )
     if name in catalogue("dataset"):
         raise UserError(f"--name {name}: there is a data set of that name already; choose another")
-    given = {option: value.resolve() if isinstance(value, Path) else value for option, value in options.items() if value is not None}
+    given = {
+        option: value.resolve() if isinstance(value, Path) else value
+        for option, value in options.items()
+        if value is not None
+    }
     validation, test = (given.get(split, given.get(f"{split}_images")) for split in ("validation", "test"))
     share = share_of(str(validation))
     _refuse_leaks(samples)
@@ -153,9 +168,16 @@ def source_of_files(
             yield split, row(image, labels)
         if not {"train", "validation"} <= splits:
             drawn_from = sum(sample.split == "train" for sample in samples)
-            raise UserError(f"--validation {validation}: of {drawn_from} images all or none were drawn; give another share, or what validates")
+            raise UserError(
+                f"--validation {validation}: of {drawn_from} images all or none were drawn; give another share, or "
+                "what validates"
+            )
 
-    drawn = f"Split: {share:.0%} validate, drawn by a hash of the image's bytes." if share else f"Split: {validation} validates."
+    drawn = (
+        f"Split: {share:.0%} validate, drawn by a hash of the image's bytes."
+        if share
+        else f"Split: {validation} validates."
+    )
     kept = f"{test} is the test split, which no training reads." if test else ""
     rows.__doc__ = "\n".join(line for line in (drawn, kept, note) if line)
     states = [(file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in read]
@@ -166,7 +188,9 @@ def source_of_files(
         rows,
         command=shlex.join([kind, *(str(word) for option, value in given.items() for word in (flag(option), value))]),
         # Names, sizes and times; over all bytes, to see that nothing changed would take as long as preparing.
-        version=hashlib.sha256(json.dumps([share, invalid, [sample.split for sample in samples], states]).encode()).hexdigest(),
+        version=hashlib.sha256(
+            json.dumps([share, invalid, [sample.split for sample in samples], states]).encode()
+        ).hexdigest(),
         remedy=remedy,
         invalid=invalid,
         splits=("train", "validation", "test") if test else ("train", "validation"),
@@ -180,7 +204,9 @@ def flag(option: str) -> str:
 
 
 def _refuse_leaks(samples: Sequence[Sample[Any]]) -> None:
-    """Raises `UserError` where an image is in more than one split, byte for byte; reads only files whose size occurs in another split too."""
+    """Raises `UserError` where an image is in more than one split, byte for byte;
+    reads only files whose size occurs in another split too.
+    """
     by_size: dict[int, list[Sample[Any]]] = {}
     for sample in samples:
         by_size.setdefault(sample.image.path.stat().st_size, []).append(sample)
@@ -189,8 +215,16 @@ def _refuse_leaks(samples: Sequence[Sample[Any]]) -> None:
         if len({sample.split for sample in alike}) > 1:
             for sample in alike:
                 by_digest.setdefault(sample.image.digest(), {}).setdefault(sample.split, sample.image)
-    leaks = [", ".join(f"{file.path} ({split})" for split, file in found.items()) for found in by_digest.values() if len(found) > 1]
-    refuse(f"{len(leaks)} images are in more than one split, so metrics would be measured on images used in training; leave each in one split only:", leaks)
+    leaks = [
+        ", ".join(f"{file.path} ({split})" for split, file in found.items())
+        for found in by_digest.values()
+        if len(found) > 1
+    ]
+    refuse(
+        f"{len(leaks)} images are in more than one split, so metrics would be measured on images used in training; "
+        "leave each in one split only:",
+        leaks,
+    )
 
 
 def share_of(value: str, split: str = "validation") -> float | None:
@@ -204,18 +238,22 @@ def share_of(value: str, split: str = "validation") -> float | None:
     except ValueError:
         return None
     if split != "validation":
-        raise UserError(f"--{split} {value}: only the validation split can be a share; name the files of the {split} split")
+        raise UserError(
+            f"--{split} {value}: only the validation split can be a share; name the files of the {split} split"
+        )
     if not 0 < share < 1:
         raise UserError(f"--validation {value}: a share is between 0 and 1, e.g. {VALIDATION}")
     return share
 
 
 def split_folders(options: Mapping[str, Any], *kinds: str) -> tuple[dict[str, Any], dict[str, list[Path]]]:
-    """The folders of each split, as options of the command give them, each of which holds one of `kinds`, e.g. `images` and `masks`.
+    """The folders of each split, as options of the command give them, each of which holds one of `kinds`, e.g. `images`
+    and `masks`.
 
-    Options of these names give the training split. Another split is given by `validation_images`, `validation_masks` and so on, or by
-    `validation` alone: the folder whose subfolders are called like those that train; or, where these are called alike, the name of the
-    folders beside them, e.g. `val` beside `images/train` and `labels/train`. Where nothing says what validates, it is a share.
+    Options of these names give the training split. Another split is given by `validation_images`, `validation_masks`
+    and so on, or by `validation` alone: the folder whose subfolders are called like those that train; or, where these
+    are called alike, the name of the folders beside them, e.g. `val` beside `images/train` and `labels/train`. Where
+    nothing says what validates, it is a share.
 
     Returns:
         The options, so that they mean the same wherever the command is called, and the folders, by split.
@@ -259,14 +297,19 @@ def class_names(file: Path, at_least: int, at_most: int) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes {file} can't be read: {error}") from error
     if not at_least <= len(names) <= at_most or len(set(names)) < len(names) or "" in names:
-        raise UserError(f"--classes {file}: a line for each class, with its name, all different; between {at_least} and {at_most} of them")
+        raise UserError(
+            f"--classes {file}: a line for each class, with its name, all different; between {at_least} and {at_most} "
+            "of them"
+        )
     return names
 
 
 def image_files(folder: Path) -> dict[str, File]:
     """The images in a folder and all below it, in any format that Pillow reads; see `files_below`."""
     Image.init()
-    return files_below(folder, "images", {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN})
+    return files_below(
+        folder, "images", {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
+    )
 
 
 def files_below(folder: Path, what: str, suffixes: set[str]) -> dict[str, File]:
@@ -284,7 +327,10 @@ def files_below(folder: Path, what: str, suffixes: set[str]) -> dict[str, File]:
         inside = path.relative_to(folder)
         key = str(inside.with_suffix(""))
         if key in found:
-            raise UserError(f"{found[key].path} and {path} are called alike, so what belongs to one can't be told from the other's; take one away")
+            raise UserError(
+                f"{found[key].path} and {path} are called alike, so what belongs to one can't be told from the "
+                "other's; take one away"
+            )
         name = (folder.resolve().name / inside).as_posix()
         found[key] = File(path, name.encode("utf-8", "backslashreplace").decode())  # Parquet holds Unicode only
     if not found:

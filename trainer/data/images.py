@@ -71,14 +71,17 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def checked_image(data: bytes) -> tuple[bytes, tuple[int, int]]:
-    """Decodes an image fully; returns its own bytes, or a PNG where they need rotating or aren't 8-bit JPEG or PNG, and (width, height)."""
+    """Decodes an image fully; returns its own bytes, or a PNG where they need rotating or aren't 8-bit JPEG or PNG,
+    and (width, height).
+    """
     with _open(data) as image:
         image.load()
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"it has mode {image.mode}, not 8 bits a channel")  # Pillow would cut off at 255
         rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
         deep = image.format == "PNG" and data[DEPTH_BYTE] == 16
-        if image.format in ("JPEG", "MPO", "PNG") and not rotated and not deep:  # MPO: a camera's JPEG with a second picture behind it
+        # MPO: a camera's JPEG with a second picture behind it.
+        if image.format in ("JPEG", "MPO", "PNG") and not rotated and not deep:
             return data, image.size
         upright = ImageOps.exif_transpose(image).convert("RGB")
         return encode_png(np.asarray(upright)), upright.size

@@ -17,8 +17,9 @@ ROUNDING = 1.0  # pixels by which a box may stick out of its image
 def run_lengths(counts: bytes) -> list[int]:
     """Lengths of the runs of a compressed mask, down its columns: background and object in turn.
 
-    A byte has 6 bits, counted from "0" on: 5 of the number, whose lowest come first, and one that says that more follow. From the fourth
-    run on, the number is the difference to the run before the last. Source: COCO API, maskApi.c, rleFrString, which trusts what it reads.
+    A byte has 6 bits, counted from "0" on: 5 of the number, whose lowest come first, and one that says that more
+    follow. From the fourth run on, the number is the difference to the run before the last. Source: COCO API,
+    maskApi.c, rleFrString, which trusts what it reads.
 
     Raises:
         ValueError: these aren't such bytes.
@@ -66,7 +67,9 @@ def _checked_object(found: Instance, info: DataInfo, size: tuple[int, int], has_
     return found._replace(box=inside)
 
 
-def checked_objects(source: Source, objects: Sequence[Instance], size: tuple[int, int], place: str) -> tuple[list[Row], list[str]]:
+def checked_objects(
+    source: Source, objects: Sequence[Instance], size: tuple[int, int], place: str
+) -> tuple[list[Row], list[str]]:
     """The objects of an image as they are written, and what is wrong with those that are left out.
 
     Raises:

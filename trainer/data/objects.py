@@ -1,4 +1,6 @@
-"""Boxes and masks of the objects in images: kept in memory as Parquet holds them, decoded sample by sample, joined into batches."""
+"""Boxes and masks of the objects in images: kept in memory as Parquet holds them, decoded sample by sample,
+joined into batches.
+"""
 
 from __future__ import annotations
 
@@ -59,14 +61,17 @@ class Objects:
         return len(self.column)
 
     def read(self, sample_id: int) -> dict[str, Tensor]:
-        """The objects of one sample: `boxes` float32 (M, 4), `labels` int64 (M,), `crowd` bool (M,), and `masks` uint8 (M, H, W) of instances.
+        """The objects of one sample: `boxes` float32 (M, 4), `labels` int64 (M,), `crowd` bool (M,), and `masks` uint8
+        (M, H, W) of instances.
 
         `content`, float32 (4,): left, top, right and bottom of the image without the padding of a letterbox.
         """
         size: list[int] = self.sizes[sample_id].tolist()
         found = self.column[sample_id].as_py()
         boxes = torch.tensor([each["box"] for each in found], dtype=torch.float32).reshape(-1, 4)
-        sample: dict[str, Tensor] = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(size[0], size[1]))}
+        sample: dict[str, Tensor] = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(size[0], size[1]))
+        }
         if self.with_masks:
             sample["masks"] = tv_tensors.Mask(decode_masks([each["mask"] for each in found], size))
         if self.resize:
@@ -81,12 +86,15 @@ class Objects:
     def box_sizes(self) -> npt.NDArray[np.float64]:
         """Width and height of every box, after the resize: float64 (M, 2)."""
         without_masks = Objects(self.column, self.sizes, "boxes", self.resize)
-        boxes = torch.cat([without_masks.read(sample_id)["boxes"].as_subclass(Tensor) for sample_id in range(len(self))])
+        boxes = torch.cat(
+            [without_masks.read(sample_id)["boxes"].as_subclass(Tensor) for sample_id in range(len(self))]
+        )
         return (boxes[:, 2:] - boxes[:, :2]).double().numpy()
 
 
 class Letterbox(v2.Transform):
-    """Enlarges or shrinks an image until it just fits into `size`, keeping its aspect, and pads what is left on both sides with grey.
+    """Enlarges or shrinks an image until it just fits into `size`, keeping its aspect, and pads what is left on both
+    sides with grey.
 
     Boxes and masks move with it; masks are padded with 0.
 
@@ -121,9 +129,10 @@ class Letterbox(v2.Transform):
 def join(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch of samples with objects.
 
-    Images and masks are padded with zeros, at the right and at the bottom, to the largest of the batch; `height` and `width`, int64 (B,),
-    are those of each. The objects stand one after the other; `image_index`, int64 (M,), says which image each is in. `content`, float32
-    (B, 4), says what of each image isn't the padding of a letterbox; augmented samples have none.
+    Images and masks are padded with zeros, at the right and at the bottom, to the largest of the batch; `height` and
+    `width`, int64 (B,), are those of each. The objects stand one after the other; `image_index`, int64 (M,), says which
+    image each is in. `content`, float32 (B, 4), says what of each image isn't the padding of a letterbox; augmented
+    samples have none.
     """
     sizes = torch.tensor([sample["image"].shape[-2:] for sample in samples])
     height, width = sizes.amax(0).tolist()
@@ -138,7 +147,10 @@ def join(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         batch["content"] = torch.stack([sample["content"] for sample in samples])
     for name in OF_OBJECTS:
         if name in samples[0]:
-            parts = [_padded(sample[name], height, width) if name == "masks" else sample[name].as_subclass(Tensor) for sample in samples]
+            parts = [
+                _padded(sample[name], height, width) if name == "masks" else sample[name].as_subclass(Tensor)
+                for sample in samples
+            ]
             batch[name] = torch.cat(parts)
     return batch
 

@@ -53,7 +53,8 @@ class Order:
         self._window = lru_cache(maxsize=4)(self._arrange_window)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_epoch", "_window")}  # where workers don't fork
+        # Where workers don't fork.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_epoch", "_window")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -130,7 +131,9 @@ class Shard:
 
 
 def fingerprint(step: int, epochs: list[int], sample_ids: list[int]) -> int:
-    """The sum of blake2b-8 over (step, epoch, sample id) of some samples, modulo 2**61: equal for the same samples in any order."""
+    """The sum of blake2b-8 over (step, epoch, sample id) of some samples, modulo 2**61:
+    equal for the same samples in any order.
+    """
     found = 0
     for epoch, sample_id in zip(epochs, sample_ids, strict=True):
         triple = b"".join(number.to_bytes(8, "little", signed=True) for number in (step, epoch, sample_id))

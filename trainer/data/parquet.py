@@ -30,7 +30,12 @@ def arrow_schema(columns: Mapping[str, Role]) -> Any:
     from datasets import Features, List, Value
     from datasets import Image as ImageFeature
 
-    of_object = {"box": List(Value("float64"), length=4), "label": Value("int64"), "mask": Value("binary"), "crowd": Value("bool")}
+    of_object = {
+        "box": List(Value("float64"), length=4),
+        "label": Value("int64"),
+        "mask": Value("binary"),
+        "crowd": Value("bool"),
+    }
     features = {"image": ImageFeature(mode="RGB"), "mask": ImageFeature(mode="L"), "label": Value("int64")}
     features |= dict.fromkeys(("boxes", "instances"), List(of_object))
     sizes = {"height": Value("int64"), "width": Value("int64")} if {"image", "mask"} & set(columns.values()) else {}
@@ -71,7 +76,9 @@ class SplitWriter:
         return Split(self.rows, tuple(self.shards))
 
     def abandon(self) -> None:
-        """Closes the open file, which goes with its folder; that what is in memory can't be written any more is no news."""
+        """Closes the open file, which goes with its folder;
+        that what is in memory can't be written any more is no news.
+        """
         if self.writer is not None:
             with suppress(OSError):
                 self.writer.close()
@@ -84,8 +91,11 @@ class SplitWriter:
 
         if self.writer is None:
             self.file = (self.folder / self.split / f"{len(self.shards):05d}.parquet").open("wb")
-            # Images are compressed already and no two are alike: neither a codec nor a dictionary nor minima and maxima help.
-            self.writer = ParquetWriter(self.file, self.schema, compression="none", use_dictionary=False, write_statistics=False)
+            # Images are compressed already and no two are alike: neither a codec nor a dictionary nor minima and maxima
+            # help.
+            self.writer = ParquetWriter(
+                self.file, self.schema, compression="none", use_dictionary=False, write_statistics=False
+            )
         self.writer.write_table(pa.Table.from_pylist(rows, schema=self.schema), row_group_size=len(rows))
         self.groups.append(len(rows))
         if self.file.tell() >= FILE_BYTES:
@@ -143,7 +153,9 @@ class RowGroups:
                 import datasets
 
                 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
-                stream = datasets.load_dataset("parquet", data_files={"split": [str(file) for file in self.files]}, split="split", streaming=True)
+                stream = datasets.load_dataset(
+                    "parquet", data_files={"split": [str(file) for file in self.files]}, split="split", streaming=True
+                )
                 self._stream = stream.decode(False).reshard()  # a shard for each row group
             shard = self._stream.shard(num_shards=self._stream.num_shards, index=group)
             # Not list(shard): inside a loader worker that would split the row group among the workers.
@@ -152,7 +164,9 @@ class RowGroups:
             if len(rows) != count:
                 raise ValueError(f"it has {len(rows)} rows instead of {count}")
         except Exception as error:  # what is deleted or damaged while it is read raises all kinds of errors
-            raise Unreadable(f"row group {group} of the split, in {file}, can't be read: {first_line(error)}") from error
+            raise Unreadable(
+                f"row group {group} of the split, in {file}, can't be read: {first_line(error)}"
+            ) from error
         return rows
 
     def integers(self, name: str) -> npt.NDArray[np.int64]:

@@ -88,7 +88,10 @@ def prepare(source: Source, data_dir: Path, archives_dir: Path | None, say: Say 
             if card:
                 return card
             if folder.exists() and not (folder / CARD).exists():
-                raise UserError(f"{folder} exists but isn't a prepared data set; move it away, or set TRAINER_DATA to another folder")
+                raise UserError(
+                    f"{folder} exists but isn't a prepared data set; move it away, or set TRAINER_DATA to another "
+                    "folder"
+                )
             paths = locate(source.archives, data_dir, archives_dir, say)
             say(f"preparing {source.name} in {folder}")
             try:
@@ -113,11 +116,18 @@ def _ready(source: Source, folder: Path, say: Say = lambda line: None) -> Card |
         say(str(error))
         return None
     made, makes = card.command or card.name, source.command or source.name
-    if made.split()[0] != makes.split()[0] and (card.version or source.version):  # a set of files: nothing else can make it again
+    # A set of files: nothing else can make it again.
+    if made.split()[0] != makes.split()[0] and (card.version or source.version):
         raise UserError(
-            f"{folder} was made by `trainer prepare {made}`, which `trainer prepare {makes}` would replace; choose another name, or delete {folder}"
+            f"{folder} was made by `trainer prepare {made}`, which `trainer prepare {makes}` would replace; choose "
+            f"another name, or delete {folder}"
         )
-    if (card.info, card.columns, {*card.splits}, card.version) != (source.info, source.columns, {*source.splits}, source.version):
+    if (card.info, card.columns, {*card.splits}, card.version) != (
+        source.info,
+        source.columns,
+        {*source.splits},
+        source.version,
+    ):
         reason = _differences(card, source) or "the name, size or time of a file has changed"
     elif MASK in card.columns and "class_pixels" not in card.statistics:
         reason = "its card has no class frequencies"
@@ -137,7 +147,9 @@ def _differences(card: Card, source: Source) -> str:
             **({} if each.info.ignore_index is None else {"the ignored label": str(each.info.ignore_index)}),
             **{f"column {column}": role for column, role in each.columns.items()},
             **{f"split {split}": "present" for split in each.splits},
-            **{option: value for option, value in zip(words[::2], words[1::2], strict=False) if option.startswith("--")},
+            **{
+                option: value for option, value in zip(words[::2], words[1::2], strict=False) if option.startswith("--")
+            },
         }
 
     before, after = described(card), described(source)
@@ -154,7 +166,10 @@ def _write_errors_reported(name: str, folder: Path) -> Iterator[None]:
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         free = shutil.disk_usage(existing).free / 2**20
         reason = error.strerror or error
-        raise UserError(f"{name} can't be written to {folder}: {reason} ({free:.0f} MiB free); make room, or set TRAINER_DATA to another folder") from error
+        raise UserError(
+            f"{name} can't be written to {folder}: {reason} ({free:.0f} MiB free); make room, or set TRAINER_DATA to "
+            "another folder"
+        ) from error
 
 
 def _count_classes(indices: npt.NDArray[np.uint8], source: Source) -> Counts:
@@ -172,17 +187,24 @@ def _count_classes(indices: npt.NDArray[np.uint8], source: Source) -> Counts:
     unknown = [label for label in np.flatnonzero(counts).tolist() if label >= info.num_classes]
     if unknown:
         if source.ignore_option and info.ignore_index is None and (len(unknown) == 1 or IGNORED in unknown):
-            remedy = f"if {unknown[-1]} marks pixels that don't count, pass {source.ignore_option.format(unknown[-1])}; otherwise {remedy}"
+            remedy = (
+                f"if {unknown[-1]} marks pixels that don't count, pass {source.ignore_option.format(unknown[-1])}; "
+                f"otherwise {remedy}"
+            )
         labels = ", ".join(map(str, unknown[:SHOWN]))
-        raise ValueError(f"this mask holds the labels {labels}; classes are 0 to {info.num_classes - 1}, and {ignored}; {remedy}")
+        raise ValueError(
+            f"this mask holds the labels {labels}; classes are 0 to {info.num_classes - 1}, and {ignored}; {remedy}"
+        )
     return counts[: info.num_classes]
 
 
 def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts, list[str]]:
-    """A row as it is written: `{"bytes", "path"}` for images and masks, `height` and `width`, and the objects as structs.
+    """A row as it is written: `{"bytes", "path"}` for images and masks, `height` and `width`, and the objects as
+    structs.
 
     Returns:
-        The row, the pixels of each class in its `mask` or else its objects of each class, and what is wrong with objects that are left out.
+        The row, the pixels of each class in its `mask` or else its objects of each class, and what is wrong with
+        objects that are left out.
     """
     checked: Row = {}
     dropped: list[str] = []
@@ -247,7 +269,9 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
         raise
     for split, written in splits.items():
         if not written.rows:
-            raise UserError(f"{', '.join(map(str, paths.values())) or source.name}: no {split} samples; {source.remedy}")
+            raise UserError(
+                f"{', '.join(map(str, paths.values())) or source.name}: no {split} samples; {source.remedy}"
+            )
     statistics = source.statistics(paths)
     if MASK in source.columns:
         statistics |= {"class_pixels": class_counts.tolist()}
@@ -255,7 +279,10 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
         statistics |= {"class_objects": class_counts.tolist()}
     notes = (inspect.getdoc(source.rows) or "").splitlines()
     if dropped:
-        notes.append(f"{len(dropped)} objects that can't be so are left out: {'; '.join(dropped[:SHOWN])}{'; …' * (len(dropped) > SHOWN)}")
+        notes.append(
+            f"{len(dropped)} objects that can't be so are left out: "
+            f"{'; '.join(dropped[:SHOWN])}{'; …' * (len(dropped) > SHOWN)}"
+        )
     card = Card(
         name=source.name,
         classes=source.info.classes,

@@ -27,14 +27,18 @@ KEEP_SIZE = (v2.RandomHorizontalFlip, v2.RandomVerticalFlip, v2.ColorJitter)
 
 
 def sizes_fed(recipe: Recipe) -> dict[str, Sizes]:
-    """The sizes that images of each split have after the resize and the augmentations; a split whose sizes can't be known is left out.
+    """The sizes that images of each split have after the resize and the augmentations; a split whose sizes can't be
+    known is left out.
 
     They aren't known of a set that isn't prepared, and is not resized, nor after an augmentation of a plugin.
     """
     settings = recipe.data
     resized = np.array([settings.resize], dtype=np.int64) if settings.resize else None
     try:  # what else they depend on has no influence on the size
-        transforms = [build(component, chosen, ignore_index=None, resize=settings.resize, has_objects=False) for component, chosen in recipe.augmentations]
+        transforms = [
+            build(component, chosen, ignore_index=None, resize=settings.resize, has_objects=False)
+            for component, chosen in recipe.augmentations
+        ]
     except ValueError:  # a check of its own reports it
         return {}
     before = {"train": resized, "validation": resized}
@@ -56,7 +60,8 @@ def images_together(recipe: Recipe, processes: int) -> dict[str, int]:
 
 
 def check_one_size(recipe: Recipe, columns: dict[str, Any], processes: int) -> None:
-    """Makes sure that images that reach the model together have one size, unless they are padded and the task takes each at its own size.
+    """Makes sure that images that reach the model together have one size, unless they are padded and the task takes
+    each at its own size.
 
     Args:
         recipe: names the set and what is done to its images.
@@ -77,10 +82,14 @@ def check_one_size(recipe: Recipe, columns: dict[str, Any], processes: int) -> N
     if recipe.data.resize:
         advice = "give all augmentations the size of data.resize"
     else:
-        advice = "set data.resize=[H,W]" + (", with data.resize_mode=letterbox to keep their aspect" if has_objects else "")
+        advice = "set data.resize=[H,W]" + (
+            ", with data.resize_mode=letterbox to keep their aspect" if has_objects else ""
+        )
         advice += "" if "train" in differing else ", or evaluate.batch_size=1"
     which = f"{recipe.build('data').name} ({' and '.join(differing)})"
-    raise UserError(f"images of {which} differ in size ({first}, {second}, …), so they can't be joined into batches: {advice}")
+    raise UserError(
+        f"images of {which} differ in size ({first}, {second}, …), so they can't be joined into batches: {advice}"
+    )
 
 
 def _native(folder: Path, card: Card, split: str) -> Sizes:

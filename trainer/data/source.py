@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 Role = Literal["image", "mask", "label", "boxes", "instances"]
-"""What a column holds: an encoded RGB image, an encoded one-channel index image, an integer, a list of `Instance`, or one of those with masks."""
+"""What a column holds: an encoded RGB image, an encoded one-channel index image, an integer, a list of `Instance`,
+or one of those with masks.
+"""
 Row = dict[str, Any]
-"""One sample: encoded bytes for images and masks, an int for labels, a list for boxes and instances; keys are column names."""
+"""One sample: encoded bytes for images and masks, an int for labels, a list for boxes and instances;
+keys are column names.
+"""
 
 
 class Instance(NamedTuple):
@@ -20,8 +24,10 @@ class Instance(NamedTuple):
     Attributes:
         box: left, top, right, bottom in pixels.
         label: class index.
-        mask: its pixels as the counts of COCO's compressed run-length encoding, at the size of the image; b"" where none are known.
-        crowd: whether it is a group that can't be told apart: such objects aren't learnt, and predictions within them count neither way.
+        mask: its pixels as the counts of COCO's compressed run-length encoding, at the size of the image; b"" where
+            none are known.
+        crowd: whether it is a group that can't be told apart: such objects aren't learnt, and predictions within them
+            count neither way.
     """
 
     box: tuple[float, float, float, float]
@@ -76,13 +82,17 @@ class Source:
         rows: given the local path of each archive, yields `(split, row)` for every sample, always the same
             rows in the same order; splits are those of `splits`.
         archives: what `rows` reads; none for generated sets.
-        statistics: measures the set (JSON) for the card, given the path of each archive; `class_pixels` comes by itself.
+        statistics: measures the set (JSON) for the card, given the path of each archive; `class_pixels` comes by
+            itself.
         command: what follows `trainer prepare` to make the set; "" is its name alone.
-        version: of the files it is read from where these are no archives; a set that was prepared from another one is made again.
+        version: of the files it is read from where these are no archives; a set that was prepared from another one is
+            made again.
         remedy: what to do about a row that can't be used.
-        invalid: what becomes of an object that can't be so: the set is refused, or the object left out, which the card's notes say.
+        invalid: what becomes of an object that can't be so: the set is refused, or the object left out, which the
+            card's notes say.
         splits: `train` and `validation`, and perhaps `test`, which no training reads.
-        ignore_option: what tells the set to ignore a label, which replaces `{}`, e.g. `--ignore {}`; "" where nothing does.
+        ignore_option: what tells the set to ignore a label, which replaces `{}`, e.g. `--ignore {}`; "" where nothing
+            does.
     """
 
     name: str
@@ -100,5 +110,7 @@ class Source:
 
 
 def in_validation(key: bytes, share: float) -> bool:
-    """Whether a sample is one of the `share` that validate: drawn by a hash of `key`, so for ever, and whatever else is in the set."""
+    """Whether a sample is one of the `share` that validate: drawn by a hash of `key`, so for ever,
+    and whatever else is in the set.
+    """
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") < share * 2**64

@@ -54,7 +54,8 @@ class Samples(Dataset[Any]):
         transforms: the augmentations.
         cache: whether pixels are kept in a memory map.
         window: row groups in a window of the order.
-        max_unreadable: how many samples may be unreadable, in one process; the next readable one takes the place of each.
+        max_unreadable: how many samples may be unreadable, in one process; the next readable one takes the place of
+            each.
         resize_mode: `stretch`, or `letterbox`, which keeps the aspect.
 
     Attributes:
@@ -79,22 +80,38 @@ class Samples(Dataset[Any]):
         self.lookup = order or Order(card.row_groups(split), 0, window)
         self.max_unreadable = max_unreadable
         self.unreadable: dict[int, str] = {}
-        self.rows = RowGroups({folder / shard.name: shard.row_groups for shard in card.splits[split].files}, keep=2 * window)
-        self.resize = None if not resize else Letterbox(resize) if resize_mode == "letterbox" else v2.Resize(list(resize), antialias=True)
+        self.rows = RowGroups(
+            {folder / shard.name: shard.row_groups for shard in card.splits[split].files}, keep=2 * window
+        )
+        self.resize = (
+            None
+            if not resize
+            else Letterbox(resize)
+            if resize_mode == "letterbox"
+            else v2.Resize(list(resize), antialias=True)
+        )
         objects = [(name, role) for name, role in self.columns.items() if role in ROLES]
         if objects or not resize:
             self.sizes = self.rows.sizes()
-        self.objects = Objects(self.rows.column(objects[0][0]), self.sizes, objects[0][1], self.resize) if objects else None
+        self.objects = (
+            Objects(self.rows.column(objects[0][0]), self.sizes, objects[0][1], self.resize) if objects else None
+        )
         if resize:
             self.sizes = np.tile(np.asarray(resize, dtype=np.int64), (len(self), 1))
         self.transform: v2.Compose | None = None
         self.mosaic: Mosaic | None = None  # the one augmentation that sees several samples
         if order and transforms:
             self.mosaic = transforms[0] if isinstance(transforms[0], Mosaic) else None
-            self.transform = v2.Compose([*transforms[1 if self.mosaic else 0 :], *(TIDY if self.objects else [nn.Identity()])])
+            self.transform = v2.Compose(
+                [*transforms[1 if self.mosaic else 0 :], *(TIDY if self.objects else [nn.Identity()])]
+            )
         self.labels = {name: self.rows.integers(name) for name, role in self.columns.items() if role == "label"}
         shape = "x".join(map(str, resize)) + f"-{resize_mode}" * (resize_mode != "stretch") if resize else "native"
-        self.cache = self._open_cache(machine_folder(folder / "cache") / card.fingerprint[:16] / f"{split}-{shape}") if cache else None
+        self.cache = (
+            self._open_cache(machine_folder(folder / "cache") / card.fingerprint[:16] / f"{split}-{shape}")
+            if cache
+            else None
+        )
 
     def __len__(self) -> int:
         return self.lookup.size
@@ -105,7 +122,9 @@ class Samples(Dataset[Any]):
         return bool((self.sizes == self.sizes[0]).all())
 
     def spread(self, count: int) -> list[int]:
-        """Ids of so many samples, or of all, evenly from the set as its file names order it; for neighbours, e.g. frames of a video, are alike."""
+        """Ids of so many samples, or of all, evenly from the set as its file names order it; for neighbours, e.g.
+        frames of a video, are alike.
+        """
         count = min(count, len(self))
         return [self._by_name[(2 * number + 1) * len(self) // (2 * count)] for number in range(count)]
 
@@ -140,7 +159,9 @@ class Samples(Dataset[Any]):
                 if sample[name].shape != (channels, *self.sizes[sample_id]):
                     raise ValueError(f"it has the shape {tuple(pixels.shape)}")
             except Exception as error:  # bytes that were damaged after they were prepared raise all kinds of errors
-                raise Unreadable(f"{row[name]['path'] or 'no file name'}: {name} can't be decoded: {first_line(error)}") from error
+                raise Unreadable(
+                    f"{row[name]['path'] or 'no file name'}: {name} can't be decoded: {first_line(error)}"
+                ) from error
         return sample
 
     def _read(self, sample_id: int) -> tuple[int, dict[str, Tensor]]:
@@ -166,7 +187,11 @@ class Samples(Dataset[Any]):
         """
         self.unreadable |= found
         if len(self.unreadable) > min(self.max_unreadable, len(self) - 1):
-            advice = "data.max_unreadable=N tolerates N such samples" if self.order else f"metrics need every sample; {make_again(self.folder)}"
+            advice = (
+                "data.max_unreadable=N tolerates N such samples"
+                if self.order
+                else f"metrics need every sample; {make_again(self.folder)}"
+            )
             if self.max_unreadable:
                 advice = f"more than data.max_unreadable={self.max_unreadable} tolerates"
             samples = [f"sample {sample_id}: {what}" for sample_id, what in sorted(self.unreadable.items())]
@@ -181,21 +206,31 @@ class Samples(Dataset[Any]):
         return {name: _READ[self.columns[name]][1](pixels) for name, pixels in self.cache.read(sample_id).items()}
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        """A batch: image and mask columns uint8 (B, C, H, W), labels int64 (B,), `sample_id` and `epoch` int64 (B,); objects as `join` has them.
+        """A batch: image and mask columns uint8 (B, C, H, W), labels int64 (B,), `sample_id` and `epoch` int64 (B,);
+        objects as `join` has them.
 
-        `sample_id` says what the Order has there. Where unreadable samples are tolerated, `unreadable`, int64 (0 … B,), are those
-        of them that another one stands in for.
+        `sample_id` says what the Order has there. Where unreadable samples are tolerated, `unreadable`, int64 (0 … B,),
+        are those of them that another one stands in for.
         """
         located = [self.order.sample(p) for p in positions] if self.order else [(0, p) for p in positions]
         ids = [self._readable(sample_id) for _, sample_id in located]
         pixels: dict[str, Tensor]
-        if self.transform is None and self.objects is None and self.cache is not None and self.cache.uniform and all(i in self.cache for i in ids):
+        if (
+            self.transform is None
+            and self.objects is None
+            and self.cache is not None
+            and self.cache.uniform
+            and all(i in self.cache for i in ids)
+        ):
             pixels = self.cache.read_batch(ids)
         else:
             ids, samples = map(list, zip(*(self._read(sample_id) for _, sample_id in located), strict=True))
             if self.order is not None and self.transform is not None:
                 with torch.random.fork_rng(devices=[]):
-                    samples = [self._augment(self.order, position, sample) for position, sample in zip(positions, samples, strict=True)]
+                    samples = [
+                        self._augment(self.order, position, sample)
+                        for position, sample in zip(positions, samples, strict=True)
+                    ]
             pixels = join(samples) if self.objects else self._stack(samples)
         batch = {name: torch.from_numpy(values[ids]) for name, values in self.labels.items()} | pixels
         batch["sample_id"] = torch.tensor([sample_id for _, sample_id in located])
@@ -223,7 +258,8 @@ class Samples(Dataset[Any]):
             shapes = {tuple(sample[name].shape) for sample in samples}
             if len(shapes) > 1:
                 raise UserError(
-                    f"{self.folder.name}/{self.split}: images of a batch differ in size ({', '.join(map(str, sorted(shapes)[:2]))}, …): set data.resize=[H,W]"
+                    f"{self.folder.name}/{self.split}: images of a batch differ in size "
+                    f"({', '.join(map(str, sorted(shapes)[:2]))}, …): set data.resize=[H,W]"
                 )
         return {name: torch.stack([sample[name].as_subclass(Tensor) for sample in samples]) for name in samples[0]}
 
@@ -254,7 +290,9 @@ class Batches:
 
 
 class _Loaded(Dataset[Any]):
-    """Samples whose errors travel from a loader worker as they are; the loader would turn them into a traceback's text."""
+    """Samples whose errors travel from a loader worker as they are;
+    the loader would turn them into a traceback's text.
+    """
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -271,13 +309,17 @@ def _keep(batch: Any) -> Any:
 
 
 def _ignore_stop_signals(worker: int) -> None:
-    """A signal to the whole process group must not kill the workers: the process that started them decides when to stop."""
+    """A signal to the whole process group must not kill the workers:
+    the process that started them decides when to stop.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers() -> None:
-    """Ends the workers of loaders that an error kept alive: at exit, multiprocessing sends SIGTERM, which they ignore, and waits."""
+    """Ends the workers of loaders that an error kept alive: at exit, multiprocessing sends SIGTERM, which they ignore,
+    and waits.
+    """
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

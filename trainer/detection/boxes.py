@@ -105,7 +105,9 @@ def decode_levels(levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
     """
     boxes, scores = [], []
     for logits, anchors, stride in levels:
-        rows, columns = torch.meshgrid(*(torch.arange(size, device=logits.device) for size in logits.shape[2:4]), indexing="ij")
+        rows, columns = torch.meshgrid(
+            *(torch.arange(size, device=logits.device) for size in logits.shape[2:4]), indexing="ij"
+        )
         cells = torch.stack([columns, rows], dim=-1)
         decoded = decode(logits, cells, anchors[:, None, None], stride)
         objectness, classes = logits[..., 4:].sigmoid().tensor_split([1], dim=-1)
@@ -115,7 +117,9 @@ def decode_levels(levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def postprocess(levels: Sequence[Level], conf_threshold: float, iou_threshold: float, max_detections: int) -> list[Detections]:
+def postprocess(
+    levels: Sequence[Level], conf_threshold: float, iou_threshold: float, max_detections: int
+) -> list[Detections]:
     """What a detector has found, image by image.
 
     A box counts once for each class that it scores above `conf_threshold` in. Of boxes of one class that overlap, the
@@ -128,7 +132,8 @@ def postprocess(levels: Sequence[Level], conf_threshold: float, iou_threshold: f
         max_detections: at most so many are kept of an image.
     """
     found = []
-    for boxes, scores in zip(*decode_levels(levels), strict=True):  # one by one: an image's result must not depend on its neighbours'
+    # One by one: an image's result must not depend on its neighbours'.
+    for boxes, scores in zip(*decode_levels(levels), strict=True):
         index, labels = (scores > conf_threshold).nonzero(as_tuple=True)
         values, order = scores[index, labels].sort(descending=True, stable=True)
         values, order = values[:MAX_CANDIDATES], order[:MAX_CANDIDATES]

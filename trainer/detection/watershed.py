@@ -1,8 +1,8 @@
 """Deep watershed: instances as basins of a map that says how far each pixel is from its instance's boundary.
 
-After Bai & Urtasun, "Deep Watershed Transform for Instance Segmentation", 2017, without their network of directions: one
-network puts out the class of each pixel and the distance. Where two instances touch, the distance drops to nearly 0; a
-watershed from the places that lie deep inside thus tells them apart.
+After Bai & Urtasun, "Deep Watershed Transform for Instance Segmentation", 2017, without their network of directions:
+one network puts out the class of each pixel and the distance. Where two instances touch, the distance drops to nearly
+0; a watershed from the places that lie deep inside thus tells them apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from trainer.detection.boxes import Detections
 from trainer.errors import UserError
 
 IGNORE = 255  # the class of pixels that count nowhere: padding and crowds
-# With these the true maps of Penn-Fudan give back the true instances with a mask AP50 of 0.97, at 256 x 256 pixels and at full size.
+# With these the true maps of Penn-Fudan give back the true instances with a mask AP50 of 0.97, at 256 x 256 pixels and
+# at full size.
 LIMIT = 8
 """Pixels from the boundary from which on a pixel counts as deep inside."""
 THRESHOLD = 0.3
@@ -73,8 +74,11 @@ def boundary_distance(masks: Tensor, limit: int = LIMIT) -> Tensor:
     return depth[:, 0] / limit
 
 
-def watershed_targets(masks: Tensor, labels: Tensor, crowd: Tensor, image_index: Tensor, height: Tensor, width: Tensor, limit: int = LIMIT) -> WatershedTargets:
-    """The targets of a batch of B padded images with M instances in all. Where instances overlap, the last one is on top.
+def watershed_targets(
+    masks: Tensor, labels: Tensor, crowd: Tensor, image_index: Tensor, height: Tensor, width: Tensor, limit: int = LIMIT
+) -> WatershedTargets:
+    """The targets of a batch of B padded images with M instances in all. Where instances overlap, the last one is on
+    top.
 
     Args:
         masks: uint8 (M, H, W), at the padded size.
@@ -90,25 +94,31 @@ def watershed_targets(masks: Tensor, labels: Tensor, crowd: Tensor, image_index:
     semantic = torch.where(padding, IGNORE, 0)
     distance = torch.zeros(semantic.shape, device=masks.device)
     values = torch.where(crowd, IGNORE, labels + 1)
-    for mask, value, depth, image in zip(masks.bool(), values, boundary_distance(masks, limit), image_index.tolist(), strict=True):
+    for mask, value, depth, image in zip(
+        masks.bool(), values, boundary_distance(masks, limit), image_index.tolist(), strict=True
+    ):
         semantic[image] = torch.where(mask, value, semantic[image])
         distance[image] = torch.where(mask, depth, distance[image])
     return WatershedTargets(semantic, distance)
 
 
 @torch.no_grad()
-def instances(probabilities: Tensor, distance: Tensor, threshold: float = THRESHOLD, min_pixels: int = MIN_PIXELS) -> Detections:
+def instances(
+    probabilities: Tensor, distance: Tensor, threshold: float = THRESHOLD, min_pixels: int = MIN_PIXELS
+) -> Detections:
     """The instances of one image, by a watershed from markers (Meyer, 1991).
 
     The foreground is where some class is more likely than the background. Each connected part of it that is deeper than
-    `threshold` is a marker, unless it is small: an arm or a leg is deep in places, but no instance of its own. Markers grow
-    to the watersheds of the distance. A part of the foreground without a marker, a small or a thin one, is one instance.
-    An instance has the class of most of its pixels, and its score is the mean probability that these are foreground.
+    `threshold` is a marker, unless it is small: an arm or a leg is deep in places, but no instance of its own. Markers
+    grow to the watersheds of the distance. A part of the foreground without a marker, a small or a thin one, is one
+    instance. An instance has the class of most of its pixels, and its score is the mean probability that these are
+    foreground.
 
     Args:
         probabilities: float (C + 1, H, W), of background and the C classes.
         distance: float (H, W), about 0 to 1: see `boundary_distance`.
-        threshold: between 0 and 1; a lower one joins instances that touch, a higher one breaks those that have narrow places.
+        threshold: between 0 and 1; a lower one joins instances that touch, a higher one breaks those that have narrow
+            places.
         min_pixels: smaller parts of an instance are no markers, and smaller instances are dropped.
 
     Returns:

@@ -19,19 +19,24 @@ from trainer.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# A collective of the model's gives up so much later than train.timeout: the watchdog, which names the rank, comes first.
+# A collective of the model's gives up so much later than train.timeout: the watchdog, which names the rank, comes
+# first.
 AFTER_WATCHDOG = timedelta(minutes=1)
 
-CONTROL_TIMEOUT = timedelta(days=7)  # of a process that waits for a decision: rank 0 may be preparing a data set; the watchdog ends what hangs
+# Of a process that waits for a decision: rank 0 may be preparing a data set; the watchdog ends what hangs.
+CONTROL_TIMEOUT = timedelta(days=7)
 
 
 def resolve_precision(precision: str) -> str:
-    """`auto` is bf16 where the hardware is fast at it (Ampere GPUs and later, CPUs with AVX-512 BF16 or AMX), else fp32."""
+    """`auto` is bf16 where the hardware is fast at it (Ampere GPUs and later, CPUs with AVX-512 BF16 or AMX),
+    else fp32.
+    """
     if precision != "auto":
         return precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.11, which then computes in fp32
+    # Newer than torch 2.11, which then computes in fp32.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
@@ -41,19 +46,25 @@ def num_cores() -> int:
 
 
 def num_threads(setting: str | int, local_processes: int) -> int:
-    """Threads of this process; `auto` shares the cores among the machine's processes (launchers set one, even for one process)."""
+    """Threads of this process; `auto` shares the cores among the machine's processes (launchers set one,
+    even for one process).
+    """
     return setting if isinstance(setting, int) else max(1, num_cores() // local_processes)
 
 
 def num_workers(setting: str | int, local_processes: int) -> int:
-    """Loader workers; `auto` is none on CPUs, where they compete with the training, and a share of the cores beside GPUs."""
+    """Loader workers; `auto` is none on CPUs, where they compete with the training,
+    and a share of the cores beside GPUs.
+    """
     if isinstance(setting, int):
         return setting
     return min(8, max(1, num_cores() // local_processes - 1)) if torch.cuda.is_available() else 0
 
 
 def launched_as(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Rank of this process and number of processes, as a launcher set them; (0, 1) where it set too little for them to meet."""
+    """Rank of this process and number of processes, as a launcher set them; (0, 1)
+    where it set too little for them to meet.
+    """
     if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         return 0, 1
     return int(environment["RANK"]), int(environment.get("WORLD_SIZE", 1))
@@ -81,7 +92,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             InitProcessGroupKwargs(timeout=timeout),
         ],
     )
-    accelerator.gradient_accumulation_steps = 1  # the loop divides by itself; an equal setting in the launch file must not divide again
+    # The loop divides by itself; an equal setting in the launch file must not divide again.
+    accelerator.gradient_accumulation_steps = 1
     if launched != accelerator.num_processes:
         raise UserError(
             f"{launched} processes were launched, but each sees {accelerator.num_processes}: "
@@ -115,16 +127,22 @@ def why_bits_may_differ(saved: Mapping[str, Any], world_size: int, device: torch
     """
     before, now = (saved["world_size"], saved["threads"]), (world_size, torch.get_num_threads())
     if before != now:
-        yield f"saved by {before[0]} processes of {before[1]} threads, going on with {now[0]} of {now[1]}: the same batches, but roundings may differ"
+        yield (
+            f"saved by {before[0]} processes of {before[1]} threads, going on with {now[0]} of {now[1]}: the same "
+            "batches, but roundings may differ"
+        )
     if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
         yield (
-            "this GPU computes without deterministic kernels: the same batches, but floating-point results may differ slightly from those of "
+            "this GPU computes without deterministic kernels: the same batches, but floating-point results may differ "
+            "slightly from those of "
             "an uninterrupted run; with train.deterministic=true from the start they are equal to the bit"
         )
 
 
 def leave_processes(failed: bool) -> None:
-    """Ends this process's part of the group; after a failure without waiting for a rank that may be gone, as NCCL would (gloo doesn't)."""
+    """Ends this process's part of the group; after a failure without waiting for a rank that may be gone,
+    as NCCL would (gloo doesn't).
+    """
     if not dist.is_initialized():
         return
     if failed and dist.get_backend() != "gloo":
@@ -134,7 +152,9 @@ def leave_processes(failed: bool) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Has the C library keep what a step frees: else it goes back to the system and comes again page by page, in every step on a CPU."""
+    """Has the C library keep what a step frees: else it goes back to the system and comes again page by page,
+    in every step on a CPU.
+    """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
     with suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
@@ -148,6 +168,7 @@ def as_in_training(accelerator: Accelerator, model: nn.Module) -> Callable[..., 
 
     def call(*inputs: Any) -> Any:
         with accelerator.autocast():
-            return convert_to_fp32(model.forward(*inputs))  # not compiled: each size of a last batch would be compiled anew
+            # Not compiled: each size of a last batch would be compiled anew.
+            return convert_to_fp32(model.forward(*inputs))
 
     return call

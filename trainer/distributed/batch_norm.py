@@ -17,7 +17,9 @@ class _Normalize(torch.autograd.Function):
     """Batch norm with the mean and variance of all processes' elements (Ioffe & Szegedy, 2015, over N processes)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims = [d for d in range(x.dim()) if d != 1]
         wide = x if x.dtype == torch.float64 else x.float()
         if x.numel():
@@ -71,13 +73,19 @@ class GlobalBatchNorm(_BatchNorm):
         if not self.training or world_size() == 1:
             return super().forward(input)
         output, mean, variance, elements = _Normalize.apply(input, self.weight, self.bias, self.eps)
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+        if (
+            self.track_running_stats
+            and self.running_mean is not None
+            and self.running_var is not None
+            and self.num_batches_tracked is not None
+        ):
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
                 unbiased = variance * (elements / (elements - 1).clamp(min=1))
                 for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-                    running.lerp_(new.to(running.dtype), momentum * (elements > 1).to(running.dtype))  # nothing is learnt from nothing
+                    # Nothing is learnt from nothing.
+                    running.lerp_(new.to(running.dtype), momentum * (elements > 1).to(running.dtype))
         return output
 
 

@@ -37,7 +37,8 @@ class Control:
         return tensor.tolist()
 
     def on_main(self, decide: Callable[[], Any]) -> str:
-        """Rank 0 decides and tells the others; where it can't, all end with its error. A stop signal to it interrupts it.
+        """Rank 0 decides and tells the others; where it can't, all end with its error. A stop signal to it interrupts
+        it.
 
         Raises:
             UserError: rank 0's, or that it can't use a file.

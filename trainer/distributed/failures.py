@@ -21,7 +21,9 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.
 
 @contextmanager
 def reported_to_peers(watchdog: Watchdog, world_size: int) -> Iterator[None]:
-    """Inside, an error is reported to the other processes before it is raised; where one of them is to blame, it ends this process."""
+    """Inside, an error is reported to the other processes before it is raised; where one of them is to blame,
+    it ends this process.
+    """
     try:
         yield
     except Stopped:
@@ -34,8 +36,12 @@ def reported_to_peers(watchdog: Watchdog, world_size: int) -> Iterator[None]:
 
 
 @contextmanager
-def failures_told(watchdog: Watchdog, fail: Callable[[BaseException], None], recipe: Recipe, world_size: int, folder: Path) -> Iterator[None]:
-    """Inside, whatever goes wrong is reported to the other processes and by `fail`, then raised in this project's words."""
+def failures_told(
+    watchdog: Watchdog, fail: Callable[[BaseException], None], recipe: Recipe, world_size: int, folder: Path
+) -> Iterator[None]:
+    """Inside, whatever goes wrong is reported to the other processes and by `fail`,
+    then raised in this project's words.
+    """
     try:
         with reported_to_peers(watchdog, world_size):
             yield
@@ -62,14 +68,21 @@ def _as_training_failure(error: BaseException, recipe: Recipe, world_size: int, 
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         samples = recipe.data.batch_size // (world_size * recipe.train.accumulate)
         message = (
-            f"out of memory with {samples} samples at a time in each process: train.accumulate={2 * recipe.train.accumulate} halves them and "
-            "computes the same; a smaller data.batch_size, train.precision=bf16, smaller images (data.resize) or more processes help too"
+            f"out of memory with {samples} samples at a time in each process: "
+            f"train.accumulate={2 * recipe.train.accumulate} halves them and "
+            "computes the same; a smaller data.batch_size, train.precision=bf16, smaller images (data.resize) or more "
+            "processes help too"
         )
     elif isinstance(error, OSError) and error.errno in DISK:
         free = f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free)" if error.errno == errno.ENOSPC else ""
-        message = f"{error.filename or folder} can't be written: {error.strerror}{free}; the checkpoints are whole: mend it, then the same command goes on"
+        message = (
+            f"{error.filename or folder} can't be written: {error.strerror}{free}; the checkpoints are whole: mend "
+            "it, then the same command goes on"
+        )
     elif "Expected more than 1 value per channel when training" in str(error):
-        message = "batch norm can't learn from a micro-batch of one sample: raise data.batch_size or lower train.accumulate"
+        message = (
+            "batch norm can't learn from a micro-batch of one sample: raise data.batch_size or lower train.accumulate"
+        )
     if not message:
         return None
     failure = TrainingFailed(message)

@@ -50,10 +50,16 @@ class Launch:
         return cls(
             processes=int(environment.get("WORLD_SIZE", 1)),
             file_processes=in_file if isinstance(in_file, int) else 1,
-            mixed_precision=str(environment.get("ACCELERATE_MIXED_PRECISION", values.get("mixed_precision") or "no")).lower(),
-            accumulation=int(accumulation) if accumulation and accumulation.isdigit() else values.get("gradient_accumulation_steps"),
+            mixed_precision=str(
+                environment.get("ACCELERATE_MIXED_PRECISION", values.get("mixed_precision") or "no")
+            ).lower(),
+            accumulation=int(accumulation)
+            if accumulation and accumulation.isdigit()
+            else values.get("gradient_accumulation_steps"),
             dynamo=str(environment.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower(),
-            where="the launcher (its options, its configuration file or ACCELERATE_… variables)" if launched or accumulation else str(file),
+            where="the launcher (its options, its configuration file or ACCELERATE_… variables)"
+            if launched or accumulation
+            else str(file),
         )
 
     def check(self, recipe: Recipe) -> Iterator[Problem]:
@@ -62,21 +68,28 @@ class Launch:
         if self.mixed_precision not in ("no", precision):
             yield recipe.problem(
                 "train.precision",
-                f"{self.where} says mixed_precision: {self.mixed_precision}, the recipe {precision}; set 'no' there, the recipe decides",
+                f"{self.where} says mixed_precision: {self.mixed_precision}, the recipe {precision}; set 'no' there, "
+                "the recipe decides",
             )
         if self.accumulation not in (None, accumulate):
             yield recipe.problem(
                 "train.accumulate",
-                f"{self.where} says gradient_accumulation_steps: {self.accumulation}, the recipe {accumulate}; leave it out there, the recipe decides",
+                f"{self.where} says gradient_accumulation_steps: {self.accumulation}, the recipe {accumulate}; leave "
+                "it out there, the recipe decides",
             )
         if self.dynamo not in ("no", "") and not recipe.train.compile:
-            yield recipe.problem("train.compile", f"{self.where} says dynamo backend {self.dynamo}, the recipe doesn't compile; the recipe decides")
+            yield recipe.problem(
+                "train.compile",
+                f"{self.where} says dynamo backend {self.dynamo}, the recipe doesn't compile; the recipe decides",
+            )
         if self.processes > 1 and recipe.data.batch_size % (self.processes * accumulate):
             split = f"{self.processes} processes" + (f" x train.accumulate {accumulate}" if accumulate > 1 else "")
             share = self.processes * accumulate
             near = max(share, round(recipe.data.batch_size / share) * share)
             yield recipe.problem(
-                "data.batch_size", f"must be divisible by {split}; it counts all samples of an optimizer step; try {near}", recipe.data.batch_size
+                "data.batch_size",
+                f"must be divisible by {split}; it counts all samples of an optimizer step; try {near}",
+                recipe.data.batch_size,
             )
 
     def checks(self) -> Any:
@@ -99,7 +112,13 @@ def check_device(recipe: Recipe) -> Iterator[Problem]:
     precision = recipe.train.precision
     if precision == "fp16" and not torch.cuda.is_available():
         yield recipe.problem("train.precision", "fp16 needs a GPU; use bf16, fp32 or auto", precision)
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        precision == "bf16"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         yield recipe.problem("train.precision", "this GPU has no fast bf16; use fp16, fp32 or auto", precision)
     if precision == "tf32" and not (torch.cuda.is_available() and torch.cuda.is_tf32_supported()):
-        yield recipe.problem("train.precision", "tf32 needs an NVIDIA GPU of the Ampere generation or later; use fp32 or auto", precision)
+        yield recipe.problem(
+            "train.precision", "tf32 needs an NVIDIA GPU of the Ampere generation or later; use fp32 or auto", precision
+        )

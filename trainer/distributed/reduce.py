@@ -38,7 +38,9 @@ def add_over_processes(sums: dict[str, Tensor]) -> dict[str, Tensor]:
         return sums
     flat = torch.cat([value.double().reshape(-1) for value in sums.values()])
     parts = _AddOverProcesses.apply(flat).split([value.numel() for value in sums.values()])
-    return {key: part.reshape(value.shape).to(value.dtype) for (key, value), part in zip(sums.items(), parts, strict=True)}
+    return {
+        key: part.reshape(value.shape).to(value.dtype) for (key, value), part in zip(sums.items(), parts, strict=True)
+    }
 
 
 def total(sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -56,7 +58,9 @@ def total(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def joined(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Joins each tensor along its first dimension over all processes, in the order of their ranks; all of it on every one of them."""
+    """Joins each tensor along its first dimension over all processes, in the order of their ranks;
+    all of it on every one of them.
+    """
     if world_size() == 1:
         return rows
     out: dict[str, Tensor] = {}

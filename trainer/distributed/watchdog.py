@@ -86,7 +86,8 @@ class Watchdog:
         self.rank, self.world_size, self.timeout, self.on_failure = rank, world_size, timeout, on_failure
         self.silence = min(timeout, LONGEST_SILENCE_S)
         self.interval = min(timeout / 10, LONGEST_INTERVAL_S)
-        # Written by the training, read by the thread: marks, place, step, when it was reached (None: it may take any time).
+        # Written by the training, read by the thread: marks, place, step, when it was reached (None: it may take any
+        # time).
         self._here: tuple[int, str, int, float | None] = (0, "starting", 0, time.monotonic())
         self._state: tuple[State, str] = ("training", "")
         self._beat, self._resumed = 0, 0.0
@@ -116,7 +117,9 @@ class Watchdog:
         self._thread.join(GRACE_S + 2 * self.interval)
 
     def cut_off(self) -> None:
-        """Waits until it is known which rank broke the connection, which ends this process; returns if that stays unknown."""
+        """Waits until it is known which rank broke the connection, which ends this process;
+        returns if that stays unknown.
+        """
         self._tell("cut off")
         self._thread.join(self.silence + GRACE_S + 2 * self.interval)
 
@@ -158,7 +161,8 @@ class Watchdog:
             before = time.monotonic()
             self._wake.wait(self.interval if self._state[0] == "training" else POLL_S)
             self._wake.clear()
-            if time.monotonic() - before > self.interval + self.silence / 2:  # the whole job was suspended, and goes on now
+            # The whole job was suspended, and goes on now.
+            if time.monotonic() - before > self.interval + self.silence / 2:
                 self._resumed = time.monotonic()
                 self._heard = {rank: (report, self._resumed) for rank, (report, _) in self._heard.items()}
 
@@ -179,15 +183,21 @@ class Watchdog:
         self._heard[rank] = before if same else (report, now)
 
     def _others_go_on(self) -> bool:
-        """On rank 0: whether others have not ended yet. Their store may live in this process, and they read there what happened."""
-        return self.rank == 0 and any(report.state in ("training", "cut off") for rank, (report, _) in self._heard.items() if rank)
+        """On rank 0: whether others have not ended yet. Their store may live in this process,
+        and they read there what happened.
+        """
+        return self.rank == 0 and any(
+            report.state in ("training", "cut off") for rank, (report, _) in self._heard.items() if rank
+        )
 
     def _judge(self) -> str:
         """On rank 0: which rank is lost, and how; nothing if none is."""
         now = time.monotonic()
         for rank in range(self.world_size):
             self._listen(rank)
-        active = {rank: (report, now - since) for rank, (report, since) in self._heard.items() if report.state != "done"}
+        active = {
+            rank: (report, now - since) for rank, (report, since) in self._heard.items() if report.state != "done"
+        }
         for rank, (report, silent) in active.items():
             if report.state == "failed" and silent > GRACE_S:
                 self._peer_failed = True
@@ -301,4 +311,5 @@ def _store(rank: int, world_size: int, timeout: float) -> Any:
         wait_for_workers=False,
         multi_tenant=True,  # for this process, which may open it more than once
     )
-    return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # an elastic launcher keeps its store over restarts
+    # An elastic launcher keeps its store over restarts.
+    return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -23,7 +23,8 @@ def weigh_classes(kind: ClassWeights, max_weight: float, num_classes: int, stati
 
     Args:
         kind: `none` for equal ones, or `inverse_frequency`: inverse to how many pixels of the training set a class has.
-        max_weight: the largest weight, as a multiple of the median of the classes that occur. One that never occurs gets it.
+        max_weight: the largest weight, as a multiple of the median of the classes that occur. One that never occurs
+            gets it.
         num_classes: C.
         statistics: of the data set: `class_pixels` (C,), pixels of the training set.
 
@@ -38,7 +39,10 @@ def weigh_classes(kind: ClassWeights, max_weight: float, num_classes: int, stati
     if not statistics:
         return torch.full((num_classes,), torch.nan, dtype=torch.float64)
     if "class_pixels" not in statistics:
-        raise UserError(f"loss.class_weights: {kind} needs a data set with class masks, whose pixels are counted when it is prepared; set it to none")
+        raise UserError(
+            f"loss.class_weights: {kind} needs a data set with class masks, whose pixels are counted when it is "
+            "prepared; set it to none"
+        )
     pixels = torch.tensor(statistics["class_pixels"], dtype=torch.float64)
     weights = 1 / pixels
     return (weights / weights[pixels > 0].quantile(0.5)).clamp(max=max_weight)
@@ -48,8 +52,9 @@ def weigh_classes(kind: ClassWeights, max_weight: float, num_classes: int, stati
 class CrossEntropy(Loss):
     """Cross entropy of logits (B, C, H, W) against class indices (B, H, W), long or uint8.
 
-    The mean is taken over all valid pixels of the micro-batch, not image by image; without one, the loss is 0. With weights of
-    the classes (see `weigh_classes`) it is the sum of weight · nll, divided by the sum of the weights of the valid pixels.
+    The mean is taken over all valid pixels of the micro-batch, not image by image; without one, the loss is 0. With
+    weights of the classes (see `weigh_classes`) it is the sum of weight · nll, divided by the sum of the weights of the
+    valid pixels.
 
     Raises:
         UserError: the weights can't be known.
@@ -69,7 +74,9 @@ class CrossEntropy(Loss):
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.weights: Tensor  # of the classes, and at the end the 0 of ignored pixels
-        self.register_buffer("weights", F.pad(weigh_classes(class_weights, max_weight, num_classes, statistics), (0, 1)))
+        self.register_buffer(
+            "weights", F.pad(weigh_classes(class_weights, max_weight, num_classes, statistics), (0, 1))
+        )
 
     def forward(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Local sums, float64 scalars: weighted `nll` in nats over valid pixels, and their `weight`."""
@@ -84,7 +91,9 @@ class CrossEntropy(Loss):
     def labels(self, targets: Tensor) -> Tensor:
         """Class indices as long, C for ignored pixels."""
         labels = targets.long()
-        return labels if self.ignore_index is None else torch.where(targets == self.ignore_index, self.num_classes, labels)
+        return (
+            labels if self.ignore_index is None else torch.where(targets == self.ignore_index, self.num_classes, labels)
+        )
 
     def pixel_weights(self, labels: Tensor) -> Tensor:
         """The weight of each pixel: float64, 0 for ignored ones."""

@@ -13,10 +13,11 @@ from trainer.losses.loss import Loss
 class Dice(Loss):
     """The mean over classes of 1 - 2 Σ X·Y / Σ (X + Y), over the valid pixels of the whole micro-batch.
 
-    X is the softmax probability of the class and Y is 1 where it is true, else 0 (Milletari et al., "V-Net", 2016; they square X and Y
-    in the denominator, which is here that of Sudre et al., "Generalised Dice Overlap", 2017). The mean is over the classes that occur
-    in the micro-batch: one that doesn't has nothing to overlap with, and wherever it is predicted, one that does overlaps the less.
-    Takes logits (B, C, H, W) and class indices (B, H, W), long or uint8. Without a valid pixel the loss is 0.
+    X is the softmax probability of the class and Y is 1 where it is true, else 0 (Milletari et al., "V-Net", 2016; they
+    square X and Y in the denominator, which is here that of Sudre et al., "Generalised Dice Overlap", 2017). The mean
+    is over the classes that occur in the micro-batch: one that doesn't has nothing to overlap with, and wherever it is
+    predicted, one that does overlaps the less. Takes logits (B, C, H, W) and class indices (B, H, W), long or uint8.
+    Without a valid pixel the loss is 0.
     """
 
     def __init__(self, num_classes: int, ignore_index: int | None, /) -> None:

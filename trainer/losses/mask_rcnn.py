@@ -11,11 +11,12 @@ from trainer.losses.loss import Loss
 
 @loss(name="mask_rcnn", interface="mask_rcnn")
 class MaskRCNNLoss(Loss):
-    """The sum of torchvision's five terms: objectness and boxes of the proposals; classes, boxes and masks of the regions.
+    """The sum of torchvision's five terms: objectness and boxes of the proposals; classes, boxes and masks of the
+    regions.
 
-    Each is a mean over the anchors or regions that torchvision draws in the images of one process; over processes the mean is
-    taken by the number of images. So N processes compute what one computes but for what is drawn: the mask loss alone is a
-    mean over however many regions show an object.
+    Each is a mean over the anchors or regions that torchvision draws in the images of one process; over processes the
+    mean is taken by the number of images. So N processes compute what one computes but for what is drawn: the mask loss
+    alone is a mean over however many regions show an object.
     """
 
     def forward(self, outputs: dict[str, Tensor], targets: int) -> dict[str, Tensor]:

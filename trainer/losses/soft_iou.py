@@ -27,10 +27,15 @@ class SoftIoU(Loss):
         ValueError: the data set has no class `channel`.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int | None, /, *, channel: Annotated[int, Field(ge=0)] = 1) -> None:
+    def __init__(
+        self, num_classes: int, ignore_index: int | None, /, *, channel: Annotated[int, Field(ge=0)] = 1
+    ) -> None:
         super().__init__()
         if channel >= num_classes:
-            raise ValueError(f"loss.channel must be 0 to {num_classes - 1}, as the data set has {num_classes} classes (got {channel})")
+            raise ValueError(
+                f"loss.channel must be 0 to {num_classes - 1}, as the data set has {num_classes} classes (got "
+                f"{channel})"
+            )
         self.channel = channel
         self.ignore_index = ignore_index
 

@@ -35,7 +35,9 @@ class WatershedLoss(Loss):
         self.distance_weight = distance_weight
 
     def forward(self, outputs: WatershedOutput, targets: WatershedTargets) -> dict[str, Tensor]:
-        """Local sums, float64 scalars: `nll` in nats, `error` of the distances, and their number of pixels, `weight`."""
+        """Local sums, float64 scalars: `nll` in nats, `error` of the distances, and their number of pixels,
+        `weight`.
+        """
         error = torch.where(targets.semantic != IGNORE, (outputs.distance - targets.distance).abs(), 0)
         # Image by image first, as adding up in float64 alone takes several times as long.
         return self.cross_entropy(outputs.semantic, targets.semantic) | {"error": error.sum((1, 2)).double().sum()}
@@ -44,4 +46,8 @@ class WatershedLoss(Loss):
         """The two means and `loss`."""
         semantic = self.cross_entropy.combine(sums)["loss"]
         distance = sums["error"] / sums["weight"].clamp(min=1)
-        return {"loss": semantic + self.distance_weight * distance, "semantic_loss": semantic, "distance_loss": distance}
+        return {
+            "loss": semantic + self.distance_weight * distance,
+            "semantic_loss": semantic,
+            "distance_loss": distance,
+        }

@@ -82,7 +82,12 @@ def complete_iou(predicted: Tensor, true: Tensor) -> Tensor:
     """
     centres, sizes = predicted[:, :2], predicted[:, 2:].clamp(min=EPS)
     true_centres, true_sizes = true[:, :2], true[:, 2:]
-    low, high, true_low, true_high = centres - sizes / 2, centres + sizes / 2, true_centres - true_sizes / 2, true_centres + true_sizes / 2
+    low, high, true_low, true_high = (
+        centres - sizes / 2,
+        centres + sizes / 2,
+        true_centres - true_sizes / 2,
+        true_centres + true_sizes / 2,
+    )
 
     overlap = _area((torch.minimum(high, true_high) - torch.maximum(low, true_low)).clamp(min=0))
     iou = overlap / (_area(sizes) + _area(true_sizes) - overlap)
@@ -95,7 +100,8 @@ def complete_iou(predicted: Tensor, true: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor, place: Tensor, num_places: int) -> Tensor:
-    """The largest of the values (P,) at each place, 0 where there is none; `scatter_reduce` isn't deterministic on CUDA.
+    """The largest of the values (P,) at each place, 0 where there is none; `scatter_reduce` isn't deterministic on
+    CUDA.
 
     Args:
         values: at least 0.
@@ -127,17 +133,17 @@ class YoloLoss(Loss):
 
     - `box_loss`: 1 - complete IoU, of the predictions that answer for a box (see `assign`).
     - `objectness_loss`: binary cross entropy, of all predictions. The target is the complete IoU with the box that a
-      prediction answers for, the largest where it does for several, and 0 where it is negative or there is no box. It is
-      a constant in the backward pass.
+      prediction answers for, the largest where it does for several, and 0 where it is negative or there is no box. It
+      is a constant in the backward pass.
     - `class_loss`: binary cross entropy, of the predictions that answer for a box, a mean over the classes too. The
       target is 1 - ε / 2 for the true class and ε / 2 for the others. With a single class there is no such term.
 
     Takes `Level`s and `Targets`. Without a box only the objectness counts.
 
-    Targets, default gains and their scaling are those that YOLO v5's weights were published with. The defaults are meant for
-    80 classes, 640 x 640 pixels and three scales; for other ones, `scale_gains` multiplies the gain of the classes by
-    C / 80, that of the objectness by the pixels of the network's input over 640², and all by 3 / number of scales. The terms
-    are reported without gains.
+    Targets, default gains and their scaling are those that YOLO v5's weights were published with. The defaults are
+    meant for 80 classes, 640 x 640 pixels and three scales; for other ones, `scale_gains` multiplies the gain of the
+    classes by C / 80, that of the objectness by the pixels of the network's input over 640², and all by 3 / number of
+    scales. The terms are reported without gains.
 
     Args:
         num_classes: C.
@@ -181,8 +187,8 @@ class YoloLoss(Loss):
     def forward(self, outputs: Sequence[Level], targets: Targets) -> dict[str, Tensor]:
         """Local sums of each scale, float64 (3,).
 
-        `box`, `objectness` and `classes`, which become the terms; how many predictions answer for a box, `positives`, and
-        how many there are, `cells`; how many `images`, and their `pixels`.
+        `box`, `objectness` and `classes`, which become the terms; how many predictions answer for a box, `positives`,
+        and how many there are, `cells`; how many `images`, and their `pixels`.
         """
         scales = [self._scale_sums(level, targets) for level in outputs]
         return {name: torch.stack([sums[name] for sums in scales]) for name in scales[0]}
@@ -203,8 +209,12 @@ class YoloLoss(Loss):
         smoothed = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
         return {
             "box": (1 - ciou).sum(),
-            "objectness": F.binary_cross_entropy_with_logits(objectness, expected, pos_weight=self.obj_pw, reduction="sum"),
-            "classes": F.binary_cross_entropy_with_logits(found[:, 5:], smoothed, pos_weight=self.cls_pw, reduction="sum"),
+            "objectness": F.binary_cross_entropy_with_logits(
+                objectness, expected, pos_weight=self.obj_pw, reduction="sum"
+            ),
+            "classes": F.binary_cross_entropy_with_logits(
+                found[:, 5:], smoothed, pos_weight=self.cls_pw, reduction="sum"
+            ),
             "positives": torch.full_like(self.obj_pw, len(matches.target)),
             "cells": torch.full_like(self.obj_pw, objectness.numel()),
             "images": torch.full_like(self.obj_pw, images),
@@ -221,7 +231,10 @@ class YoloLoss(Loss):
         if self.num_classes > 1:
             terms["class_loss"] = (sums["classes"] / positives).sum() / self.num_classes
         scales = self._gain_scales(sums)
-        return {"loss": torch.stack([self.gains[name] * scales[name] * term for name, term in terms.items()]).sum(), **terms}
+        return {
+            "loss": torch.stack([self.gains[name] * scales[name] * term for name, term in terms.items()]).sum(),
+            **terms,
+        }
 
     def _gain_scales(self, sums: dict[str, Tensor]) -> dict[str, Any]:
         """What the gain of each term is multiplied by."""
@@ -229,4 +242,8 @@ class YoloLoss(Loss):
             return dict.fromkeys(self.gains, 1.0)
         levels = 3 / len(sums["images"])
         pixels = sums["pixels"].sum() / sums["images"].sum().clamp(min=1)
-        return {"box_loss": levels, "objectness_loss": levels * pixels / 640**2, "class_loss": levels * self.num_classes / 80}
+        return {
+            "box_loss": levels,
+            "objectness_loss": levels * pixels / 640**2,
+            "class_loss": levels * self.num_classes / 80,
+        }

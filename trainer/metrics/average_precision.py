@@ -32,9 +32,9 @@ def log_odds(logits: Tensor) -> Tensor:
 def score_counts(logits: Tensor, targets: Tensor, ignore_index: int | None) -> Tensor:
     """Counts pixels by their score for each class: the log-odds, rounded to float16.
 
-    Counts of batches and processes simply add up, and hold all that average precision needs. Rounding joins scores that differ by less
-    than 1 in 1,000, which takes some 1e-5 from the average precision of a trained model's scores. Equal bins of probability do far
-    worse, as most pixels are near 0 or 1.
+    Counts of batches and processes simply add up, and hold all that average precision needs. Rounding joins scores that
+    differ by less than 1 in 1,000, which takes some 1e-5 from the average precision of a trained model's scores. Equal
+    bins of probability do far worse, as most pixels are near 0 or 1.
 
     Args:
         logits: (B, C, H, W).
@@ -58,7 +58,8 @@ def score_counts(logits: Tensor, targets: Tensor, ignore_index: int | None) -> T
 def average_precision(counts: Tensor) -> Tensor:
     """Area under the steps of the precision-recall curve: Σ (R_n - R_(n-1)) P_n over the scores, highest first.
 
-    As scikit-learn's `average_precision_score` defines it: all pixels of equal score are one step, and nothing is interpolated.
+    As scikit-learn's `average_precision_score` defines it: all pixels of equal score are one step, and nothing is
+    interpolated.
 
     Args:
         counts: int64 (C, 2, 65536) of `score_counts`.

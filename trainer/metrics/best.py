@@ -15,8 +15,8 @@ def lower_is_better(metric: str) -> bool:
 
 @dataclass
 class Best:
-    """The best value of a recipe's `evaluate.best` so far. A better one is kept as a checkpoint; too long without one may lower
-    the learning rate (schedule `plateau`) or end the training (`evaluate.stop_after`).
+    """The best value of a recipe's `evaluate.best` so far. A better one is kept as a checkpoint; too long without one
+    may lower the learning rate (schedule `plateau`) or end the training (`evaluate.stop_after`).
 
     Attributes:
         metric: its name.
@@ -43,10 +43,14 @@ class Best:
     @property
     def stale(self) -> int:
         """Evaluations since the best one."""
-        return next((since for since, improved in enumerate(reversed(self.improvements)) if improved), len(self.improvements))
+        return next(
+            (since for since, improved in enumerate(reversed(self.improvements)) if improved), len(self.improvements)
+        )
 
     def plateaus(self, patience: int) -> int:
-        """How often more than `patience` evaluations in a row brought nothing better; after each, they are counted anew."""
+        """How often more than `patience` evaluations in a row brought nothing better; after each,
+        they are counted anew.
+        """
         count = waited = 0
         for improved in self.improvements:
             waited = 0 if improved else waited + 1
@@ -60,4 +64,8 @@ class Best:
 
     def restore(self, counters: Mapping[str, Any]) -> None:
         """Takes over what a checkpoint holds."""
-        self.value, self.step, self.improvements = counters["best"], counters["best_step"], list(counters["improvements"])
+        self.value, self.step, self.improvements = (
+            counters["best"],
+            counters["best_step"],
+            list(counters["improvements"]),
+        )

@@ -1,7 +1,8 @@
-"""Average precision of boxes and masks as COCO defines it (Lin et al., "Microsoft COCO", 2014), computed by pycocotools.
+"""Average precision of boxes and masks as COCO defines it (Lin et al., "Microsoft COCO", 2014), computed by
+pycocotools.
 
-Precision depends on the order of all scores, so it can't be summed up: what is found in each image is kept as rows, which are joined
-over batches and processes.
+Precision depends on the order of all scores, so it can't be summed up: what is found in each image is kept as rows,
+which are joined over batches and processes.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ RECALLS = 101  # 0, 0.01, … 1, at which precision is looked up
 
 
 def rows(batch: dict[str, Any], found: Sequence[Detections]) -> Rows:
-    """What is true and what is found in the images of a batch, as tensors that can be joined along their first dimension.
+    """What is true and what is found in the images of a batch, as tensors that can be joined along their first
+    dimension.
 
-    `images` int64 (B, 3): sample id, height, width. `truth` float64 (M, 7): sample id, class, crowd, box. `found` float64 (D, 7): sample
-    id, class, score, box. Where masks were found, `truth_rle` and `found_rle` uint8 hold their run lengths one after the other, and `truth_rle_bytes`
-    and `found_rle_bytes` int64 how long each is.
+    `images` int64 (B, 3): sample id, height, width. `truth` float64 (M, 7): sample id, class, crowd, box. `found`
+    float64 (D, 7): sample id, class, score, box. Where masks were found, `truth_rle` and `found_rle` uint8 hold their
+    run lengths one after the other, and `truth_rle_bytes` and `found_rle_bytes` int64 how long each is.
     """
     device = batch["image"].device
     ids, heights, widths = (batch[name].cpu() for name in ("sample_id", "height", "width"))
     index = batch["image_index"].cpu()
     found_index = torch.repeat_interleave(torch.tensor([len(each.labels) for each in found]))
-    labels, scores, boxes = (torch.cat([getattr(each, name) for each in found]).double().cpu() for name in ("labels", "scores", "boxes"))
+    labels, scores, boxes = (
+        torch.cat([getattr(each, name) for each in found]).double().cpu() for name in ("labels", "scores", "boxes")
+    )
     out = {
         "images": torch.stack([ids, heights, widths], dim=1),
         "truth": _columns(ids[index], batch["labels"], batch["crowd"], batch["boxes"]),
@@ -50,17 +54,24 @@ def rows(batch: dict[str, Any], found: Sequence[Detections]) -> Rows:
         predicted = [mask for each in found for mask in (() if each.masks is None else each.masks)]
         for name, masks in (("truth", truth), ("found", predicted)):
             counts = [encode_masks(mask[None])[0] for mask in masks]
-            out[f"{name}_rle"] = torch.frombuffer(bytearray(b"".join(counts)), dtype=torch.uint8) if counts else torch.zeros(0, dtype=torch.uint8)
+            out[f"{name}_rle"] = (
+                torch.frombuffer(bytearray(b"".join(counts)), dtype=torch.uint8)
+                if counts
+                else torch.zeros(0, dtype=torch.uint8)
+            )
             out[f"{name}_rle_bytes"] = torch.tensor([len(each) for each in counts], dtype=torch.int64)
     return {name: value.to(device) for name, value in out.items()}
 
 
 def _columns(ids: Tensor, labels: Tensor, third: Tensor, boxes: Tensor) -> Tensor:
-    return torch.cat([torch.stack([column.cpu().double() for column in (ids, labels, third)], dim=1), boxes.cpu().double()], dim=1)
+    return torch.cat(
+        [torch.stack([column.cpu().double() for column in (ids, labels, third)], dim=1), boxes.cpu().double()], dim=1
+    )
 
 
 def as_coco(joined: Rows, classes: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The joined rows in the form of COCO's files: an annotation file, and a result file with `bbox` and, of masks, `segmentation`.
+    """The joined rows in the form of COCO's files: an annotation file, and a result file with `bbox` and, of masks,
+    `segmentation`.
 
     Category ids count from 1, as COCO's do.
     """
@@ -71,18 +82,26 @@ def as_coco(joined: Rows, classes: Sequence[str]) -> tuple[dict[str, Any], list[
         counts = _split(joined[f"{name}_rle"], joined[f"{name}_rle_bytes"]) if f"{name}_rle" in joined else None
         for number, (sample_id, label, third, *box) in enumerate(joined[name].tolist()):
             left, top, right, bottom = box
-            entry: dict[str, Any] = {"image_id": int(sample_id), "category_id": int(label) + 1, "bbox": [left, top, right - left, bottom - top]}
+            entry: dict[str, Any] = {
+                "image_id": int(sample_id),
+                "category_id": int(label) + 1,
+                "bbox": [left, top, right - left, bottom - top],
+            }
             if counts is not None:
                 entry["segmentation"] = {"size": list(sizes[int(sample_id)]), "counts": counts[number]}
             if name == "truth":
-                area = codec().area(entry["segmentation"]) if counts is not None else entry["bbox"][2] * entry["bbox"][3]
+                area = (
+                    codec().area(entry["segmentation"]) if counts is not None else entry["bbox"][2] * entry["bbox"][3]
+                )
                 entry |= {"id": number + 1, "iscrowd": int(third), "area": float(area)}
             else:
                 entry["score"] = third
             entries[name].append(entry)
     truth = {
         "info": {},
-        "images": [{"id": sample_id, "height": height, "width": width} for sample_id, (height, width) in sorted(sizes.items())],
+        "images": [
+            {"id": sample_id, "height": height, "width": width} for sample_id, (height, width) in sorted(sizes.items())
+        ],
         "categories": [{"id": index + 1, "name": name} for index, name in enumerate(classes)],
         "annotations": entries["truth"],
     }
@@ -124,11 +143,15 @@ def average_precision(truth: dict[str, Any], found: Sequence[dict[str, Any]], ki
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError:
-        raise UserError("average precision of boxes needs pycocotools: pip install 'recipe-trainer[detection]'") from None
+        raise UserError(
+            "average precision of boxes needs pycocotools: pip install 'recipe-trainer[detection]'"
+        ) from None
 
     num_classes = len(truth["categories"])
     if not found:  # which pycocotools can't load
-        present = np.isin(np.arange(1, num_classes + 1), [each["category_id"] for each in truth["annotations"] if not each["iscrowd"]])
+        present = np.isin(
+            np.arange(1, num_classes + 1), [each["category_id"] for each in truth["annotations"] if not each["iscrowd"]]
+        )
         zero = np.where(present, 0.0, np.nan)
         return _averaged(np.tile(zero, (len(THRESHOLDS), RECALLS, 1)))
     if kind == "segm":  # the area of a result with a box would be that of the box

@@ -9,7 +9,9 @@ STEPS = "steps"
 
 
 class Means:
-    """Means since they were last taken, of the steps that counted; nothing waits for the device before `take` or `state`."""
+    """Means since they were last taken, of the steps that counted;
+    nothing waits for the device before `take` or `state`.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

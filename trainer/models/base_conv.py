@@ -1,4 +1,6 @@
-"""A plain convolutional encoder and decoder; with skips between them, a U-Net (Ronneberger et al., 2015) on a strided stem."""
+"""A plain convolutional encoder and decoder; with skips between them, a U-Net (Ronneberger et al., 2015)
+on a strided stem.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ class Block(nn.Sequential):
     """Convolution, ReLU, batch norm, in this order; a stride of 2 halves height and width, rounding up."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> None:
-        super().__init__(nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2), nn.ReLU(inplace=True), nn.BatchNorm2d(out_channels))
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2),
+            nn.ReLU(inplace=True),
+            nn.BatchNorm2d(out_channels),
+        )
 
 
 class Up(nn.Module):
@@ -36,7 +42,9 @@ class Up(nn.Module):
         self.block = Block(beside + out_channels, out_channels)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """From x (B, below, ⌈H/2⌉, ⌈W/2⌉) to (B, out_channels, H, W), where H and W are those of the encoder's `level`."""
+        """From x (B, below, ⌈H/2⌉, ⌈W/2⌉) to (B, out_channels, H, W),
+        where H and W are those of the encoder's `level`.
+        """
         x = self.enlarge(x)[..., : level.shape[-2], : level.shape[-1]]
         result: Tensor = self.block(torch.cat([level, x], dim=1) if self.skip else x)
         return result
@@ -47,8 +55,10 @@ class Decoder(nn.Module):
 
     Args:
         num_classes: channels of the logits.
-        channels: of the levels, fine to coarse; the first has half the resolution of the image, each other half that of the one before.
-        width: channels at a half and a quarter of the resolution; coarser ones have twice and four times as many, the full one half.
+        channels: of the levels, fine to coarse; the first has half the resolution of the image, each other half that of
+            the one before.
+        width: channels at a half and a quarter of the resolution; coarser ones have twice and four times as many, the
+            full one half.
         skips: whether every level is seen at its resolution, beside what comes from below.
     """
 
@@ -56,11 +66,15 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [channels[-1], 4 * width, 2 * width, width, width, width // 2]
         beside = [*reversed(channels[:-1]), 0] if skips else [0] * 5
-        self.up = nn.ModuleList(Up(below, skip, here) for (below, here), skip in zip(pairwise(widths), beside, strict=True))
+        self.up = nn.ModuleList(
+            Up(below, skip, here) for (below, here), skip in zip(pairwise(widths), beside, strict=True)
+        )
         self.head = nn.Conv2d(widths[-1], num_classes, 1)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """Logits (B, num_classes, H, W), given the image (B, 3, H, W) and the encoder's levels after it, fine to coarse."""
+        """Logits (B, num_classes, H, W), given the image (B, 3, H, W) and the encoder's levels after it,
+        fine to coarse.
+        """
         *finer, x = levels
         for up, level in zip(self.up, reversed(finer), strict=True):
             x = up(x, level)
@@ -96,6 +110,10 @@ class BaseConv(nn.Module):
 
 
 @model(interface="dense")
-def base_conv(num_classes: int, /, *, width: Annotated[int, Field(ge=2, le=4096)] = 64, skips: bool = False) -> nn.Module:
-    """Builds the network with `width` channels at half the resolution; `skips: true` makes it a U-Net. 3.1 and 3.9 million parameters by default."""
+def base_conv(
+    num_classes: int, /, *, width: Annotated[int, Field(ge=2, le=4096)] = 64, skips: bool = False
+) -> nn.Module:
+    """Builds the network with `width` channels at half the resolution; `skips: true` makes it a U-Net.
+    3.1 and 3.9 million parameters by default.
+    """
     return BaseConv(num_classes, width, skips)

@@ -35,7 +35,9 @@ def _halve(channels_in: int, channels_out: int, kernel: int) -> nn.Module:
 
 def _double(channels_in: int, channels_out: int, kernel: int) -> nn.Module:
     """Doubles height and width: 2 · padding - output_padding = kernel - 2."""
-    return nn.ConvTranspose2d(channels_in, channels_out, kernel, stride=2, padding=(kernel - 1) // 2, output_padding=kernel % 2)
+    return nn.ConvTranspose2d(
+        channels_in, channels_out, kernel, stride=2, padding=(kernel - 1) // 2, output_padding=kernel % 2
+    )
 
 
 def _block(*layers: nn.Module, channels: int) -> nn.Sequential:
@@ -43,7 +45,9 @@ def _block(*layers: nn.Module, channels: int) -> nn.Sequential:
 
 
 @model(interface="dense")
-def pool_upsample_net(num_classes: int, /, *, kernel: Kernel = 3, num_filters: Positive = 32, num_in_channels: Positive = 1) -> nn.Module:
+def pool_upsample_net(
+    num_classes: int, /, *, kernel: Kernel = 3, num_filters: Positive = 32, num_in_channels: Positive = 1
+) -> nn.Module:
     """Pools twice, upsamples twice: images (B, num_in_channels, H, W) to logits (B, num_classes, H, W)."""
     k, filters, colours = kernel, num_filters, num_classes
     return nn.Sequential(
@@ -56,8 +60,12 @@ def pool_upsample_net(num_classes: int, /, *, kernel: Kernel = 3, num_filters: P
 
 
 @model(interface="dense")
-def conv_transpose_net(num_classes: int, /, *, kernel: Kernel = 3, num_filters: Positive = 32, num_in_channels: Positive = 1) -> nn.Module:
-    """Strided convolutions down, transposed ones up: images (B, num_in_channels, H, W) to logits (B, num_classes, H, W)."""
+def conv_transpose_net(
+    num_classes: int, /, *, kernel: Kernel = 3, num_filters: Positive = 32, num_in_channels: Positive = 1
+) -> nn.Module:
+    """Strided convolutions down, transposed ones up: images (B, num_in_channels, H, W) to logits (B, num_classes, H,
+    W).
+    """
     k, filters, colours = kernel, num_filters, num_classes
     return nn.Sequential(
         _block(_halve(num_in_channels, filters, k), channels=filters),
@@ -70,12 +78,15 @@ def conv_transpose_net(num_classes: int, /, *, kernel: Kernel = 3, num_filters: 
 
 @model(name="colorization_unet", interface="dense")
 class ColorizationUNet(nn.Module):
-    """`conv_transpose_net` with skips: the fourth block sees the first one's output too, the last convolution the image.
+    """`conv_transpose_net` with skips: the fourth block sees the first one's output too, the last convolution the
+    image.
 
     Images (B, num_in_channels, H, W) to logits (B, num_classes, H, W).
     """
 
-    def __init__(self, num_classes: int, /, *, kernel: Kernel = 3, num_filters: Positive = 32, num_in_channels: Positive = 1) -> None:
+    def __init__(
+        self, num_classes: int, /, *, kernel: Kernel = 3, num_filters: Positive = 32, num_in_channels: Positive = 1
+    ) -> None:
         super().__init__()
         k, filters, colours = kernel, num_filters, num_classes
         self.down1 = _block(_halve(num_in_channels, filters, k), channels=filters)

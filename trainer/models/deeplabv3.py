@@ -13,7 +13,10 @@ from trainer.models.weights import load_published, weights_field
 BACKBONES = {
     "resnet50": (segmentation.deeplabv3_resnet50, segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1),
     "resnet101": (segmentation.deeplabv3_resnet101, segmentation.DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1),
-    "mobilenet_v3_large": (segmentation.deeplabv3_mobilenet_v3_large, segmentation.DeepLabV3_MobileNet_V3_Large_Weights.COCO_WITH_VOC_LABELS_V1),
+    "mobilenet_v3_large": (
+        segmentation.deeplabv3_mobilenet_v3_large,
+        segmentation.DeepLabV3_MobileNet_V3_Large_Weights.COCO_WITH_VOC_LABELS_V1,
+    ),
 }
 COCO_CLASSES = 21  # of the published weights: the 20 classes of Pascal VOC, and background
 

@@ -26,16 +26,21 @@ def train_only(model: nn.Module, layers: Sequence[str]) -> None:
 
 
 def layers_after(model: nn.Module, count: int) -> list[str]:
-    """The layers that learn while the first `count` stay as they are, in a model whose layers are numbered: `model.0`, `model.1`, …
+    """The layers that learn while the first `count` stay as they are, in a model whose layers are numbered: `model.0`,
+    `model.1`, …
 
     Raises:
         ValueError: the model doesn't number its layers, or has no more than `count`.
     """
     numbered = getattr(model, "model", None)
     if not isinstance(numbered, nn.ModuleList | nn.Sequential):
-        raise ValueError("train.freeze: this model doesn't number its layers; name those that learn in model.train_only")
+        raise ValueError(
+            "train.freeze: this model doesn't number its layers; name those that learn in model.train_only"
+        )
     if count >= len(numbered):
-        raise ValueError(f"train.freeze: the model has {len(numbered)} layers, so at most {len(numbered) - 1} can be frozen")
+        raise ValueError(
+            f"train.freeze: the model has {len(numbered)} layers, so at most {len(numbered) - 1} can be frozen"
+        )
     return [f"model.{index}" for index in range(count, len(numbered))]
 
 

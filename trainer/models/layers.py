@@ -20,7 +20,11 @@ def check_layers(model: nn.Module, layers: Sequence[str], key: str) -> None:
     for layer in layers:
         if layer not in known:
             near = difflib.get_close_matches(layer, known, 3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"its parts are {', '.join(name for name, _ in model.named_children())}"
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"its parts are {', '.join(name for name, _ in model.named_children())}"
+            )
             raise ValueError(f"{key}: the model has no layer {layer!r}; {hint}")
 
 
@@ -32,7 +36,8 @@ def check_sides(divisor: int, height: int, width: int, whose: str = "these") -> 
     """
     if height % divisor or width % divisor:
         raise UserError(
-            f"the model takes images whose sides are divisible by {divisor}, and {whose} are {height} x {width}: resize, pad or crop them to such a size"
+            f"the model takes images whose sides are divisible by {divisor}, and {whose} are {height} x {width}: "
+            "resize, pad or crop them to such a size"
         )
 
 

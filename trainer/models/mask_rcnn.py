@@ -43,21 +43,23 @@ def mask_rcnn(
 ) -> nn.Module:
     """Builds a plain torchvision `MaskRCNN`, whose class 0 is the background; the classes of the set follow it.
 
-    It takes a list of images float (3, H, W) in [0, 1], which it normalises and resizes, and in training a list of torchvision's targets.
-    In training it returns torchvision's losses, otherwise what it found in each image. Boxes are float32 at least, under autocast too.
-    The keys of the state dict are torchvision's; a file made from the published weights fits once `roi_heads.box_predictor` and
-    `roi_heads.mask_predictor` start new (`reset_layers`), with `frozen_norm: true` if it is for `resnet50`.
+    It takes a list of images float (3, H, W) in [0, 1], which it normalises and resizes, and in training a list of
+    torchvision's targets. In training it returns torchvision's losses, otherwise what it found in each image. Boxes are
+    float32 at least, under autocast too. The keys of the state dict are torchvision's; a file made from the published
+    weights fits once `roi_heads.box_predictor` and `roi_heads.mask_predictor` start new (`reset_layers`), with
+    `frozen_norm: true` if it is for `resnet50`.
 
     Args:
         num_classes: of the set, without background.
-        backbone: `resnet50` (44 million parameters), `resnet50_v2` (46 million: Li et al., "Benchmarking Detection Transfer Learning with
-            Vision Transformers", 2021) or `resnet18` (12 million, and fewer regions; a CPU trains it).
+        backbone: `resnet50` (44 million parameters), `resnet50_v2` (46 million: Li et al., "Benchmarking Detection
+            Transfer Learning with Vision Transformers", 2021) or `resnet18` (12 million, and fewer regions; a CPU
+            trains it).
         min_size: pixels to which the shorter side of an image is resized,
         max_size: unless the longer one would then have more than this.
         frozen_norm: batch norms of `resnet50` that learn nothing and keep the statistics that they are loaded with.
-        weights: `coco` for torchvision's weights, downloaded at first use, with new predictors and, as in torchvision, `frozen_norm`
-            and a first group of blocks and a stem that don't learn; `none` for random ones, and batch norms that learn.
-            (A file is loaded into the model once it is built.)
+        weights: `coco` for torchvision's weights, downloaded at first use, with new predictors and, as in torchvision,
+            `frozen_norm` and a first group of blocks and a stem that don't learn; `none` for random ones, and batch
+            norms that learn. (A file is loaded into the model once it is built.)
 
     Raises:
         ConnectionError: the weights can't be downloaded, or the downloaded file is damaged.
@@ -67,12 +69,16 @@ def mask_rcnn(
         raise ValueError(f"frozen_norm is for backbone resnet50; the batch norms of {backbone} learn")
     if backbone == "resnet18":
         if weights == "coco":
-            raise ValueError("there are no weights coco for backbone resnet18; set model.weights=none, or model.backbone=resnet50")
+            raise ValueError(
+                "there are no weights coco for backbone resnet18; set model.weights=none, or model.backbone=resnet50"
+            )
         return _with_full_precision(_small(num_classes + 1, min_size, max_size))
     if weights == "none":
         return _with_full_precision(_large(backbone, num_classes + 1, min_size, max_size, frozen_norm))
     net = _large(backbone, COCO_CLASSES, min_size, max_size, frozen_norm=backbone == "resnet50")
-    load_published(net, (MaskRCNN_ResNet50_FPN_Weights if backbone == "resnet50" else MaskRCNN_ResNet50_FPN_V2_Weights).COCO_V1)
+    load_published(
+        net, (MaskRCNN_ResNet50_FPN_Weights if backbone == "resnet50" else MaskRCNN_ResNet50_FPN_V2_Weights).COCO_V1
+    )
     net.roi_heads.box_predictor = FastRCNNPredictor(1024, num_classes + 1)
     net.roi_heads.mask_predictor = MaskRCNNPredictor(256, 256, num_classes + 1)
     for name in ("conv1", "bn1", "layer1"):
@@ -85,7 +91,9 @@ def _large(backbone: str, num_outputs: int, min_size: int, max_size: int, frozen
     if not frozen_norm:
         build = maskrcnn_resnet50_fpn if backbone == "resnet50" else maskrcnn_resnet50_fpn_v2
         return build(weights=None, weights_backbone=None, num_classes=num_outputs, **sizes)
-    net = MaskRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=5), num_outputs, **sizes)
+    net = MaskRCNN(
+        resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=5), num_outputs, **sizes
+    )
     for module in net.modules():
         if isinstance(module, FrozenBatchNorm2d):
             module.eps = 0.0  # the published weights were trained without
@@ -93,7 +101,9 @@ def _large(backbone: str, num_outputs: int, min_size: int, max_size: int, frozen
 
 
 def _small(num_outputs: int, min_size: int, max_size: int) -> MaskRCNN:
-    """A quarter of the channels above the trunk, anchors for images of about 256 pixels, and about a tenth of the regions."""
+    """A quarter of the channels above the trunk, anchors for images of about 256 pixels,
+    and about a tenth of the regions.
+    """
     trunk = resnet18(weights=None)
     del trunk.avgpool, trunk.fc
     levels = {f"layer{level}": str(level - 1) for level in (1, 2, 3, 4)}
@@ -117,7 +127,8 @@ def _small(num_outputs: int, min_size: int, max_size: int) -> MaskRCNN:
 
 
 def _with_full_precision(net: MaskRCNN) -> MaskRCNN:
-    """Keeps boxes and masks out of autocast: between 256 and 512 pixels, neighbouring bfloat16 values are 2 pixels apart.
+    """Keeps boxes and masks out of autocast: between 256 and 512 pixels, neighbouring bfloat16 values are 2 pixels
+    apart.
 
     torchvision takes their dtype from what the heads return and, for anchors, from the feature maps.
     """

@@ -1,4 +1,6 @@
-"""A U-Net (Ronneberger et al., 2015) whose encoder is torchvision's ResNet (He et al., "Deep Residual Learning for Image Recognition", 2015)."""
+"""A U-Net (Ronneberger et al., 2015) whose encoder is torchvision's ResNet (He et al.,
+"Deep Residual Learning for Image Recognition", 2015).
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ WIDTHS = (64, 128, 256, 512)  # of a ResNet's four groups of blocks, before a bo
 class ResNetUNet(ResNet):
     """Images (B, 3, H, W) of any size to logits (B, C, H, W).
 
-    The encoder's keys of the state dict are torchvision's (`conv1.…` to `layer4.…`), all others are below `decoder`. So a safetensors
-    file of a torchvision ResNet fits once `decoder` starts new, `reset_layers: [decoder]`; its classifier isn't used.
+    The encoder's keys of the state dict are torchvision's (`conv1.…` to `layer4.…`), all others are below `decoder`. So
+    a safetensors file of a torchvision ResNet fits once `decoder` starts new, `reset_layers: [decoder]`; its classifier
+    isn't used.
 
     Args:
         num_classes: C.

@@ -18,7 +18,11 @@ class Block(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         layers: list[nn.Module] = []
         for channels in (in_channels, out_channels):
-            layers += [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Conv2d(channels, out_channels, 3, padding=1, bias=False),
+                nn.BatchNorm2d(out_channels),
+                nn.ReLU(inplace=True),
+            ]
         super().__init__(*layers)
 
 
@@ -60,6 +64,12 @@ class UNet(nn.Module):
 
 
 @model(interface="dense")
-def unet(num_classes: int, /, *, width: Annotated[int, Field(gt=0, le=4096)] = 16, depth: Annotated[int, Field(gt=0, le=10)] = 3) -> nn.Module:
+def unet(
+    num_classes: int,
+    /,
+    *,
+    width: Annotated[int, Field(gt=0, le=4096)] = 16,
+    depth: Annotated[int, Field(gt=0, le=10)] = 3,
+) -> nn.Module:
     """Builds a U-Net with `width` channels at full resolution and `depth` resolutions; 118k parameters by default."""
     return UNet(num_classes, width, depth)

@@ -32,6 +32,12 @@ class WatershedUNet(nn.Module):
 
 
 @model(interface="watershed")
-def watershed_unet(num_classes: int, /, *, width: Annotated[int, Field(gt=0, le=4096)] = 16, depth: Annotated[int, Field(gt=0, le=10)] = 5) -> nn.Module:
+def watershed_unet(
+    num_classes: int,
+    /,
+    *,
+    width: Annotated[int, Field(gt=0, le=4096)] = 16,
+    depth: Annotated[int, Field(gt=0, le=10)] = 5,
+) -> nn.Module:
     """Builds it with `width` channels at full resolution and `depth` resolutions; 1.9 million parameters by default."""
     return WatershedUNet(num_classes, width, depth)

@@ -37,7 +37,8 @@ def weights_field(*names: str) -> AfterValidator:
     allowed = f"must be {', '.join((*names, 'none'))} or an existing {SUFFIX} file"
 
     def check(weights: str) -> str:
-        if weights.endswith(SUFFIX) and not os.path.isfile(weights):  # Path.is_file() raises where the name can't be one
+        # Path.is_file() raises where the name can't be one.
+        if weights.endswith(SUFFIX) and not os.path.isfile(weights):
             raise ValueError(f"{allowed}, and there is no such file")
         if not weights.endswith(SUFFIX) and weights not in (*names, "none"):
             raise ValueError(f"{allowed}; to start from scratch, set model.weights=none")
@@ -46,7 +47,9 @@ def weights_field(*names: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def load_safetensors(model: nn.Module, file: str | Path, reset_layers: Sequence[str], alternatives: Alternatives = ()) -> None:
+def load_safetensors(
+    model: nn.Module, file: str | Path, reset_layers: Sequence[str], alternatives: Alternatives = ()
+) -> None:
     """Loads the tensors of `file` into `model`, all but those below `reset_layers`, which keep their initial values.
 
     Strict: where `check_safetensors` finds a difference, nothing is loaded at all.
@@ -64,14 +67,20 @@ def load_safetensors(model: nn.Module, file: str | Path, reset_layers: Sequence[
     skipped = [*reset_layers, *getattr(model, "unused_layers", ())]
     with _errors_explained(Path(file)):
         loaded = load_file(file)
-    model.load_state_dict({name: tensor for name, tensor in loaded.items() if not is_below(name, skipped)}, strict=False)  # compared above
+    # Compared above.
+    model.load_state_dict(
+        {name: tensor for name, tensor in loaded.items() if not is_below(name, skipped)}, strict=False
+    )
 
 
-def check_safetensors(model: nn.Module, file: str | Path, reset_layers: Sequence[str], alternatives: Alternatives = ()) -> None:
-    """Compares the tensors of `file`, of which it reads the header alone, with those of `model`, all but those below `reset_layers`.
+def check_safetensors(
+    model: nn.Module, file: str | Path, reset_layers: Sequence[str], alternatives: Alternatives = ()
+) -> None:
+    """Compares the tensors of `file`, of which it reads the header alone, with those of `model`, all but those below
+    `reset_layers`.
 
-    They must be the same in names and shapes. A model may name, as `unused_layers`, what published files hold and it has no use
-    for (auxiliary classifiers).
+    They must be the same in names and shapes. A model may name, as `unused_layers`, what published files hold and it
+    has no use for (auxiliary classifiers).
 
     Args:
         model: on any device, meta too.
@@ -80,8 +89,8 @@ def check_safetensors(model: nn.Module, file: str | Path, reset_layers: Sequence
         alternatives: other models that the file may be for, each with the settings that make it; the nearest first.
 
     Raises:
-        ValueError: a layer doesn't exist, the file can't be read, or its tensors don't fit; the message says which setting or which
-            layers to reset would make them fit, where that is known.
+        ValueError: a layer doesn't exist, the file can't be read, or its tensors don't fit; the message says which
+            setting or which layers to reset would make them fit, where that is known.
     """
     shapes = _read_shapes(Path(file))
     comparison = _compare(shapes, model, reset_layers)
@@ -92,7 +101,8 @@ def check_safetensors(model: nn.Module, file: str | Path, reset_layers: Sequence
         with suppress(ValueError):  # it has no such layer to reset
             candidates[settings] = _compare(shapes, other, reset_layers)
     fitting = [settings for settings, each in candidates.items() if each.new_layers is not None]
-    best = min(fitting, key=lambda settings: len(candidates[settings].differing), default=None)  # of equals the first, which is the nearest
+    # Of equals the first, which is the nearest.
+    best = min(fitting, key=lambda settings: len(candidates[settings].differing), default=None)
     new_layers = candidates[best].new_layers if best is not None else None
     reset = f"model.reset_layers=[{', '.join([*reset_layers, *new_layers])}]" if new_layers else ""
     if best:
@@ -102,7 +112,8 @@ def check_safetensors(model: nn.Module, file: str | Path, reset_layers: Sequence
 
 
 def load_published(net: nn.Module, published: WeightsEnum, unused_layers: Sequence[str] = ()) -> None:
-    """Loads torchvision's weights, downloaded at first use, into one of its networks, all but those below `unused_layers`.
+    """Loads torchvision's weights, downloaded at first use, into one of its networks, all but those below
+    `unused_layers`.
 
     A network on the meta device, where `trainer check` builds models, holds no values: nothing is downloaded for it.
 
@@ -120,7 +131,8 @@ def load_published(net: nn.Module, published: WeightsEnum, unused_layers: Sequen
         what = f"{file} is damaged; delete it" if file.exists() else f"could not download {published.url}"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConnectionError(
-            f"{what} ({reason}); or set model.weights=none to start from scratch, or model.weights=FILE{SUFFIX}, or put {file.name} into {file.parent}"
+            f"{what} ({reason}); or set model.weights=none to start from scratch, or model.weights=FILE{SUFFIX}, or "
+            f"put {file.name} into {file.parent}"
         ) from error
 
 
@@ -174,7 +186,10 @@ class _Comparison:
             return "; ".join(f"{kind} {_listed(names)}" for kind, names in kinds.items() if names)
         by_turns = zip_longest(*([f"{kind} {name}" for name in names] for kind, names in kinds.items()))
         examples = [example for turn in by_turns for example in turn if example][:NUM_EXAMPLES]
-        return f"it is a file of another network ({self.same} of its {len(self.found)} tensors fit; e.g. {', '.join(examples)})"
+        return (
+            f"it is a file of another network ({self.same} of its {len(self.found)} tensors fit; e.g. "
+            f"{', '.join(examples)})"
+        )
 
 
 def _compare(found: Shapes, model: nn.Module, reset_layers: Sequence[str]) -> _Comparison:
@@ -182,7 +197,9 @@ def _compare(found: Shapes, model: nn.Module, reset_layers: Sequence[str]) -> _C
     skipped = [*reset_layers, *getattr(model, "unused_layers", ())]
     return _Comparison(
         found={name: shape for name, shape in found.items() if not is_below(name, skipped)},
-        expected={name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not is_below(name, reset_layers)},
+        expected={
+            name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not is_below(name, reset_layers)
+        },
     )
 
 

@@ -1,8 +1,8 @@
 """YOLO, a one-stage detector with anchors at three scales, in sizes n, s, m and l that differ in depth and width.
 
-The trunk is a cross-stage partial network (Wang et al., "CSPNet", 2020) that ends in spatial pyramid pooling (He et al.,
-2015). Features are merged from coarse to fine and back (Liu et al., "Path Aggregation Network", 2018; Bochkovskiy et al.,
-"YOLOv4", 2020), and each of three scales predicts boxes relative to anchors (Redmon & Farhadi, "YOLOv3", 2018).
+The trunk is a cross-stage partial network (Wang et al., "CSPNet", 2020) that ends in spatial pyramid pooling (He et
+al., 2015). Features are merged from coarse to fine and back (Liu et al., "Path Aggregation Network", 2018; Bochkovskiy
+et al., "YOLOv4", 2020), and each of three scales predicts boxes relative to anchors (Redmon & Farhadi, "YOLOv3", 2018).
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ from trainer.models.layers import check_sides
 SIZES = {"n": (0.33, 0.25), "s": (0.33, 0.5), "m": (0.67, 0.75), "l": (1.0, 1.0)}  # factors of depth and width
 STRIDES = (8, 16, 32)
 # Width and height in pixels, three at each stride: those of the weights that are published for COCO.
-PUBLISHED_ANCHORS: list[list[list[float]]] = [[[10, 13], [16, 30], [33, 23]], [[30, 61], [62, 45], [59, 119]], [[116, 90], [156, 198], [373, 326]]]
-PRIOR = 0.01  # probability that a new head gives to an object, and to each class (Lin et al., "Focal Loss", 2017, section 3.3)
+PUBLISHED_ANCHORS: list[list[list[float]]] = [
+    [[10, 13], [16, 30], [33, 23]],
+    [[30, 61], [62, 45], [59, 119]],
+    [[116, 90], [156, 198], [373, 326]],
+]
+# Probability that a new head gives to an object, and to each class (Lin et al., "Focal Loss", 2017, section 3.3).
+PRIOR = 0.01
 
 Side = Annotated[float, Field(gt=0)]
 Anchor = Annotated[list[Side], Field(min_length=2, max_length=2)]
@@ -59,7 +64,9 @@ class Bottleneck(nn.Module):
 
 
 class C3(nn.Module):
-    """A cross-stage partial block of three convolutions: half of the channels go through the bottlenecks, half past them."""
+    """A cross-stage partial block of three convolutions: half of the channels go through the bottlenecks,
+    half past them.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, depth: int, shortcut: bool = True) -> None:
         super().__init__()
@@ -116,8 +123,11 @@ class Detect(nn.Module):
     def __init__(self, num_classes: int, anchors: list[list[list[float]]], channels: list[int]) -> None:
         super().__init__()
         strides = torch.tensor(STRIDES).view(-1, 1, 1)
-        self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32) / strides)  # in cells, as published weights have them
-        self.m = nn.ModuleList(nn.Conv2d(width, len(level) * (5 + num_classes), 1) for width, level in zip(channels, anchors, strict=True))
+        # In cells, as published weights have them.
+        self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32) / strides)
+        self.m = nn.ModuleList(
+            nn.Conv2d(width, len(level) * (5 + num_classes), 1) for width, level in zip(channels, anchors, strict=True)
+        )
         for conv in self.m:
             assert isinstance(conv, nn.Conv2d) and conv.bias is not None
             conv.bias.detach().unflatten(0, (-1, 5 + num_classes))[:, 4:] = torch.tensor(PRIOR).logit()
@@ -220,8 +230,8 @@ def yolo(
     Args:
         num_classes: C.
         size: for 80 classes n has 1.9 million parameters, s 7.2, m 21.2 and l 46.6.
-        anchors: width and height in pixels, three for each of the strides 8, 16 and 32; without them those of `weights`,
-            or else the ones that are published for COCO.
+        anchors: width and height in pixels, three for each of the strides 8, 16 and 32; without them those of
+            `weights`, or else the ones that are published for COCO.
     """
     depth, width = SIZES[size]
     return Yolo(num_classes, depth, width, anchors)

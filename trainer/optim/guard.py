@@ -17,9 +17,13 @@ GRADIENTS = "gradient_norm"
 
 MAX_IDS = 32  # listed in a message
 
-ADVICE = "lower optimizer.lr, set train.clip_norm=1.0 or train.precision=fp32, or leave such steps out with train.non_finite=skip"
+ADVICE = (
+    "lower optimizer.lr, set train.clip_norm=1.0 or train.precision=fp32, or leave such steps out with "
+    "train.non_finite=skip"
+)
 
-MAX_OVERFLOWS = 20  # steps in a row: a gradient scaler halves its scale in each, and starts at 2**16; below 1 it is of no use
+# Steps in a row: a gradient scaler halves its scale in each, and starts at 2**16; below 1 it is of no use.
+MAX_OVERFLOWS = 20
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Finding:
 
     Attributes:
         step: its number, from 0.
-        what: what was not finite, e.g. `loss is nan`; empty where gradients overflowed fp16 and nothing else happened: a gradient
-            scaler finds its scale that way.
+        what: what was not finite, e.g. `loss is nan`; empty where gradients overflowed fp16 and nothing else happened:
+            a gradient scaler finds its scale that way.
         micro_batches: for each micro-batch of this process, whether its own share of the loss was not finite.
         count: steps skipped since the last look.
         advice: what a user can do about it; empty where bad steps are skipped anyway.
@@ -51,7 +55,11 @@ class Finding:
             if is_marked:
                 rank, micro_batch = divmod(index, accumulate)
                 ids += data.sample_ids(self.step, micro_batch, rank)
-        listed = f"among samples {', '.join(map(str, ids[:MAX_IDS]))}{', …' if len(ids) > MAX_IDS else ''}" if ids else "each sample's loss is finite"
+        listed = (
+            f"among samples {', '.join(map(str, ids[:MAX_IDS]))}{', …' if len(ids) > MAX_IDS else ''}"
+            if ids
+            else "each sample's loss is finite"
+        )
         return f"step {self.step + 1}: {self.what} ({listed})"
 
 
@@ -62,8 +70,8 @@ class Guard:
     the one a gradient scaler would set (`found_inf`), and the host learns of it when it waits for the device anyway.
     Loss terms and gradients are sums over all processes, so all come to the same judgement.
 
-    A gradient scaler of fp16 tries scales that make gradients overflow; such steps are skipped and not bad, unless there are
-    `MAX_OVERFLOWS` in a row.
+    A gradient scaler of fp16 tries scales that make gradients overflow; such steps are skipped and not bad, unless
+    there are `MAX_OVERFLOWS` in a row.
 
     Args:
         optimizer: the torch optimizer; one that isn't fused makes the host look at every step.
@@ -74,9 +82,14 @@ class Guard:
 
     def __init__(self, optimizer: torch.optim.Optimizer, buffers: Iterable[Tensor], skip: bool, scaled: bool) -> None:
         self.optimizer, self.skip, self.scaled = optimizer, skip, scaled
-        self._buffers = [_Kept(group) for group in _by_dtype(buffer for buffer in buffers if buffer.is_floating_point())] if skip else []
+        self._buffers = (
+            [_Kept(group) for group in _by_dtype(buffer for buffer in buffers if buffer.is_floating_point())]
+            if skip
+            else []
+        )
         self._state: Tensor | None = None  # bad steps so far, skipped ones, overflows in a row; float64, on the device
-        self._first: Tensor | None = None  # of the bad ones since the last look: step, overflows, values, flags of the micro-batches
+        # Of the bad ones since the last look: step, overflows, values, flags of the micro-batches.
+        self._first: Tensor | None = None
         self._names: list[str] = []
         self._seen_bad, self._seen_skipped, self._has_stepped = 0.0, 0.0, False
         self._flag: Tensor | None = None  # for the fused optimizer: 1 where it is to change nothing
@@ -107,7 +120,9 @@ class Guard:
         broken = ~finite.all()
         bad, overflows = broken, torch.zeros_like(found[:1])
         if self.scaled:
-            overflow = broken & torch.stack([ok for ok, name in zip(finite, values, strict=True) if name != GRADIENTS]).all()
+            overflow = (
+                broken & torch.stack([ok for ok, name in zip(finite, values, strict=True) if name != GRADIENTS]).all()
+            )
             overflows = (self._state[2:] + 1) * overflow
             bad = broken & ~(overflow & (overflows < MAX_OVERFLOWS).all())
         report = torch.cat([torch.full_like(overflows, step), overflows, found, (~torch.stack(finite_shares)).double()])
@@ -115,14 +130,19 @@ class Guard:
         self._state = torch.cat([self._state[:2] + torch.stack([bad, broken]), overflows])
         stop = broken if self.skip else broken | (self._state[0] > 0)
         # The host looks until a step has passed, which creates the optimizer's state.
-        if stop.device.type == "cpu" or not self._has_stepped or not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        if (
+            stop.device.type == "cpu"
+            or not self._has_stepped
+            or not getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        ):
             self._flag = None
             passes = not bool(stop)
             self._has_stepped |= passes
             if not passes:
                 for buffers in self._buffers:
                     buffers.put_back()
-                self.optimizer.zero_grad()  # a scaler has to be called in any case, and calls an optimizer with nothing to do
+                # A scaler has to be called in any case, and calls an optimizer with nothing to do.
+                self.optimizer.zero_grad()
             return passes or self.scaled, ~stop
         for buffers in self._buffers:
             buffers.put_back_where(stop)
@@ -130,7 +150,9 @@ class Guard:
         return True, ~stop
 
     def _hand_over_flag(self, optimizer: Any, arguments: Any, keywords: Any) -> None:
-        """Called when the optimizer begins to step: a scaler has set its own flag before, which knows of overflows alone."""
+        """Called when the optimizer begins to step: a scaler has set its own flag before,
+        which knows of overflows alone.
+        """
         if self._flag is not None:
             optimizer.found_inf = self._flag
 
@@ -144,7 +166,13 @@ class Guard:
         if not count:
             return None
         values, flags = rest[: len(self._names)], rest[len(self._names) :]
-        what = ", ".join(f"{name} is {value}" for name, value in zip(self._names, values, strict=True) if not isfinite(value)) if is_bad else ""
+        what = (
+            ", ".join(
+                f"{name} is {value}" for name, value in zip(self._names, values, strict=True) if not isfinite(value)
+            )
+            if is_bad
+            else ""
+        )
         advice = "" if self.skip else ADVICE
         if is_bad and overflows:
             what = f"the gradients overflow fp16 in {overflows:.0f} steps in a row, at every scale"
@@ -160,7 +188,9 @@ def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 class _Kept:
-    """A copy of tensors of one dtype, in one block of memory: it takes as many calls to make or to use as for a single tensor."""
+    """A copy of tensors of one dtype, in one block of memory:
+    it takes as many calls to make or to use as for a single tensor.
+    """
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors

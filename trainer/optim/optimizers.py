@@ -19,10 +19,18 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 @optimizer()
 def sgd(
-    parameters: Iterable[nn.Parameter], /, *, lr: LearningRate, momentum: Fraction = 0.9, weight_decay: NotNegative = 0.0, nesterov: bool = False
+    parameters: Iterable[nn.Parameter],
+    /,
+    *,
+    lr: LearningRate,
+    momentum: Fraction = 0.9,
+    weight_decay: NotNegative = 0.0,
+    nesterov: bool = False,
 ) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum."""
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    optimizer = torch.optim.SGD(
+        parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
+    )
     if momentum:
         # The first step would create it, without values where that step is skipped since something isn't finite.
         for parameter in optimizer.param_groups[0]["params"]:

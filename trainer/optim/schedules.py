@@ -46,7 +46,9 @@ def build_schedule(recipe: Recipe, clock: Clock, best: Best) -> Schedule:
 
 def _after_warmup(warmup: float, decay: Schedule) -> Schedule:
     """Linear from 0 to 1 during `warmup`, then `decay` over what remains."""
-    return lambda progress: progress / warmup if progress < warmup else decay((progress - warmup) / max(1 - warmup, 1e-12))
+    return lambda progress: (
+        progress / warmup if progress < warmup else decay((progress - warmup) / max(1 - warmup, 1e-12))
+    )
 
 
 @schedule()
@@ -62,7 +64,9 @@ def cosine(share: Share, /, *, warmup: DurationOrZero = NONE, final: Factor = 0.
 
 
 @schedule()
-def polynomial(share: Share, /, *, warmup: DurationOrZero = NONE, power: Annotated[float, Field(gt=0)] = 0.9) -> Schedule:
+def polynomial(
+    share: Share, /, *, warmup: DurationOrZero = NONE, power: Annotated[float, Field(gt=0)] = 0.9
+) -> Schedule:
     """(1 - progress) ** power, as in DeepLab (Chen et al., 2017)."""
     return _after_warmup(share(warmup), lambda p: (1 - p) ** power)
 
@@ -77,16 +81,26 @@ def plateau(
     patience: Annotated[int, Field(ge=0)] = 5,
     warmup: DurationOrZero = NONE,
 ) -> Schedule:
-    """Multiplies by `factor` whenever `patience` evaluations in a row, and one more, haven't improved `evaluate.best`."""
+    """Multiplies by `factor` whenever `patience` evaluations in a row, and one more,
+    haven't improved `evaluate.best`.
+    """
     return _after_warmup(share(warmup), lambda _: float(factor ** best.plateaus(patience)))
 
 
 @schedule()
-def one_cycle(share: Share, /, *, warmup: DurationOrZero = Span.parse("30%"), start: Factor = 0.04, final: Factor = 1e-6) -> Schedule:
-    """Half a cosine up from `start`, half a cosine down to `final` (Smith & Topin, 2018); `optimizer.lr` is the peak."""
+def one_cycle(
+    share: Share, /, *, warmup: DurationOrZero = Span.parse("30%"), start: Factor = 0.04, final: Factor = 1e-6
+) -> Schedule:
+    """Half a cosine up from `start`, half a cosine down to `final` (Smith & Topin, 2018);
+    `optimizer.lr` is the peak.
+    """
     peak = share(warmup)
 
     def between(a: float, b: float, p: float) -> float:
         return b + (a - b) * (1 + math.cos(math.pi * p)) / 2
 
-    return lambda progress: between(start, 1.0, progress / peak) if progress < peak else between(1.0, final, (progress - peak) / max(1 - peak, 1e-12))
+    return lambda progress: (
+        between(start, 1.0, progress / peak)
+        if progress < peak
+        else between(1.0, final, (progress - peak) / max(1 - peak, 1e-12))
+    )

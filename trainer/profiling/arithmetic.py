@@ -70,7 +70,8 @@ def layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
     def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         if not isinstance(output, Tensor):  # e.g. anchors: nothing that is computed from weights
             return
-        own = [] if module in seen else list(module.parameters(recurse=False))  # a layer that is used twice has its weights once
+        # A layer that is used twice has its weights once.
+        own = [] if module in seen else list(module.parameters(recurse=False))
         seen.add(module)
         found.append(
             Layer(
@@ -86,7 +87,9 @@ def layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
         )
 
     leaves = [module for module in model.modules() if not list(module.children())]
-    handles = [hook for leaf in leaves for hook in (leaf.register_forward_pre_hook(before), leaf.register_forward_hook(after))]
+    handles = [
+        hook for leaf in leaves for hook in (leaf.register_forward_pre_hook(before), leaf.register_forward_hook(after))
+    ]
     was_training = model.training
     device = next(model.parameters()).device
     try:
@@ -133,7 +136,10 @@ def polynomial(count: Callable[..., Mapping[str, int]], variables: Mapping[str, 
     for what in counts[0]:
         values = [found[what] for found in counts]
         factors = [round(factor) for factor in np.linalg.lstsq(np.array(rows, float), np.array(values, float))[0]]
-        if any(sum(factor * each for factor, each in zip(factors, row, strict=True)) != value for row, value in zip(rows, values, strict=True)):
+        if any(
+            sum(factor * each for factor, each in zip(factors, row, strict=True)) != value
+            for row, value in zip(rows, values, strict=True)
+        ):
             raise ValueError(f"{what} is no polynomial of degree 2 in {', '.join(names)}")
         terms = [_term(factor, monomial) for factor, monomial in zip(factors, monomials, strict=True) if factor]
         texts[what] = " + ".join(reversed(terms)) or "0"

@@ -36,9 +36,11 @@ class Cost:
 
     Attributes:
         trainable: weights that learn.
-        saved_bytes: of activations that the forward pass of a micro-batch keeps for the backward pass, each storage once.
+        saved_bytes: of activations that the forward pass of a micro-batch keeps for the backward pass, each storage
+            once.
         gradient_bytes, optimizer_bytes: of what belongs to the weights that learn.
-        peak_bytes: of the device at the worst moment, above what was there before the model; None where the system doesn't tell.
+        peak_bytes: of the device at the worst moment, above what was there before the model; None where the system
+            doesn't tell.
         flops: of the forward and backward passes of a step.
         seconds: of a step, the median of three.
     """
@@ -53,9 +55,11 @@ class Cost:
 
 
 def measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, width: int) -> Cost:
-    """Trains a new model for a few steps, with only `layers` learning (empty: all), as the recipe says but for `compile`; one process.
+    """Trains a new model for a few steps, with only `layers` learning (empty: all), as the recipe says but for
+    `compile`; one process.
 
-    A step is `data.batch_size` made-up samples in `train.accumulate` micro-batches; `saved_bytes` is that of one of these.
+    A step is `data.batch_size` made-up samples in `train.accumulate` micro-batches; `saved_bytes` is that of one of
+    these.
 
     Raises:
         UserError: memory is out.
@@ -64,7 +68,8 @@ def measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, widt
         return _measure(recipe, info, layers, height, width)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(
-            f"memory is out with {height}x{width} pixels and {recipe.data.batch_size // recipe.train.accumulate} samples at a time: lower data.batch_size, "
+            f"memory is out with {height}x{width} pixels and {recipe.data.batch_size // recipe.train.accumulate} "
+            "samples at a time: lower data.batch_size, "
             "raise train.accumulate, give a smaller --input-size, or only count with --no-measure"
         ) from error
 
@@ -113,16 +118,23 @@ def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, wid
             scaler.scale(loss_of_micro_batch()).backward()
         update()
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         loss = loss_of_micro_batch()
         saved_bytes = sum(saved.values())
         scaler.scale(loss).backward()
-    gradient_bytes = sum(parameter.grad.untyped_storage().nbytes() for parameter in trainable if parameter.grad is not None)
+    gradient_bytes = sum(
+        parameter.grad.untyped_storage().nbytes() for parameter in trainable if parameter.grad is not None
+    )
     del loss
     saved.clear()
     update()
     seconds = [_timed(step, device) for _ in range(STEPS)]
-    state_bytes = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    state_bytes = sum(
+        value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+    )
     peak = _peak(device)
     return Cost(
         trainable=sum(parameter.numel() for parameter in trainable),
@@ -136,11 +148,21 @@ def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, wid
 
 
 def _made_up(recipe: Recipe, info: DataInfo, height: int, width: int, device: torch.device) -> dict[str, Any]:
-    """A micro-batch of noise with the fields that the task needs; with objects, of which each image has four, one in each quarter."""
+    """A micro-batch of noise with the fields that the task needs; with objects, of which each image has four,
+    one in each quarter.
+    """
     size = recipe.data.batch_size // recipe.train.accumulate
-    quarters = torch.tensor([[x * width, y * height, (x + 1) * width, (y + 1) * height] for y in (0, 1) for x in (0, 1)], device=device) / 2
+    quarters = (
+        torch.tensor(
+            [[x * width, y * height, (x + 1) * width, (y + 1) * height] for y in (0, 1) for x in (0, 1)], device=device
+        )
+        / 2
+    )
     rows, columns = (torch.arange(side, device=device) for side in (height, width))
-    inside = [(columns >= left) & (columns < right) & (rows[:, None] >= top) & (rows[:, None] < bottom) for left, top, right, bottom in quarters]
+    inside = [
+        (columns >= left) & (columns < right) & (rows[:, None] >= top) & (rows[:, None] < bottom)
+        for left, top, right, bottom in quarters
+    ]
     objects = {
         "boxes": quarters.repeat(size, 1),
         "labels": torch.randint(0, info.num_classes, (4 * size,), device=device),
@@ -174,7 +196,8 @@ def _start_peak(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     gc.collect()
-    with suppress(OSError, AttributeError):  # of glibc: memory that was freed goes back to the system, else it would be in use still
+    # Of glibc: memory that was freed goes back to the system, else it would be in use still.
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the process's highest use

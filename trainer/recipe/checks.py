@@ -22,12 +22,20 @@ def _check_interfaces(recipe: Recipe) -> Iterator[Problem]:
         found = recipe.components[section]
         if found.interface != task.interface:
             fits = [c.name for c in catalogue(section).values() if c.interface == task.interface]
-            yield recipe.problem(section, f"{section} {found.name} doesn't fit task {task.name}; choose one of {', '.join(fits)}", found.name)
+            yield recipe.problem(
+                section,
+                f"{section} {found.name} doesn't fit task {task.name}; choose one of {', '.join(fits)}",
+                found.name,
+            )
     data = recipe.components["data"]
     lacking = [f for f in task.fields if f not in data.fields]
     if lacking:
         fits = [c.name for c in catalogue("dataset").values() if set(task.fields) <= set(c.fields)]
-        yield recipe.problem("data", f"task {task.name} needs {', '.join(lacking)}, which {data.name} has not; data sets that fit: {', '.join(fits)}")
+        yield recipe.problem(
+            "data",
+            f"task {task.name} needs {', '.join(lacking)}, which {data.name} has not; data sets that fit: "
+            f"{', '.join(fits)}",
+        )
 
 
 def _check_augmentations(recipe: Recipe) -> Iterator[Problem]:
@@ -37,7 +45,9 @@ def _check_augmentations(recipe: Recipe) -> Iterator[Problem]:
         except ValueError as error:
             yield recipe.problem(f"data.augment.{index}", str(error))
         if component.name == "mosaic" and index:
-            yield recipe.problem(f"data.augment.{index}", "must be the first augmentation: those after it see the mosaic", component.name)
+            yield recipe.problem(
+                f"data.augment.{index}", "must be the first augmentation: those after it see the mosaic", component.name
+            )
 
 
 def _check_resize(recipe: Recipe) -> Iterator[Problem]:
@@ -45,19 +55,27 @@ def _check_resize(recipe: Recipe) -> Iterator[Problem]:
         if not recipe.data.resize:
             yield recipe.problem("data.resize_mode", "needs data.resize, the size to pad to", recipe.data.resize_mode)
         if "mask" in recipe.components["data"].fields:
-            yield recipe.problem("data.resize_mode", "is for sets of boxes: what it pads with has no class", recipe.data.resize_mode)
+            yield recipe.problem(
+                "data.resize_mode", "is for sets of boxes: what it pads with has no class", recipe.data.resize_mode
+            )
 
 
 def _check_batch(recipe: Recipe) -> Iterator[Problem]:
     batch, accumulate = recipe.data.batch_size, recipe.train.accumulate
     if batch % accumulate:
-        yield recipe.problem("data.batch_size", f"must be divisible by train.accumulate ({accumulate}); it counts all samples of an optimizer step", batch)
+        yield recipe.problem(
+            "data.batch_size",
+            f"must be divisible by train.accumulate ({accumulate}); it counts all samples of an optimizer step",
+            batch,
+        )
 
 
 def _check_durations(recipe: Recipe) -> Iterator[Problem]:
     clock = Clock(recipe.train.duration, recipe.data.batch_size, 1)
     if recipe.train.duration.unit == "%":
-        yield recipe.problem("train.duration", "can't be a share of itself; give it in steps, epochs or minutes", recipe.train.duration)
+        yield recipe.problem(
+            "train.duration", "can't be a share of itself; give it in steps, epochs or minutes", recipe.train.duration
+        )
         return
     if recipe.train.timeout.unit != "minutes":
         yield recipe.problem("train.timeout", "is a time; give it in minutes", recipe.train.timeout)
@@ -71,7 +89,9 @@ def _check_durations(recipe: Recipe) -> Iterator[Problem]:
         else:
             comparable = {value.unit, clock.duration.unit} != {"steps", "epochs"}  # these need the size of the data set
             if comparable and share > 1:
-                yield recipe.problem(f"schedule.{key}", f"is longer than the training (train.duration {clock.duration})", value)
+                yield recipe.problem(
+                    f"schedule.{key}", f"is longer than the training (train.duration {clock.duration})", value
+                )
 
 
 CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (

@@ -35,7 +35,11 @@ class Span:
 
     def __str__(self) -> str:
         number = str(self.value) if self.value.denominator == 1 else repr(float(self.value))
-        return f"{number}%" if self.unit == "%" else f"{number} {self.unit.removesuffix('s') if self.value == 1 else self.unit}"
+        return (
+            f"{number}%"
+            if self.unit == "%"
+            else f"{number} {self.unit.removesuffix('s') if self.value == 1 else self.unit}"
+        )
 
 
 def _positive(text: Any) -> Span:
@@ -114,5 +118,7 @@ class Clock:
         if span.unit == "%" or span.value == 0:
             return float(span.value / 100)
         if (span.unit == "minutes") != (self.duration.unit == "minutes"):
-            raise ValueError(f"{span} can't be compared with a training of {self.duration}: give both in minutes, or this one in %")
+            raise ValueError(
+                f"{span} can't be compared with a training of {self.duration}: give both in minutes, or this one in %"
+            )
         return float(self.count(self.duration, 1, 60.0) / self.count(span, 1, 60.0))

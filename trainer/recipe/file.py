@@ -1,7 +1,7 @@
 """Recipe files: YAML with `inherit` and `key.path=value`, read into one tree that remembers where every key stands.
 
-Mappings merge deeply, the child's keys over the parent's; lists are replaced whole. Where a section names another component, the keys of
-the old one are dropped, and those that the section has with every component stay.
+Mappings merge deeply, the child's keys over the parent's; lists are replaced whole. Where a section names another
+component, the keys of the old one are dropped, and those that the section has with every component stay.
 """
 
 from __future__ import annotations
@@ -79,15 +79,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     by_lower = {name.lower(): name for name in known}
     match = difflib.get_close_matches(word.lower(), by_lower, 1, cutoff=0.6)
-    return f"did you mean {by_lower[match[0]]!r}?" if match else f"known: {', '.join(known)}" if known else "there are none"
+    return (
+        f"did you mean {by_lower[match[0]]!r}?"
+        if match
+        else f"known: {', '.join(known)}"
+        if known
+        else "there are none"
+    )
 
 
 class Reader:
     """Reads a recipe and its parents into one tree, with the place of every key.
 
     Args:
-        shared: the sections that name a component, and the keys that each has whatever component it names. They may be written
-            as a mere name, `loss: soft_iou` for `loss: {name: soft_iou}`.
+        shared: the sections that name a component, and the keys that each has whatever component it names. They may be
+            written as a mere name, `loss: soft_iou` for `loss: {name: soft_iou}`.
 
     Attributes:
         problems: what was found wrong so far.
@@ -126,7 +132,9 @@ class Reader:
             self.complete = False
         parent = tree.pop("inherit", None) if isinstance(tree, dict) else None
         if tree is not None and not isinstance(tree, dict):
-            tree = self._unread(f"{path}:1:1", (), "a recipe is a mapping of sections (task:, data:, model:, …)", short(tree))
+            tree = self._unread(
+                f"{path}:1:1", (), "a recipe is a mapping of sections (task:, data:, model:, …)", short(tree)
+            )
         merged: dict[str, Any] = {}
         if parent is not None:
             place = places.get(("inherit",), str(path))
@@ -149,25 +157,39 @@ class Reader:
             dotted_path, equals, value = argument.partition("=")
             path = dotted_path.strip().split(".")
             if not equals or not all(path):
-                self.problems.append(Problem(COMMAND_LINE, (), "an override is key.path=value, e.g. optimizer.lr=1e-3", argument))
+                self.problems.append(
+                    Problem(COMMAND_LINE, (), "an override is key.path=value, e.g. optimizer.lr=1e-3", argument)
+                )
                 continue
             inner: dict[KeyPath, Place] = {}
             one = self._parse(value, COMMAND_LINE, inner)
             for part in reversed(path):
                 one = {part: one}
             above = [tuple(path[:end]) for end in range(1, len(path) + 1)]
-            tree = self._merge(tree, places, one, dict.fromkeys([*above, *((*path, *rest) for rest in inner)], COMMAND_LINE))
+            tree = self._merge(
+                tree, places, one, dict.fromkeys([*above, *((*path, *rest) for rest in inner)], COMMAND_LINE)
+            )
         return tree, places
 
     def merge(self, base: dict[str, Any], top: dict[str, Any], places: dict[KeyPath, Place]) -> dict[str, Any]:
-        """Merges `top`, with the places of its keys, over `base`: deeply, but for the keys of components that `top` replaces."""
+        """Merges `top`, with the places of its keys, over `base`: deeply,
+        but for the keys of components that `top` replaces.
+        """
         return self._merge(base, self.places, top, places)
 
-    def _merge(self, base: dict[str, Any], below: dict[KeyPath, Place], top: dict[str, Any], places: dict[KeyPath, Place]) -> dict[str, Any]:
+    def _merge(
+        self, base: dict[str, Any], below: dict[KeyPath, Place], top: dict[str, Any], places: dict[KeyPath, Place]
+    ) -> dict[str, Any]:
         base, top = self._long_form(base), self._long_form(top)
         for section, shared in self.shared.items():
             old, new = base.get(section), top.get(section)
-            if not (isinstance(old, dict) and isinstance(new, dict) and "name" in old and "name" in new and old["name"] != new["name"]):
+            if not (
+                isinstance(old, dict)
+                and isinstance(new, dict)
+                and "name" in old
+                and "name" in new
+                and old["name"] != new["name"]
+            ):
                 continue
             base[section] = {key: value for key, value in old.items() if key in shared}
             lost: list[KeyPath] = [(section, key) for key in old if key not in base[section]]
@@ -179,12 +201,17 @@ class Reader:
             dropped = [dotted(path) for path in lost if path not in places and path != (section, "name")]
             if dropped:
                 place = place_of(places, (section, "name"), COMMAND_LINE)
-                self.dropped.append(f"{place}: {section}.name changed from {old['name']} to {new['name']}: dropped {', '.join(dropped)}")
+                self.dropped.append(
+                    f"{place}: {section}.name changed from {old['name']} to {new['name']}: dropped {', '.join(dropped)}"
+                )
         below |= places
         return _over(base, top)
 
     def _long_form(self, tree: dict[str, Any]) -> dict[str, Any]:
-        return {key: {"name": value} if isinstance(value, str) and key in self.shared else value for key, value in tree.items()}
+        return {
+            key: {"name": value} if isinstance(value, str) and key in self.shared else value
+            for key, value in tree.items()
+        }
 
     def _parse(self, text: str, file: str, places: dict[KeyPath, Place]) -> Any:
         yaml = YAML(typ="safe", pure=True)
@@ -200,18 +227,26 @@ class Reader:
             mark = error.problem_mark or error.context_mark
             override = file == COMMAND_LINE
             place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark and not override else file
-            self.problems.append(Problem(place, (), f"not valid YAML: {error.problem or error.context}", short(text) if override else None))
+            self.problems.append(
+                Problem(
+                    place, (), f"not valid YAML: {error.problem or error.context}", short(text) if override else None
+                )
+            )
             return None
         except (YAMLError, ValueError) as error:
             self.problems.append(Problem(file, (), f"not valid YAML: {str(error).splitlines()[0]}"))
             return None
 
-    def _plain(self, yaml: YAML, node: Node, path: KeyPath, file: str, places: dict[KeyPath, Place], budget: list[int]) -> Any:
+    def _plain(
+        self, yaml: YAML, node: Node, path: KeyPath, file: str, places: dict[KeyPath, Place], budget: list[int]
+    ) -> Any:
         budget[0] -= 1
         place = f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
         if budget[0] < 0:
             if budget[0] == -1:
-                self.problems.append(Problem(place, path, f"more than {MAX_NODES} values; a recipe this large is a mistake"))
+                self.problems.append(
+                    Problem(place, path, f"more than {MAX_NODES} values; a recipe this large is a mistake")
+                )
             return None
         places.setdefault(path, place)
         if not str(node.tag).startswith("tag:yaml.org,2002:") or "python" in str(node.tag):
@@ -226,7 +261,9 @@ class Reader:
                 if key is None:
                     self.problems.append(Problem(key_place, path, "a key is a word"))
                 elif key in out:
-                    self.problems.append(Problem(key_place, (*path, key), f"duplicate key; it stands on line {first[key]} already"))
+                    self.problems.append(
+                        Problem(key_place, (*path, key), f"duplicate key; it stands on line {first[key]} already")
+                    )
                 else:
                     first[key] = key_node.start_mark.line + 1
                     places[(*path, key)] = key_place

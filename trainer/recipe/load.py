@@ -41,7 +41,11 @@ class Validator:
     def component(self, kind: str, value: Any, path: KeyPath) -> Component | None:
         """The component of this kind that a section names; None where there is none, which is reported."""
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            self.report(path, f"must be the name of a {kind}, or a mapping with its name; known: {', '.join(catalogue(kind))}", value)
+            self.report(
+                path,
+                f"must be the name of a {kind}, or a mapping with its name; known: {', '.join(catalogue(kind))}",
+                value,
+            )
             return None
         found = catalogue(kind).get(value["name"])
         if found is None:
@@ -73,7 +77,9 @@ class Validator:
             for where, items in mistakes.items():  # several for one key: a union reports each of its members
                 known = _keys(schema, items[0]["loc"][:-1])
                 first, *others = dict.fromkeys(_sentence(item, known) for item in items)
-                self.report(where, " or ".join([first, *(other.removeprefix("must be ") for other in others)]), _got(items[0]))
+                self.report(
+                    where, " or ".join([first, *(other.removeprefix("must be ") for other in others)]), _got(items[0])
+                )
             return None
 
 
@@ -95,7 +101,9 @@ def _got(item: Any) -> Any:
 
 
 def _known_prefix(location: tuple[str | int, ...], value: Any) -> KeyPath:
-    """The part of pydantic's location that stands in the recipe, and one key that should; the rest names members of unions."""
+    """The part of pydantic's location that stands in the recipe, and one key that should;
+    the rest names members of unions.
+    """
     path: list[str | int] = []
     for part in location:
         if isinstance(value, dict):
@@ -120,7 +128,9 @@ def _keys(schema: type[Settings], location: tuple[str | int, ...]) -> list[str]:
     return list(schema.model_fields)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = (), checks: Iterable[tuple[tuple[str, ...], Check]] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Iterable[str] = (), checks: Iterable[tuple[tuple[str, ...], Check]] = ()
+) -> Recipe:
     """Reads, merges and validates a recipe.
 
     Args:
@@ -187,9 +197,13 @@ def _top_level(tree: dict[str, Any], recipe: Recipe, validator: Validator) -> No
         if isinstance(name, str) and re.fullmatch(r"[\w][\w.+=,-]{0,127}", name):
             recipe.name = name
         else:
-            validator.report(("name",), "a run's name is made of letters, digits and . _ - + = , (it names a folder)", name)
+            validator.report(
+                ("name",), "a run's name is made of letters, digits and . _ - + = , (it names a folder)", name
+            )
     reference = tree.get("reference", {})
-    if isinstance(reference, dict) and all(isinstance(key, str) and type(value) in (int, float) for key, value in reference.items()):
+    if isinstance(reference, dict) and all(
+        isinstance(key, str) and type(value) in (int, float) for key, value in reference.items()
+    ):
         recipe.reference = {key: float(value) for key, value in reference.items()}
     else:
         validator.report(("reference",), "must map names of metrics to numbers, e.g. {accuracy: 0.58}", reference)

@@ -32,7 +32,8 @@ class Recipe:
     augmentations: list[Choice] = field(default_factory=list)
     reference: dict[str, float] = field(default_factory=dict)  # published values of metrics, for reports
     places: dict[KeyPath, Place] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)  # inherited keys that a change of `name` dropped, a line for each change
+    # Inherited keys that a change of `name` dropped, a line for each change.
+    dropped: list[str] = field(default_factory=list)
 
     def __getattr__(self, section: str) -> Any:
         try:
@@ -58,7 +59,11 @@ class Recipe:
 
     def at_default(self) -> set[str]:
         """The keys (dotted) of its sections that have their default value."""
-        fields = ((section, settings, key, info) for section, settings in self.sections.items() for key, info in type(settings).model_fields.items())
+        fields = (
+            (section, settings, key, info)
+            for section, settings in self.sections.items()
+            for key, info in type(settings).model_fields.items()
+        )
         return {f"{section}.{key}" for section, settings, key, info in fields if getattr(settings, key) == info.default}
 
     def problem(self, path: str, what: str, got: Any = None) -> Problem:
@@ -88,7 +93,9 @@ def differences(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
     a, b = flatten(old), flatten(recipe.resolved())
     defaults = recipe.at_default()
     changed = [key for key in {**a, **b} if a.get(key) != b.get(key) and (key in a or key not in defaults)]
-    found = [key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in ("name", *RESUMABLE))]
+    found = [
+        key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in ("name", *RESUMABLE))
+    ]
     before, after = Span.parse(a["train.duration"]), Span.parse(b["train.duration"])
     if after.unit == before.unit and after.value < before.value:
         found.append("train.duration (shorter than before)")

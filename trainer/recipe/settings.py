@@ -13,10 +13,11 @@ from trainer.recipe.durations import Duration, Span
 class DataSettings(Settings):
     """Keys of `data:` that every data set has.
 
-    `max_unreadable` training samples may be unreadable, as each process counts: the next sample of the set takes the place of each.
-    A validation sample that can't be read is always an error: metrics over another set can't be compared.
-    `resize_mode: letterbox` keeps the aspect and pads what is left; it is for sets of boxes, whose padding has none.
-    `overfit: N` trains and validates on the first N training samples: what can't learn these by heart can't learn.
+    `max_unreadable` training samples may be unreadable, as each process counts: the next sample of the set takes the
+    place of each. A validation sample that can't be read is always an error: metrics over another set can't be
+    compared. `resize_mode: letterbox` keeps the aspect and pads what is left; it is for sets of boxes, whose padding
+    has none. `overfit: N` trains and validates on the first N training samples: what can't learn these by heart can't
+    learn.
     """
 
     name: str
@@ -38,7 +39,9 @@ def _weights(weights: str) -> str:
 
 
 class ModelSettings(Settings):
-    """Keys of `model:` that every model has: what it starts from, what starts new and what learns. Some know published weights by name."""
+    """Keys of `model:` that every model has: what it starts from, what starts new and what learns.
+    Some know published weights by name.
+    """
 
     name: str
     weights: Annotated[str, AfterValidator(_weights)] = "none"
@@ -50,7 +53,9 @@ LearningRate = Annotated[float, Field(gt=0)]
 
 
 class OptimizerSettings(Settings):
-    """Keys of `optimizer:` that every optimizer has: the learning rate, by which the schedule's factor is multiplied."""
+    """Keys of `optimizer:` that every optimizer has: the learning rate,
+    by which the schedule's factor is multiplied.
+    """
 
     name: str
     lr: LearningRate
@@ -65,10 +70,10 @@ class NamedSettings(Settings):
 class TrainSettings(Settings):
     """`train:`, how the loop runs.
 
-    `precision: tf32` stores fp32 and computes products and convolutions in TF32, on GPUs from Ampere on; `fp32` never does.
-    `deterministic: auto` is true on CPUs and false on GPUs, where it costs speed: there a resumed run has the bits of an uninterrupted
-    one with `true` only. `timeout` is how long a rank may stand still.
-    `freeze: N` keeps the first N layers of a model that numbers them (`model.0`, `model.1`, …) as they are.
+    `precision: tf32` stores fp32 and computes products and convolutions in TF32, on GPUs from Ampere on; `fp32` never
+    does. `deterministic: auto` is true on CPUs and false on GPUs, where it costs speed: there a resumed run has the
+    bits of an uninterrupted one with `true` only. `timeout` is how long a rank may stand still. `freeze: N` keeps the
+    first N layers of a model that numbers them (`model.0`, `model.1`, …) as they are.
     """
 
     duration: Duration
@@ -88,7 +93,9 @@ class TrainSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """`evaluate:`, when, which metric makes a checkpoint the best, and after how many evaluations without a better one training ends."""
+    """`evaluate:`, when, which metric makes a checkpoint the best,
+    and after how many evaluations without a better one training ends.
+    """
 
     every: Duration = Span.parse("1 epoch")
     best: str = "loss"
@@ -118,7 +125,9 @@ SECTIONS: dict[str, tuple[str | None, type[Settings], bool]] = {
 }
 
 # section that names a component -> the keys that stay where it names another
-SHARED: dict[str, set[str]] = {section: {*shared.model_fields} - {"name"} for section, (kind, shared, _) in SECTIONS.items() if kind}
+SHARED: dict[str, set[str]] = {
+    section: {*shared.model_fields} - {"name"} for section, (kind, shared, _) in SECTIONS.items() if kind
+}
 SHARED["data"].add("augment")  # a list of components: not part of the schema
 
 DEFAULTS: dict[str, Any] = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}

@@ -25,7 +25,8 @@ Points = tuple[list[float], list[float]]
 
 
 def draw_curves(lines: list[Line], file: Path) -> None:
-    """Draws the train and validation losses, and below them the validation metrics where there are any, but those of single classes.
+    """Draws the train and validation losses, and below them the validation metrics where there are any, but those of
+    single classes.
 
     Args:
         lines: of `metrics.jsonl`.
@@ -34,7 +35,9 @@ def draw_curves(lines: list[Line], file: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot there is no global state and no display
 
     train, validation = _series(lines, "train"), _series(lines, "validation")
-    losses = sorted({name for name in (*train, *validation) if lower_is_better(name)}, key=lambda name: (name != "loss", name))
+    losses = sorted(
+        {name for name in (*train, *validation) if lower_is_better(name)}, key=lambda name: (name != "loss", name)
+    )
     metrics = [name for name in validation if not lower_is_better(name) and "/" not in name]
     rows = 2 if metrics else 1
     figure = Figure(figsize=(9, 3.6 * rows), dpi=110, layout="constrained")
@@ -43,10 +46,24 @@ def draw_curves(lines: list[Line], file: Path) -> None:
         if name in train:
             axes[0].plot(*train[name], color=f"C{index}", linewidth=1, alpha=0.55, label=f"train {name}")
         if name in validation:
-            axes[0].plot(*validation[name], color=f"C{index}", linewidth=2, marker="o", markersize=3.5, label=_with_best(name, validation[name]))
+            axes[0].plot(
+                *validation[name],
+                color=f"C{index}",
+                linewidth=2,
+                marker="o",
+                markersize=3.5,
+                label=_with_best(name, validation[name]),
+            )
     axes[0].set_ylabel("loss")
     for index, name in enumerate(metrics):
-        axes[1].plot(*validation[name], color=f"C{index}", linewidth=2, marker="o", markersize=3.5, label=_with_best(name, validation[name]))
+        axes[1].plot(
+            *validation[name],
+            color=f"C{index}",
+            linewidth=2,
+            marker="o",
+            markersize=3.5,
+            label=_with_best(name, validation[name]),
+        )
     if metrics:
         axes[1].set_ylabel("validation metrics")
     axes[-1].set_xlabel("epoch")
@@ -86,7 +103,16 @@ def draw_confusion(table: Mapping[str, Sequence[int]], file: Path) -> None:
         for row, column in zip(*counts.nonzero(), strict=True):
             count, share = counts[row, column], shares[row, column]
             text = f"{share:.1%}\n{shorten(count) if count >= 1000 else count}"
-            axes.text(column, row, text, ha="center", va="center", fontsize="x-small", color="white" if share > 0.5 else "black", in_layout=False)
+            axes.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize="x-small",
+                color="white" if share > 0.5 else "black",
+                in_layout=False,
+            )
     figure.savefig(file, format="png")
 
 
@@ -108,7 +134,13 @@ def draw_precision_recall(table: Mapping[str, Sequence[float]], file: Path) -> N
         label = f"{name} ({curve.mean():.2f})" if few else None
         axes.plot(recalls, curve, linewidth=1, label=label, color=None if few else "0.8")
     if len(table) > 1:
-        axes.plot(recalls, curves.mean(0), color="black", linewidth=2, label=f"mean of {len(table)} classes ({curves.mean():.2f})")
+        axes.plot(
+            recalls,
+            curves.mean(0),
+            color="black",
+            linewidth=2,
+            label=f"mean of {len(table)} classes ({curves.mean():.2f})",
+        )
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
@@ -122,7 +154,9 @@ def row_shares(counts: np.ndarray) -> np.ndarray:
     return np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
 
 
-def save_sheet(samples: Sequence[Tensor], file: Path, panels: Sequence[str] = (), legend: Mapping[str, tuple[int, int, int]] = {}) -> None:
+def save_sheet(
+    samples: Sequence[Tensor], file: Path, panels: Sequence[str] = (), legend: Mapping[str, tuple[int, int, int]] = {}
+) -> None:
     """Writes samples one below the other, each a row of panels; small ones enlarged by a whole factor.
 
     Args:
@@ -147,7 +181,10 @@ def save_sheet(samples: Sequence[Tensor], file: Path, panels: Sequence[str] = ()
     for sample, height in zip(samples, heights, strict=True):
         for index, panel in enumerate(sample):
             image = Image.fromarray(panel.permute(1, 2, 0).cpu().numpy())
-            sheet.paste(image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST), (GAP + index * column, top))
+            sheet.paste(
+                image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST),
+                (GAP + index * column, top),
+            )
         top += height
     for index, (name, color) in enumerate(legend.items()):
         x, y = GAP + index % entries_in_line * entry, top + index // entries_in_line * line

@@ -1,4 +1,6 @@
-"""One HTML page about some runs, which needs no network: curves, figures beside the reference, pictures, recipes, environments."""
+"""One HTML page about some runs, which needs no network: curves, figures beside the reference, pictures, recipes,
+environments.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,14 @@ MAX_PICTURES = 3  # of each run: the first, one in the middle, the last
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; margin: .6rem 0 } th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
-th { border-bottom: 1px solid #bbb; font-weight: 600 } td.number { text-align: right; font-variant-numeric: tabular-nums }
-figure { display: inline-block; margin: .4rem 1rem .4rem 0 } figcaption { color: #666; font-size: .85rem } img { max-width: 100% }
-pre { background: #f6f6f6; padding: .8rem; overflow: auto; font-size: .8rem } .better { color: #0a6b2d } .worse { color: #a33 }
+table { border-collapse: collapse; margin: .6rem 0 }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
+th { border-bottom: 1px solid #bbb; font-weight: 600 }
+td.number { text-align: right; font-variant-numeric: tabular-nums }
+figure { display: inline-block; margin: .4rem 1rem .4rem 0 }
+figcaption { color: #666; font-size: .85rem } img { max-width: 100% }
+pre { background: #f6f6f6; padding: .8rem; overflow: auto; font-size: .8rem }
+.better { color: #0a6b2d } .worse { color: #a33 }
 """
 
 
@@ -42,11 +48,17 @@ class Run:
 
     def series(self, split: str, metric: str) -> tuple[list[float], list[float]]:
         """Epochs and values of a metric."""
-        points = [(line["epoch"], line[metric]) for line in self.lines if line["split"] == split and metric in metrics_of(line)]
+        points = [
+            (line["epoch"], line[metric])
+            for line in self.lines
+            if line["split"] == split and metric in metrics_of(line)
+        ]
         return [epoch for epoch, _ in points], [value for _, value in points]
 
     def best_validation(self) -> Line:
-        """The validation line at the best value of `evaluate.best`; the last one where there is no best, empty without any."""
+        """The validation line at the best value of `evaluate.best`; the last one where there is no best,
+        empty without any.
+        """
         lines = [line for line in self.lines if line["split"] == "validation"]
         best = self.summary.get("best", {}).get(self.recipe["evaluate"]["best"], {}).get("step")
         return next((line for line in lines if line["step"] == best), lines[-1] if lines else {})
@@ -72,8 +84,14 @@ def report(folders: Sequence[RunFolder]) -> str:
     ]
     body = "".join(f"<h2>{heading}</h2>{content}" for heading, content in sections if content)
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    head = f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{escape(title)}</title><link rel=icon href=data:,><style>{STYLE}</style></head>"
-    return f"{head}<body><h1>{escape(title)}</h1><p>{len(runs)} run{'s' * (len(runs) > 1)}, reported {made}.</p>{body}</body></html>\n"
+    head = (
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{escape(title)}</title><link rel=icon "
+        f"href=data:,><style>{STYLE}</style></head>"
+    )
+    return (
+        f"{head}<body><h1>{escape(title)}</h1><p>{len(runs)} run{'s' * (len(runs) > 1)}, reported "
+        f"{made}.</p>{body}</body></html>\n"
+    )
 
 
 def _figures(runs: list[Run]) -> str:
@@ -83,11 +101,22 @@ def _figures(runs: list[Run]) -> str:
     rows = []
     for run in runs:
         best, reference = run.summary.get("best", {}), run.recipe.get("reference") or {}
-        facts = [run.summary.get("status", "not started"), run.summary.get("step"), run.summary.get("seconds"), run.summary.get("samples_per_second")]
+        facts = [
+            run.summary.get("status", "not started"),
+            run.summary.get("step"),
+            run.summary.get("seconds"),
+            run.summary.get("samples_per_second"),
+        ]
         cells = [_cell(run.name), *map(_cell, facts)]
-        cells += [_figure(name, best[name]["value"], best[name]["step"], reference.get(name)) if name in best else _cell(None) for name in metrics]
+        cells += [
+            _figure(name, best[name]["value"], best[name]["step"], reference.get(name)) if name in best else _cell(None)
+            for name in metrics
+        ]
         rows.append(cells)
-    return _table(heads, rows) + "<p>Each metric at its own best validation; hover for its step. In brackets the reference of the recipe.</p>"
+    return (
+        _table(heads, rows)
+        + "<p>Each metric at its own best validation; hover for its step. In brackets the reference of the recipe.</p>"
+    )
 
 
 def _figure(name: str, value: float, step: int, reference: float | None) -> str:
@@ -104,23 +133,51 @@ def _curves(runs: list[Run]) -> str:
     from plotly.colors import qualitative
     from plotly.io import to_html
 
-    names = list(dict.fromkeys(name for run in runs for line in run.lines for name in metrics_of(line) if "/" not in name and name != "learning_rate"))
+    names = list(
+        dict.fromkeys(
+            name
+            for run in runs
+            for line in run.lines
+            for name in metrics_of(line)
+            if "/" not in name and name != "learning_rate"
+        )
+    )
     names.sort(key=lambda name: (name != "loss", not lower_is_better(name)))
     parts: list[str] = []
     for name in names:
-        figure = go.Figure(layout={"template": "plotly_white", "height": 380, "margin": {"t": 30, "b": 40}, "xaxis_title": "epoch", "yaxis_title": name})
+        figure = go.Figure(
+            layout={
+                "template": "plotly_white",
+                "height": 380,
+                "margin": {"t": 30, "b": 40},
+                "xaxis_title": "epoch",
+                "yaxis_title": name,
+            }
+        )
         for index, run in enumerate(runs):
             color = qualitative.D3[index % len(qualitative.D3)]
             for split, dash, width in (("train", "dot", 1), ("validation", "solid", 2)):
                 x, y = run.series(split, name)
                 if x:
-                    figure.add_scatter(x=x, y=y, name=f"{escape(run.name)}, {split}", mode="lines", line={"color": color, "dash": dash, "width": width})
-        parts.append(to_html(figure, full_html=False, include_plotlyjs=not parts, config={"displaylogo": False, "responsive": True}))
+                    figure.add_scatter(
+                        x=x,
+                        y=y,
+                        name=f"{escape(run.name)}, {split}",
+                        mode="lines",
+                        line={"color": color, "dash": dash, "width": width},
+                    )
+        parts.append(
+            to_html(
+                figure, full_html=False, include_plotlyjs=not parts, config={"displaylogo": False, "responsive": True}
+            )
+        )
     return "".join(parts)
 
 
 def _confusion(run: Run) -> str:
-    """The confusion matrix at the best step, in figures and, by hovering, in counts; drawn by the library that the curves brought along."""
+    """The confusion matrix at the best step, in figures and, by hovering, in counts;
+    drawn by the library that the curves brought along.
+    """
     import plotly.graph_objects as go
     from plotly.io import to_html
 
@@ -145,12 +202,16 @@ def _confusion(run: Run) -> str:
     layout = {"template": "plotly_white", "width": side, "height": side, "margin": {"t": 30}}
     layout |= {"xaxis_title": "prediction", "yaxis": {"title": "truth", "autorange": "reversed"}}
     figure = to_html(go.Figure(matrix, layout), full_html=False, include_plotlyjs=False, config={"displaylogo": False})
-    return f"<figure>{figure}<figcaption>{escape(run.name)}, step {line['step']}, each row as shares of the true class</figcaption></figure>"
+    return (
+        f"<figure>{figure}<figcaption>{escape(run.name)}, step {line['step']}, each row as shares of the true "
+        "class</figcaption></figure>"
+    )
 
 
 def _pictures(run: Run) -> str:
     figures = [
-        f'<figure><img alt="{escape(file.stem)}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
+        f'<figure><img alt="{escape(file.stem)}" '
+        f'src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
         f"<figcaption>{escape(run.name)}, step {int(file.stem.rpartition('_')[2])}</figcaption></figure>"
         for file in run.sheets()
     ]
@@ -160,10 +221,16 @@ def _pictures(run: Run) -> str:
 def _recipes(runs: list[Run]) -> str:
     """The keys in which the recipes differ, and each recipe whole."""
     flat = [flatten(run.recipe) for run in runs]
-    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if len({json.dumps(each.get(key)) for each in flat}) > 1 and key != "name"]
+    keys = [
+        key
+        for key in dict.fromkeys(key for each in flat for key in each)
+        if len({json.dumps(each.get(key)) for each in flat}) > 1 and key != "name"
+    ]
     rows = [[_cell(key), *(_cell(each.get(key)) for each in flat)] for key in keys]
     differences = _table(["key", *(run.name for run in runs)], rows) if rows else ""
-    return differences + "".join(_details(run.name, (run.folder.path / "recipe.yaml").read_text(encoding="utf-8")) for run in runs)
+    return differences + "".join(
+        _details(run.name, (run.folder.path / "recipe.yaml").read_text(encoding="utf-8")) for run in runs
+    )
 
 
 def _environments(runs: list[Run]) -> str:

@@ -59,7 +59,8 @@ class Reporter:
             self.display.train(line)
 
     def validation(self, line: Line, names: Sequence[str], improved: bool, advice: str | None = None) -> None:
-        """A validation line; `names` are the metrics for the terminal. A confusion matrix and curves in it are drawn, for `pictures` to show.
+        """A validation line; `names` are the metrics for the terminal. A confusion matrix and curves in it are drawn,
+        for `pictures` to show.
 
         `advice` is printed once, when two evaluations in a row have some, or the last one of a finished run.
         """
@@ -86,7 +87,9 @@ class Reporter:
             self.folder.log(line)
             self.mirrors.log(line, line["step"], line["split"])
 
-    def pictures(self, samples: list[Tensor], step: int, panels: Sequence[str] = (), legend: Mapping[str, Color] = {}) -> None:
+    def pictures(
+        self, samples: list[Tensor], step: int, panels: Sequence[str] = (), legend: Mapping[str, Color] = {}
+    ) -> None:
         """Draws samples of the validation set, uint8 (P, 3, H, W) each, and shows all pictures of this step."""
         if self.enabled and self.mirrors:
             save_sheet(samples, self.folder.pictures / f"validation_step_{step:08d}.png", panels, legend)
@@ -105,7 +108,11 @@ class Reporter:
                 self._draw_curves()
             self.mirrors.finish(summary)
             best = summary["best"].get(self.recipe.evaluate.best)
-            figure = f", best {self.recipe.evaluate.best} {best['value']:.4f} at step {best['step']}" if best and status == "finished" else ""
+            figure = (
+                f", best {self.recipe.evaluate.best} {best['value']:.4f} at step {best['step']}"
+                if best and status == "finished"
+                else ""
+            )
             if status == "finished":
                 self._advise(self._advice)
             if text:

@@ -106,11 +106,19 @@ def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
     temporary, replaced = root / f"{WRITING}{final.name}", root / f"{REPLACED}{final.name}"
     temporary.mkdir()
     try:
-        tensors = {"model": checkpoint.model, "optimizer": checkpoint.optimizer} | ({"ema": checkpoint.ema} if checkpoint.ema is not None else {})
+        tensors = {"model": checkpoint.model, "optimizer": checkpoint.optimizer} | (
+            {"ema": checkpoint.ema} if checkpoint.ema is not None else {}
+        )
         for name, values in tensors.items():
-            save_file({key: value.contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+            save_file(
+                {key: value.contiguous() for key, value in values.items()},
+                temporary / f"{name}.safetensors",
+                metadata={"format": "pt"},
+            )
         (temporary / "trainer.json").write_text(json.dumps(checkpoint.counters, indent=1), encoding="utf-8")
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(temporary.iterdir())}
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(temporary.iterdir())
+        }
         manifest = {"format": FORMAT, "step": checkpoint.step, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for file in (*temporary.iterdir(), temporary):
@@ -136,7 +144,9 @@ def save(root: Path, checkpoint: Checkpoint, keep: int, best: bool) -> Path:
 
 
 def recover(root: Path) -> None:
-    """Removes what a killed save left behind; puts a checkpoint back that was about to be replaced by one of the same step."""
+    """Removes what a killed save left behind; puts a checkpoint back that was about to be
+    replaced by one of the same step.
+    """
     for leftover in (*root.glob(f"{WRITING}*"), *root.glob(f"{REMOVED}*")):
         shutil.rmtree(leftover, ignore_errors=True)  # a reader on a network file system may hold files of it
     for replaced in root.glob(f"{REPLACED}*"):
@@ -163,7 +173,8 @@ class Writer:
     def write(self, checkpoint: Checkpoint, best: bool) -> None:
         """Begins to write; waits for the one before. Raises what went wrong with it."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(checkpoint, best), name="checkpoint")  # no daemon: a normal exit waits for it
+        # No daemon: a normal exit waits for it.
+        self._thread = threading.Thread(target=self._write, args=(checkpoint, best), name="checkpoint")
         self._thread.start()
 
     def check(self) -> None:
@@ -193,7 +204,8 @@ class Writer:
             reason = getattr(error, "strerror", None) or error
             free = shutil.disk_usage(self.root).free / 2**20
             self._error = TrainingFailed(
-                f"the checkpoint of step {checkpoint.step} can't be written to {self.root}: {reason} ({free:.0f} MiB free); "
+                f"the checkpoint of step {checkpoint.step} can't be written to {self.root}: {reason} ({free:.0f} MiB "
+                "free); "
                 "older checkpoints are whole: make room, then the same command goes on from the newest"
             )
             self._error.on_one_rank = True
@@ -202,14 +214,21 @@ class Writer:
 
 
 def restore_best(root: Path, step: int | None) -> None:
-    """Points `best` to the checkpoint that the state says is the best, if a kill came between saving it and pointing."""
+    """Points `best` to the checkpoint that the state says is the best,
+    if a kill came between saving it and pointing.
+    """
     link = root / "best"
-    if step is not None and (root / folder_name(step)).is_dir() and (not link.exists() or link.resolve().name != folder_name(step)):
+    if (
+        step is not None
+        and (root / folder_name(step)).is_dir()
+        and (not link.exists() or link.resolve().name != folder_name(step))
+    ):
         _keep_best(root, root / folder_name(step))
 
 
 def adopt(root: Path, checkpoint: Path, best: Path | None) -> Path:
-    """Makes a checkpoint of another folder, and the best one, those of a new `root`, by hard links where that is possible.
+    """Makes a checkpoint of another folder, and the best one, those of a new `root`, by hard links where that is
+    possible.
 
     Returns:
         Where the checkpoint is now.
@@ -225,7 +244,9 @@ def adopt(root: Path, checkpoint: Path, best: Path | None) -> Path:
 
 
 def find_best(root: Path, step: int) -> Path | None:
-    """The folder of an intact checkpoint of that step, which was the best at its time; None where there is none any more."""
+    """The folder of an intact checkpoint of that step, which was the best at its time;
+    None where there is none any more.
+    """
     for folder in (root / ".best" / folder_name(step), root / folder_name(step)):
         with suppress(InvalidCheckpoint):
             verify(folder)
@@ -234,10 +255,11 @@ def find_best(root: Path, step: int) -> Path | None:
 
 
 def set_newer_aside(root: Path, step: int) -> list[Path]:
-    """Moves all checkpoints after `step`, which aren't intact, to names that are never read as checkpoints, and points `last` to `step`.
+    """Moves all checkpoints after `step`, which aren't intact, to names that are never read as checkpoints, and points
+    `last` to `step`.
 
-    A file system that fails for a moment brings them back later. The run has gone on from `step` by then, so they belong to
-    another history, though they look newer.
+    A file system that fails for a moment brings them back later. The run has gone on from `step` by then, so they
+    belong to another history, though they look newer.
 
     Returns:
         Where they are now, newest first.
@@ -330,11 +352,15 @@ def verify(folder: Path) -> None:
         if read_counters(folder)["step"] != manifest["step"]:
             raise InvalidCheckpoint(f"{MANIFEST}: names step {manifest['step']}, trainer.json another")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{MANIFEST} or trainer.json can't be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+        raise InvalidCheckpoint(
+            f"{MANIFEST} or trainer.json can't be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def newest_valid(root: Path) -> tuple[int | None, list[str]]:
-    """Step of the newest intact checkpoint (None: there is none), and what is wrong with each newer one, newest first."""
+    """Step of the newest intact checkpoint (None: there is none), and what is wrong with each newer one,
+    newest first.
+    """
     complaints = []
     for step in reversed(steps(root)):
         try:
@@ -387,7 +413,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU; those from a GPU share a block of pinned memory for each dtype, and are waited for together."""
+    """Copies on the CPU; those from a GPU share a block of pinned memory for each dtype,
+    and are waited for together.
+    """
     values = {key: value.detach() for key, value in tensors.items()}
     parts: dict[torch.dtype, Iterator[Tensor]] = {}
     for dtype in {value.dtype for value in values.values() if value.is_cuda}:
@@ -405,7 +433,13 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
-def restore(state: Checkpoint, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:
+def restore(
+    state: Checkpoint,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+) -> None:
     """Puts a checkpoint's tensors in place.
 
     Raises:
@@ -420,7 +454,9 @@ def restore(state: Checkpoint, model: nn.Module, ema: nn.Module | None, optimize
         raise UserError(f"the checkpoint of step {state.step} doesn't fit this model: {str(error)[:300]}") from error
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[Tensor, str]
+) -> None:
     """Restores what `optimizer_tensors` returned.
 
     State of a parameter's shape gets the parameter's memory layout: fused kernels walk both by address.
@@ -431,6 +467,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         name, _, state = key.rpartition("/")
         parameter = by_name[name]
         if value.shape == parameter.shape and value.dim():
-            optimizer.state[parameter][state] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+            optimizer.state[parameter][state] = torch.empty_like(
+                parameter, dtype=value.dtype, requires_grad=False
+            ).copy_(value)
         else:
             optimizer.state[parameter][state] = value.to(parameter.device)

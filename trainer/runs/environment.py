@@ -11,11 +11,24 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "accelerate", "datasets", "numpy", "pyarrow", "pydantic", "safetensors", "wandb", "tensorboard")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "safetensors",
+    "wandb",
+    "tensorboard",
+)
 
 
 def environment() -> dict[str, Any]:
-    """What this process computes with: versions, commit, devices, processes. No environment variables: they hold secrets."""
+    """What this process computes with: versions, commit, devices, processes. No environment variables:
+    they hold secrets.
+    """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return {
         "python": platform.python_version(),
@@ -44,7 +57,9 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _git(root: Path) -> dict[str, Any] | None:
@@ -53,7 +68,9 @@ def _git(root: Path) -> dict[str, Any] | None:
         return None
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}

@@ -26,7 +26,9 @@ BOOKKEEPING = ("step", "epoch", "samples", "seconds", "time")
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Replaces `path` by `text` (UTF-8): a reader, or a kill at any moment, meets the old or the new file, never half of one."""
+    """Replaces `path` by `text` (UTF-8): a reader, or a kill at any moment, meets the old or the new file,
+    never half of one.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -110,7 +112,9 @@ class RunFolder:
         try:
             recipe = YAML(typ="safe", pure=True).load(file)
         except (OSError, YAMLError) as error:
-            raise UserError(f"{file} can't be read, so what the run was is unknown: {error}; --resume never sets the folder aside") from error
+            raise UserError(
+                f"{file} can't be read, so what the run was is unknown: {error}; --resume never sets the folder aside"
+            ) from error
         if not isinstance(recipe, dict) or "train" not in recipe:
             raise UserError(f"{file} is no resolved recipe; --resume never sets the folder aside")
         return recipe
@@ -138,7 +142,9 @@ class RunFolder:
         """
 
         def stays(line: Line) -> bool:
-            return line["step"] < step or (line["step"] == step and not (evaluation_pending and line["split"] == "validation"))
+            return line["step"] < step or (
+                line["step"] == step and not (evaluation_pending and line["split"] == "validation")
+            )
 
         kept = [line for line in self._whole_lines() if stays(json.loads(line))]
         atomic_write(self.metrics, "".join(kept))
@@ -150,7 +156,8 @@ class RunFolder:
             return [line for line in file if line.endswith("\n")]
 
     def write_summary(self, status: Status, **facts: Any) -> dict[str, Any]:
-        """Writes and returns `summary.json`: where the run stands, each metric's best and last validation value with its step.
+        """Writes and returns `summary.json`: where the run stands, each metric's best and last validation value with
+        its step.
 
         The values come from `metrics.jsonl`, so that they cover the whole run however often it was interrupted.
 
@@ -165,14 +172,18 @@ class RunFolder:
                 continue
             for name, value in metrics_of(line).items():
                 final[name] = {"value": value, "step": line["step"]}
-                if name not in best or (value < best[name]["value"] if lower_is_better(name) else value > best[name]["value"]):
+                if name not in best or (
+                    value < best[name]["value"] if lower_is_better(name) else value > best[name]["value"]
+                ):
                     best[name] = final[name]
         summary = {"status": status, "best": best, "final": final, **facts}
         atomic_write(self.path / "summary.json", _pretty(summary))
         return summary
 
     def write_standing(self, status: Status, **facts: Any) -> None:
-        """Changes the status in `summary.json` before training begins, if this process has the run; a finished one stays finished."""
+        """Changes the status in `summary.json` before training begins, if this process has the run;
+        a finished one stays finished.
+        """
         before = self.read_summary()
         if self.is_open and before.get("status") != "finished":
             kept = {key: value for key, value in before.items() if key not in ("status", "best", "final", "error")}

@@ -22,7 +22,9 @@ def lock_run(folder: Path) -> FileLock:
     try:
         lock.acquire(timeout=1)  # longer than `is_locked` takes
     except Timeout:
-        raise UserError(f"{folder} is in use by another process; wait for it, or give this run another name=…") from None
+        raise UserError(
+            f"{folder} is in use by another process; wait for it, or give this run another name=…"
+        ) from None
     return lock
 
 

@@ -77,25 +77,33 @@ def _same_recipe(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def _adopt(folder: RunFolder, recipe: Recipe, given: Path, say: Say) -> Path:
-    """Makes a given checkpoint, of this run or of another of the same recipe, the newest one of a new run folder, beside the best so far.
+    """Makes a given checkpoint, of this run or of another of the same recipe, the newest one of a new run folder,
+    beside the best so far.
 
-    The folder is built under a hidden name. Two renames then put it in the old one's place; `_finish_swap` does the second
-    where a kill came between them.
+    The folder is built under a hidden name. Two renames then put it in the old one's place; `_finish_swap` does the
+    second where a kill came between them.
     """
     try:
         checkpoints.verify(given)
     except checkpoints.InvalidCheckpoint as error:
-        raise UserError(f"--resume {given}: {error}; it takes auto, never, or a folder such as runs/NAME/checkpoints/step_00000100") from None
+        raise UserError(
+            f"--resume {given}: {error}; it takes auto, never, or a folder such as runs/NAME/checkpoints/step_00000100"
+        ) from None
     given = given.resolve()
     root = next((parent for parent in given.parents if parent.name == "checkpoints"), None)
     if root is None:
-        raise UserError(f"--resume {given}: not in the checkpoints/ of a run folder, so its recipe and metrics are unknown")
+        raise UserError(
+            f"--resume {given}: not in the checkpoints/ of a run folder, so its recipe and metrics are unknown"
+        )
     old = RunFolder(root.parent)
     _same_recipe(old, recipe)
     best_step = checkpoints.read_counters(given)["best_step"]
     best = None if best_step is None else checkpoints.find_best(root, best_step)
     if best_step is not None and best is None:
-        say(f"the best checkpoint so far, that of step {best_step}, is no longer there; checkpoints/best appears with the next better one")
+        say(
+            f"the best checkpoint so far, that of step {best_step}, is no longer there; checkpoints/best appears with "
+            "the next better one"
+        )
     new = RunFolder(_hidden(folder, PARTIAL))
     shutil.rmtree(new.path, ignore_errors=True)
     new.create()
@@ -110,7 +118,9 @@ def _adopt(folder: RunFolder, recipe: Recipe, given: Path, say: Say) -> Path:
 
 
 def _finish_swap(folder: RunFolder) -> None:
-    """Puts a new folder in its place where the old one has left it; where the old one is still there, that one stays."""
+    """Puts a new folder in its place where the old one has left it; where the old one is still there,
+    that one stays.
+    """
     ready = _hidden(folder, READY)
     if not folder.path.exists() and ready.exists():
         ready.rename(folder.path)

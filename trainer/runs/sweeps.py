@@ -13,7 +13,8 @@ from trainer.errors import UserError
 
 
 def variants_of(sweep: list[str]) -> list[list[str]]:
-    """Overrides of each run of a sweep: `["a=1,2", "b=3,4"]` as `[["a=1", "b=3"], ["a=1", "b=4"], …]`; commas in brackets don't part values.
+    """Overrides of each run of a sweep: `["a=1,2", "b=3,4"]` as `[["a=1", "b=3"], ["a=1", "b=4"], …]`; commas in
+    brackets don't part values.
 
     Raises:
         UserError: not of the form key=a,b,c.
@@ -38,7 +39,14 @@ def variant_name(name: str, variant: list[str]) -> str:
 
 def varying(runs: Sequence[Sequence[str]]) -> list[list[str]]:
     """Of the overrides of several runs those that aren't the same for all; names of runs don't count."""
-    return [[override for override in run if not override.startswith("name=") and any(override not in other for other in runs)] for run in runs]
+    return [
+        [
+            override
+            for override in run
+            if not override.startswith("name=") and any(override not in other for other in runs)
+        ]
+        for run in runs
+    ]
 
 
 def plot_sweep(variants: Sequence[Sequence[str]], folders: Sequence[Path], file: Path) -> bool:
@@ -54,7 +62,8 @@ def plot_sweep(variants: Sequence[Sequence[str]], folders: Sequence[Path], file:
     """
     from matplotlib.figure import Figure  # without pyplot there is no global state and no display
 
-    panels: dict[str, dict[str, tuple[list[str], list[float]]]] = {}  # metric -> other keys -> values of the first key, bests
+    # Metric -> other keys -> values of the first key, bests.
+    panels: dict[str, dict[str, tuple[list[str], list[float]]]] = {}
     for variant, folder in zip(variants, folders, strict=True):
         summary = folder / "summary.json"
         best = json.loads(summary.read_text(encoding="utf-8")).get("best", {}) if summary.exists() else {}

@@ -42,17 +42,28 @@ def _named_weights(recipe: Recipe) -> str:
 
 
 def _alternatives(recipe: Recipe, info: DataInfo) -> Iterator[tuple[str, nn.Module]]:
-    """The models that other values of at most two settings would make, without memory, and these settings; those of one setting first."""
+    """The models that other values of at most two settings would make, without memory, and these settings;
+    those of one setting first.
+    """
     fields = recipe.components["model"].schema.model_fields
     choices = {key: values for key, field in fields.items() if (values := _choices(field.annotation))}
-    changes = [{key: value for key, value in zip(choices, values, strict=True) if value != getattr(recipe.model, key)} for values in product(*choices.values())]
+    changes = [
+        {key: value for key, value in zip(choices, values, strict=True) if value != getattr(recipe.model, key)}
+        for values in product(*choices.values())
+    ]
     for changed in sorted(changes, key=len):
         if not 1 <= len(changed) <= MAX_CHANGED:
             continue
         with suppress(ValueError):  # values that don't go together
             with torch.device("meta"):
                 model = _build_model(recipe, info, "none", **changed)
-            yield " ".join(f"model.{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changed.items()), model
+            yield (
+                " ".join(
+                    f"model.{key}={str(value).lower() if isinstance(value, bool) else value}"
+                    for key, value in changed.items()
+                ),
+                model,
+            )
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
@@ -79,7 +90,9 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task:
         elif weights != "none" and reset_layers:
             torch.manual_seed(seed)
             fresh = _build_model(recipe, info, "none").state_dict()
-            model.load_state_dict({key: value for key, value in fresh.items() if is_below(key, reset_layers)}, strict=False)
+            model.load_state_dict(
+                {key: value for key, value in fresh.items() if is_below(key, reset_layers)}, strict=False
+            )
     except (ConnectionError, ValueError) as error:
         raise UserError(f"model.weights: {error}") from error
     train_only(model, learning_layers(recipe, model))
@@ -88,7 +101,8 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task:
 
 
 def place(task: Task, recipe: Recipe, device: torch.device, uniform: bool) -> nn.Module:
-    """Moves model and loss to the device, in the recipe's precision and memory layout, and has cuDNN search kernels where that pays.
+    """Moves model and loss to the device, in the recipe's precision and memory layout, and has cuDNN search kernels
+    where that pays.
 
     Args:
         task: owns both.
@@ -106,7 +120,9 @@ def place(task: Task, recipe: Recipe, device: torch.device, uniform: bool) -> nn
     if recipe.train.channels_last:
         model.to(memory_format=torch.channels_last)
     # Two searches may end with different kernels, so with different bits.
-    torch.backends.cudnn.benchmark = shapes_are_fixed(recipe, task, uniform) and not torch.are_deterministic_algorithms_enabled()
+    torch.backends.cudnn.benchmark = (
+        shapes_are_fixed(recipe, task, uniform) and not torch.are_deterministic_algorithms_enabled()
+    )
     return model
 
 
@@ -118,7 +134,9 @@ def shapes_are_fixed(recipe: Recipe, task: Task, uniform: bool) -> bool:
         task: its network may resize images by itself.
         uniform: whether all images have one size before augmentation, e.g. by `data.resize`.
     """
-    return task.fixed_shapes and (uniform or any(getattr(settings, "size", None) for _, settings in recipe.augmentations))
+    return task.fixed_shapes and (
+        uniform or any(getattr(settings, "size", None) for _, settings in recipe.augmentations)
+    )
 
 
 def learning_layers(recipe: Recipe, model: nn.Module) -> list[str]:
@@ -131,7 +149,12 @@ def learning_layers(recipe: Recipe, model: nn.Module) -> list[str]:
 
 
 def _context(info: DataInfo) -> dict[str, Any]:
-    return {"num_classes": info.num_classes, "ignore_index": info.ignore_index, "classes": info.classes, "statistics": info.statistics}
+    return {
+        "num_classes": info.num_classes,
+        "ignore_index": info.ignore_index,
+        "classes": info.classes,
+        "statistics": info.statistics,
+    }
 
 
 def build_untrained(recipe: Recipe, device: str = "meta") -> nn.Module:
@@ -141,7 +164,9 @@ def build_untrained(recipe: Recipe, device: str = "meta") -> nn.Module:
 
 
 def check_data(recipe: Recipe) -> Iterator[Problem]:
-    """Asks the data set what it holds. Where it can't say, that is the one problem: its section is taken out, and checks that need it don't run."""
+    """Asks the data set what it holds. Where it can't say, that is the one problem: its section is taken out,
+    and checks that need it don't run.
+    """
     try:
         recipe.build("data")
     except (ValueError, UserError) as error:
@@ -150,7 +175,9 @@ def check_data(recipe: Recipe) -> Iterator[Problem]:
 
 
 def check_model(recipe: Recipe) -> Iterator[Problem]:
-    """Builds the model without memory, to see that it can be built, that the layers the recipe names exist and that its weights fit."""
+    """Builds the model without memory, to see that it can be built,
+    that the layers the recipe names exist and that its weights fit.
+    """
     info = recipe.build("data").info
     try:
         with torch.device("meta"):
@@ -173,17 +200,22 @@ def check_model(recipe: Recipe) -> Iterator[Problem]:
     yield from (recipe.problem(key, what) for key, what in _wrong_sides(recipe, model))
     if recipe.train.freeze:
         if settings.train_only:
-            yield recipe.problem("train.freeze", "says what learns, and so does model.train_only: keep one of them", recipe.train.freeze)
+            yield recipe.problem(
+                "train.freeze", "says what learns, and so does model.train_only: keep one of them", recipe.train.freeze
+            )
         try:
             layers_after(model, recipe.train.freeze)
         except ValueError as error:
             yield recipe.problem("train.freeze", str(error).removeprefix("train.freeze: "), recipe.train.freeze)
     if settings.train_only and not any(parameter.requires_grad for parameter in model.parameters()):
-        yield recipe.problem("model.train_only", "these layers have no parameters, so nothing would learn", settings.train_only)
+        yield recipe.problem(
+            "model.train_only", "these layers have no parameters, so nothing would learn", settings.train_only
+        )
 
 
 def check_sizes(recipe: Recipe, model: nn.Module) -> None:
-    """Makes sure that a model which states a `size_divisor` gets images whose sides it divides, as far as their sizes are known.
+    """Makes sure that a model which states a `size_divisor` gets images whose sides it divides, as far as their sizes
+    are known.
 
     Raises:
         UserError: in training or validation a side isn't divisible.
@@ -195,7 +227,10 @@ def check_sizes(recipe: Recipe, model: nn.Module) -> None:
 def _wrong_sides(recipe: Recipe, model: nn.Module) -> Iterator[tuple[str, str]]:
     """The first size that the model can't take: the key that decides on it, and what is wrong."""
     fed = sizes_fed(recipe)
-    for split, key in (("validation", "data.resize"), ("train", "data.augment" if recipe.augmentations else "data.resize")):
+    for split, key in (
+        ("validation", "data.resize"),
+        ("train", "data.augment" if recipe.augmentations else "data.resize"),
+    ):
         try:
             for height, width in fed[split].tolist() if split in fed else ():
                 check_sides(getattr(model, "size_divisor", 1), height, width, f"those of the {split} split")
@@ -216,7 +251,9 @@ def check_columns(recipe: Recipe) -> Iterator[Problem]:
     """Sees whether a set of one's own has the masks that the task needs: its component can't say."""
     roles = recipe.build("data").columns.values()
     if "masks" in recipe.components["task"].fields and "boxes" in roles:
-        yield recipe.problem("data", f"task {recipe.task.name} needs masks, and this set has only boxes", recipe.data.name)
+        yield recipe.problem(
+            "data", f"task {recipe.task.name} needs masks, and this set has only boxes", recipe.data.name
+        )
 
 
 def check_loss(recipe: Recipe) -> Iterator[Problem]:
@@ -228,14 +265,18 @@ def check_loss(recipe: Recipe) -> Iterator[Problem]:
 
 
 def check_task(recipe: Recipe) -> Iterator[Problem]:
-    """Builds the task, with nothing in the place of model and loss, to see that its settings fit the data and that it has `evaluate.best`."""
+    """Builds the task, with nothing in the place of model and loss,
+    to see that its settings fit the data and that it has `evaluate.best`.
+    """
     try:
         task: Task = recipe.build("task", model=nn.Module(), loss=nn.Module(), **_context(recipe.build("data").info))
     except (ValueError, UserError) as error:
         yield recipe.problem("task", str(error))
         return
     if recipe.evaluate.best not in task.metric_names:
-        yield recipe.problem("evaluate.best", f"unknown metric; {nearest(recipe.evaluate.best, task.metric_names)}", recipe.evaluate.best)
+        yield recipe.problem(
+            "evaluate.best", f"unknown metric; {nearest(recipe.evaluate.best, task.metric_names)}", recipe.evaluate.best
+        )
 
 
 def batch_checks(processes: int) -> Any:

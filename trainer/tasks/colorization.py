@@ -31,7 +31,8 @@ class Colorization(Task):
 
     def __init__(self, model: nn.Module, loss: Loss, statistics: Mapping[str, Any], /) -> None:
         super().__init__(model, loss)
-        self.centres = torch.tensor(statistics.get("colour_centres", ()), dtype=torch.float64)  # none before the set is prepared
+        # None before the set is prepared.
+        self.centres = torch.tensor(statistics.get("colour_centres", ()), dtype=torch.float64)
 
     def run(self, model: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, C, H, W) and the true classes uint8 (B, H, W)."""
@@ -39,7 +40,10 @@ class Colorization(Task):
 
     def counts(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """`correct` and `pixels`, int64."""
-        return {"correct": (most_likely(outputs) == targets).sum(), "pixels": torch.tensor(targets.numel(), device=targets.device)}
+        return {
+            "correct": (most_likely(outputs) == targets).sum(),
+            "pixels": torch.tensor(targets.numel(), device=targets.device),
+        }
 
     def measure(self, sums: dict[str, Tensor]) -> dict[str, Any]:
         """`accuracy`: the share of pixels whose colour is right."""

@@ -46,7 +46,9 @@ class Detection(ObjectTask):
     def run(self, model: Forward, batch: Batch) -> tuple[Any, Targets]:
         """The model's `Level`s, and the true boxes but for crowds, which aren't learnt."""
         alone = ~batch["crowd"]
-        return model(self.images_of_one_size(batch)), Targets(*(batch[name][alone] for name in ("boxes", "labels", "image_index")))
+        return model(self.images_of_one_size(batch)), Targets(
+            *(batch[name][alone] for name in ("boxes", "labels", "image_index"))
+        )
 
     def find(self, outputs: Any, batch: Batch) -> list[Detections]:
         """Boxes within each image, after non-maximum suppression."""

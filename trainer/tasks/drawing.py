@@ -26,7 +26,9 @@ DARK = 0.18  # luminance up to which white stands out more than black
 
 
 def class_colors(num_classes: int) -> list[Color]:
-    """The RGB colours (0 to 255) of the classes, always the same ones: a dark grey first, then each as far from those before as can be."""
+    """The RGB colours (0 to 255) of the classes, always the same ones: a dark grey first,
+    then each as far from those before as can be.
+    """
     return list(_palette(num_classes))
 
 
@@ -57,13 +59,22 @@ def _linear(rgb: Tensor) -> Tensor:
 
 def _oklab(rgb: Tensor) -> Tensor:
     """Lightness, green to red, and blue to yellow, of sRGB colours float64 (N, 3)."""
-    cones = [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005]]
-    opponents = [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]]
+    cones = [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+    opponents = [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
     return (_linear(rgb) @ rgb.new_tensor(cones).T) ** (1 / 3) @ rgb.new_tensor(opponents).T
 
 
 def draw_objects(image: Tensor, found: Detections, classes: Sequence[str], with_scores: bool) -> Tensor:
-    """Draws boxes with names, and masks, over an image uint8 (3, H, W), which is enlarged by a whole factor where it is small.
+    """Draws boxes with names, and masks, over an image uint8 (3, H, W), which is enlarged by a whole factor where it is
+    small.
 
     Boxes have the colours of their classes; masks have one colour for each object, from left to right.
     """
@@ -77,7 +88,10 @@ def draw_objects(image: Tensor, found: Detections, classes: Sequence[str], with_
         masks = found.masks.bool().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         canvas = draw_segmentation_masks(canvas, masks, MASK_OPACITY, class_colors(len(masks) + 1)[1:])
     labels, palette = found.labels.tolist(), class_colors(len(classes) + 1)[1:]
-    names = [classes[label] + (f" {score:.2f}" if with_scores else "") for label, score in zip(labels, found.scores.tolist(), strict=True)]
+    names = [
+        classes[label] + (f" {score:.2f}" if with_scores else "")
+        for label, score in zip(labels, found.scores.tolist(), strict=True)
+    ]
     colors = [palette[label] for label in labels]
     boxes = factor * found.boxes
     drawing = to_pil_image(draw_bounding_boxes(canvas, boxes, colors=colors, width=2))
@@ -91,6 +105,10 @@ def _write(drawing: Image.Image, text: str, background: Color, x: int, y: int) -
     draw, font = ImageDraw.Draw(drawing), ImageFont.load_default(max(MIN_TEXT, max(drawing.size) // TEXT_SHARE))
     width, height = (int(side) + 2 * MARGIN for side in draw.textbbox((0, 0), text, font=font)[2:])
     x, y = max(0, min(x, drawing.width - width)), max(0, y - height)
-    is_dark = _linear(torch.tensor(background, dtype=torch.float64)) @ torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64) < DARK
+    is_dark = (
+        _linear(torch.tensor(background, dtype=torch.float64))
+        @ torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64)
+        < DARK
+    )
     draw.rectangle((x, y, x + width - 1, y + height - 1), background)
     draw.text((x + MARGIN, y + MARGIN), text, WHITE if is_dark else BLACK, font)

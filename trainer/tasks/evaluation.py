@@ -17,7 +17,12 @@ ToDevice = Callable[[Batch], Batch]
 
 @torch.no_grad()
 def evaluate(
-    task: Task, model: nn.Module, forward: Callable[..., Any], data: Data, to_device: ToDevice, may_go_on: Callable[[], bool]
+    task: Task,
+    model: nn.Module,
+    forward: Callable[..., Any],
+    data: Data,
+    to_device: ToDevice,
+    may_go_on: Callable[[], bool],
 ) -> dict[str, Any] | None:
     """Metrics of the whole validation set from sums over unpadded shards; None where `may_go_on` ended it.
 
@@ -38,13 +43,21 @@ def evaluate(
         batch = next(batches, None)
         if batch is not None:
             found = task.evaluation_sums(forward, to_device(batch))
-            sums = {key: torch.cat([sums[key], value]) if key.startswith(ROWS) else sums[key] + value for key, value in found.items()} if sums else found
+            sums = (
+                {
+                    key: torch.cat([sums[key], value]) if key.startswith(ROWS) else sums[key] + value
+                    for key, value in found.items()
+                }
+                if sums
+                else found
+            )
     if not sums:  # an empty share has nothing to add, but must know what is added
         found = task.evaluation_sums(forward, to_device(data.validation.__getitems__([0])))
         sums = {key: value[:0] if key.startswith(ROWS) else torch.zeros_like(value) for key, value in found.items()}
     rows = joined({key: value for key, value in sums.items() if key.startswith(ROWS)})
     sums = total({key: value for key, value in sums.items() if key not in rows}) | rows
-    sums = {key: value.cpu() for key, value in sums.items()}  # metrics are many small figures: the host would wait for each
+    # Metrics are many small figures: the host would wait for each.
+    sums = {key: value.cpu() for key, value in sums.items()}
     size = len(data.validation)
     assert int(sums["samples"]) == size, f"evaluated {int(sums['samples'])} samples of {size}"
     return task.metrics(sums)

@@ -16,7 +16,8 @@ FOREGROUND = 0.5  # probability from which on a pixel belongs to the mask
 
 @task(name="mask_rcnn", interface="mask_rcnn", fields=("image", "boxes", "masks"))
 class MaskRcnnTask(ObjectTask):
-    """Instance segmentation by a model that computes its losses itself, in training mode alone: so there is no validation loss.
+    """Instance segmentation by a model that computes its losses itself, in training mode alone: so there is no
+    validation loss.
 
     Args:
         model: a `torchvision.models.detection.MaskRCNN`, which counts the background as class 0.
@@ -46,7 +47,10 @@ class MaskRcnnTask(ObjectTask):
 
     def find(self, outputs: list[dict[str, Tensor]], batch: Batch) -> list[Detections]:
         """From torchvision's results."""
-        found = (Detections(each["boxes"], each["scores"], each["labels"] - 1, each["masks"][:, 0] > FOREGROUND) for each in outputs)
+        found = (
+            Detections(each["boxes"], each["scores"], each["labels"] - 1, each["masks"][:, 0] > FOREGROUND)
+            for each in outputs
+        )
         return self.clipped(found, batch)
 
     def evaluation_sums(self, model: Forward, batch: Batch) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ SHOWN_SCORE = 0.3  # from which on a picture shows what was found
 
 
 class ObjectTask(Task):
-    """Looks for objects, by boxes and maybe masks, in `image` uint8 (B, 3, H, W), which is padded; each has its own `height` and `width`.
+    """Looks for objects, by boxes and maybe masks, in `image` uint8 (B, 3, H, W), which is padded; each has its own
+    `height` and `width`.
 
     Args:
         model: the network.
@@ -41,8 +42,8 @@ class ObjectTask(Task):
         """The images of a batch, float (B, 3, H, W) in [0, 1], for a model that takes them all at once.
 
         Raises:
-            UserError: they differ in size. What they are padded with would change what a model says of them, and that would depend on
-                the other images of the batch, so on the number of processes.
+            UserError: they differ in size. What they are padded with would change what a model says of them, and that
+                would depend on the other images of the batch, so on the number of processes.
         """
         for name in ("height", "width"):
             sizes = batch[name].tolist()
@@ -70,16 +71,28 @@ class ObjectTask(Task):
     def measure(self, sums: dict[str, Tensor]) -> dict[str, Any]:
         """Average precision as COCO defines it, in pixels of the images as the model gets them.
 
-        `map` is the mean over IoU thresholds from 0.50 to 0.95 and over the classes that have objects, `map_50` and `map_75` are those at
-        a single threshold, and `ap/<class>` is the mean over thresholds. Those of masks begin with `mask_`, then those of boxes with `box_`.
+        `map` is the mean over IoU thresholds from 0.50 to 0.95 and over the classes that have objects, `map_50` and
+        `map_75` are those at a single threshold, and `ap/<class>` is the mean over thresholds. Those of masks begin
+        with `mask_`, then those of boxes with `box_`.
         """
         values: dict[str, Any] = {}
         truth, found = coco.as_coco(sums, self.classes)
         for prefix, kind in self.kinds.items():
             precision = coco.average_precision(truth, found, kind)
-            values |= {f"{prefix}map": precision.mean, f"{prefix}map_50": precision.at_50, f"{prefix}map_75": precision.at_75}
-            values |= {f"{prefix}ap/{name}": value for name, value in zip(self.classes, precision.by_class.tolist(), strict=True)}
-            curves = {name: curve.round(4).tolist() for name, curve in zip(self.classes, precision.curves, strict=True) if curve[0] >= 0}
+            values |= {
+                f"{prefix}map": precision.mean,
+                f"{prefix}map_50": precision.at_50,
+                f"{prefix}map_75": precision.at_75,
+            }
+            values |= {
+                f"{prefix}ap/{name}": value
+                for name, value in zip(self.classes, precision.by_class.tolist(), strict=True)
+            }
+            curves = {
+                name: curve.round(4).tolist()
+                for name, curve in zip(self.classes, precision.curves, strict=True)
+                if curve[0] >= 0
+            }
             values.setdefault("precision_recall", curves)
         return values
 
@@ -97,7 +110,9 @@ class ObjectTask(Task):
             shown = Detections(*(None if part is None else part[sure] for part in found))  # type: ignore[arg-type]
             nothing = Detections(*(part[:0] for part in truth[:3]))
             panels = [(nothing, False), (truth, False), (shown, True)]
-            drawn.append(torch.stack([draw_objects(image, objects, self.classes, scores) for objects, scores in panels]))
+            drawn.append(
+                torch.stack([draw_objects(image, objects, self.classes, scores) for objects, scores in panels])
+            )
         return torch.stack(drawn)
 
     def predict(self, model: Forward, batch: Batch) -> list[Detections]:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from trainer.components import task
 from trainer.losses.loss import Loss
 from trainer.metrics import average_precision as ap
-from trainer.metrics.confusion import class_accuracy, confusion_matrix, jaccard, mean_over_present, most_likely, pixel_accuracy
+from trainer.metrics.confusion import (
+    class_accuracy,
+    confusion_matrix,
+    jaccard,
+    mean_over_present,
+    most_likely,
+    pixel_accuracy,
+)
 from trainer.recipe.file import nearest
 from trainer.tasks.drawing import class_colors
 from trainer.tasks.task import Batch, Forward, Task
@@ -21,8 +28,10 @@ from trainer.tasks.task import Batch, Forward, Task
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 OPACITY = 0.65  # of the class colours over the image
-MEANS = {"iou": "miou", "class_accuracy": "class_accuracy", "ap": "map"}  # what the mean of each metric over the classes is called
-# Shares of the pixels: a model that predicts one class for so many has not learnt the others, where fewer than so many have that class.
+# What the mean of each metric over the classes is called.
+MEANS = {"iou": "miou", "class_accuracy": "class_accuracy", "ap": "map"}
+# Shares of the pixels: a model that predicts one class for so many has not learnt the others, where fewer than so many
+# have that class.
 EVERYWHERE, NEARLY_ALL = 0.999, 0.99
 STRIPES = ((70, 70, 70), (200, 200, 200))  # of ignored pixels
 STRIPE_WIDTH = 4  # pixels along a row
@@ -73,9 +82,12 @@ class Segmentation(Task):
         self.mean = torch.tensor(mean, dtype=torch.float64).view(3, 1, 1) * 255
         self.std = torch.tensor(std, dtype=torch.float64).view(3, 1, 1) * 255
         self.average_precision = average_precision
-        self.subsets = {"": list(range(num_classes))}  # which classes means are taken over, by the ending of their names
+        # Which classes means are taken over, by the ending of their names.
+        self.subsets = {"": list(range(num_classes))}
         if exclude:
-            self.subsets["_without_" + "_".join(exclude)] = [index for index, name in enumerate(classes) if name not in exclude]
+            self.subsets["_without_" + "_".join(exclude)] = [
+                index for index, name in enumerate(classes) if name not in exclude
+            ]
         means = [name for metric, name in MEANS.items() if metric != "ap" or average_precision]
         first, *others = (name + ending for ending in self.subsets for name in means)
         self.metric_names = ("loss", first, "pixel_accuracy", *others)
@@ -95,17 +107,23 @@ class Segmentation(Task):
     def measure(self, sums: dict[str, Tensor]) -> dict[str, Any]:
         """The confusion matrix, and what follows from it and the scores.
 
-        `iou/<class>`, `class_accuracy/<class>` and `ap/<class>`, where the class has one: there is no IoU of a class that is neither
-        there nor predicted, and nothing else of one that isn't there. `miou`, `class_accuracy` and `map` are their means over the
-        classes that have one, over all of these and without the excluded ones; `num_classes_present` is how many have an IoU.
+        `iou/<class>`, `class_accuracy/<class>` and `ap/<class>`, where the class has one: there is no IoU of a class
+        that is neither there nor predicted, and nothing else of one that isn't there. `miou`, `class_accuracy` and
+        `map` are their means over the classes that have one, over all of these and without the excluded ones;
+        `num_classes_present` is how many have an IoU.
         """
         matrix = sums["confusion"]
         by_class = {"iou": jaccard(matrix), "class_accuracy": class_accuracy(matrix)}
         if self.average_precision:
             by_class["ap"] = ap.average_precision(sums["scores"])
-        values: dict[str, Any] = {"pixel_accuracy": float(pixel_accuracy(matrix)), "num_classes_present": float((~by_class["iou"].isnan()).sum())}
+        values: dict[str, Any] = {
+            "pixel_accuracy": float(pixel_accuracy(matrix)),
+            "num_classes_present": float((~by_class["iou"].isnan()).sum()),
+        }
         for name, each in by_class.items():
-            values |= {MEANS[name] + ending: float(mean_over_present(each[subset])) for ending, subset in self.subsets.items()}
+            values |= {
+                MEANS[name] + ending: float(mean_over_present(each[subset])) for ending, subset in self.subsets.items()
+            }
             values |= {f"{name}/{label}": value for label, value in zip(self.classes, each.tolist(), strict=True)}
         return values | {"confusion": dict(zip(self.classes, matrix.tolist(), strict=True))}
 
@@ -118,12 +136,16 @@ class Segmentation(Task):
         if not (share >= EVERYWHERE and true_share < NEARLY_ALL):
             return None
         return (
-            f"the model predicts {name} for {share:.1%} of the validation pixels, of which {true_share:.1%} are {name}: lower optimizer.lr, train more "
-            "layers (model.train_only), or begin with loss=cross_entropy, and loss.class_weights=inverse_frequency where classes are rare"
+            f"the model predicts {name} for {share:.1%} of the validation pixels, of which {true_share:.1%} are "
+            f"{name}: lower optimizer.lr, train more "
+            "layers (model.train_only), or begin with loss=cross_entropy, and loss.class_weights=inverse_frequency "
+            "where classes are rare"
         )
 
     def pictures(self, model: Forward, batch: Batch) -> Tensor:
-        """The image, and the colours of the true and of the predicted classes over it; ignored pixels of the truth are striped."""
+        """The image, and the colours of the true and of the predicted classes over it;
+        ignored pixels of the truth are striped.
+        """
         image = batch["image"]
         logits, truth = self.run(model, batch)
         return torch.stack([image, self._paint(image, truth), self._paint(image, most_likely(logits))], dim=1)
@@ -138,7 +160,9 @@ class Segmentation(Task):
     def _paint(self, image: Tensor, labels: Tensor) -> Tensor:
         """Blends the colours of `labels` (B, H, W) over `image` (B, 3, H, W)."""
         palette = torch.tensor(class_colors(self.num_classes), dtype=torch.float32, device=image.device)
-        ignored = torch.zeros_like(labels, dtype=torch.bool) if self.ignore_index is None else labels == self.ignore_index
+        ignored = (
+            torch.zeros_like(labels, dtype=torch.bool) if self.ignore_index is None else labels == self.ignore_index
+        )
         colors = palette[torch.where(ignored, 0, labels).long()]
         rows, columns = (torch.arange(size, device=image.device) for size in labels.shape[-2:])
         stripe = (rows[:, None] + columns) // STRIPE_WIDTH % len(STRIPES)

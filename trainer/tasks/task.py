@@ -30,11 +30,12 @@ class Task(ABC):
     Attributes:
         model: the network, unwrapped.
         loss: its loss.
-        metric_names: what `metrics` returns and people look at; a recipe's `evaluate.best` is one of them. Names that end
-            in `loss` are better when lower, all others when higher.
+        metric_names: what `metrics` returns and people look at; a recipe's `evaluate.best` is one of them. Names that
+            end in `loss` are better when lower, all others when higher.
         panels: names of the panels of `pictures`.
         legend: what the colours in them mean.
-        fixed_shapes: whether the network computes at the size of the images it gets, not at one that it chooses for each.
+        fixed_shapes: whether the network computes at the size of the images it gets, not at one that it chooses for
+            each.
     """
 
     metric_names: tuple[str, ...] = ("loss",)
@@ -55,16 +56,19 @@ class Task(ABC):
         """What `measure` needs of an evaluation batch: sums of any shape that add up over batches and processes."""
 
     def rows(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
-        """What `measure` needs of an evaluation batch and can't be summed: tensors that are joined along their first dimension. None by default."""
+        """What `measure` needs of an evaluation batch and can't be summed:
+        tensors that are joined along their first dimension. None by default.
+        """
         return {}
 
     @abstractmethod
     def measure(self, sums: dict[str, Tensor]) -> dict[str, Any]:
-        """Metrics of the whole set from the summed `counts` and the joined `rows`, whose order depends on the number of processes.
+        """Metrics of the whole set from the summed `counts` and the joined `rows`, whose order depends on the number of
+        processes.
 
-        Floats, of which fractions are 0 to 1 and nan is left out, as it is no value. Two get a picture: `confusion` has for each true
-        class the counts of its predicted classes, in the same order; `precision_recall` has for each class the precision at recalls
-        evenly spaced from 0 to 1.
+        Floats, of which fractions are 0 to 1 and nan is left out, as it is no value. Two get a picture: `confusion` has
+        for each true class the counts of its predicted classes, in the same order; `precision_recall` has for each
+        class the precision at recalls evenly spaced from 0 to 1.
         """
 
     def advice(self, metrics: Mapping[str, Any]) -> str | None:
@@ -80,7 +84,9 @@ class Task(ABC):
         return self.loss(*self.run(model, batch))
 
     def evaluation_sums(self, model: Forward, batch: Batch) -> dict[str, Tensor]:
-        """Runs the model on an evaluation batch; returns `counts`, `samples` (int64), the sums of the loss as `loss/…`, and `rows` as `rows/…`."""
+        """Runs the model on an evaluation batch; returns `counts`, `samples` (int64),
+        the sums of the loss as `loss/…`, and `rows` as `rows/…`.
+        """
         outputs, targets = self.run(model, batch)
         terms = {TERM + name: value for name, value in self.loss(outputs, targets).items()}
         rows = {ROWS + name: value for name, value in self.rows(outputs, batch).items()}
@@ -88,7 +94,8 @@ class Task(ABC):
         return self.counts(outputs, targets) | terms | rows | {"samples": samples}
 
     def metrics(self, sums: dict[str, Tensor]) -> dict[str, Any]:
-        """Metrics of the whole set from the summed `evaluation_sums`: those of `measure`, and the loss and its terms where there are any.
+        """Metrics of the whole set from the summed `evaluation_sums`: those of `measure`, and the loss and its terms
+        where there are any.
 
         The loss is that of the whole set taken as one batch.
         """
@@ -100,7 +107,11 @@ class Task(ABC):
         }
 
     def pixels(self, image: Tensor) -> Tensor:
-        """Pixels uint8 (B, 3, H, W) on their device, in the dtype and memory format of the model's weights; 0 to 255 still."""
+        """Pixels uint8 (B, 3, H, W) on their device, in the dtype and memory format of the model's weights;
+        0 to 255 still.
+        """
         weights = list(self.model.parameters())
         channels_last = any(w.dim() == 4 and not w.is_contiguous() for w in weights)
-        return image.to(weights[0].dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        return image.to(
+            weights[0].dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )

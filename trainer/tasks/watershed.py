@@ -9,7 +9,15 @@ from torch import nn
 
 from trainer.components import task
 from trainer.detection.boxes import Detections
-from trainer.detection.watershed import LIMIT, MIN_PIXELS, THRESHOLD, WatershedOutput, WatershedTargets, instances, watershed_targets
+from trainer.detection.watershed import (
+    LIMIT,
+    MIN_PIXELS,
+    THRESHOLD,
+    WatershedOutput,
+    WatershedTargets,
+    instances,
+    watershed_targets,
+)
 from trainer.losses.loss import Loss
 from trainer.metrics import coco
 from trainer.tasks.objects import ObjectTask
@@ -48,10 +56,18 @@ class Watershed(ObjectTask):
     def run(self, model: Forward, batch: Batch) -> tuple[WatershedOutput, WatershedTargets]:
         """The model's two maps, and the true ones."""
         height, width = (batch[name].to(batch["image"].device) for name in ("height", "width"))
-        targets = watershed_targets(batch["masks"], batch["labels"], batch["crowd"], batch["image_index"], height, width, self.limit)
+        targets = watershed_targets(
+            batch["masks"], batch["labels"], batch["crowd"], batch["image_index"], height, width, self.limit
+        )
         return model(self.images_of_one_size(batch)), targets
 
     def find(self, outputs: WatershedOutput, batch: Batch) -> list[Detections]:
         """The instances of each image."""
         maps = zip(outputs.semantic, outputs.distance, strict=True)
-        return self.clipped((instances(logits.float().softmax(dim=0), distance, self.threshold, self.min_pixels) for logits, distance in maps), batch)
+        return self.clipped(
+            (
+                instances(logits.float().softmax(dim=0), distance, self.threshold, self.min_pixels)
+                for logits, distance in maps
+            ),
+            batch,
+        )

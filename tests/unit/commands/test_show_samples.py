@@ -27,7 +27,9 @@ def shown(recipe: Path, out: Path, *overrides: str) -> np.ndarray:
     return np.asarray(Image.open(out).convert("RGB"))
 
 
-def test_the_picture_shows_samples_their_masks_and_what_the_recipe_makes_of_them(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_shows_samples_their_masks_and_what_the_recipe_makes_of_them(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn = []
     paint = check._painted
 
@@ -45,7 +47,9 @@ def test_the_picture_shows_samples_their_masks_and_what_the_recipe_makes_of_them
 
 
 def test_it_is_the_same_picture_every_time_and_another_for_another_seed(recipe: Path, tmp_path: Path) -> None:
-    first, again, other = (shown(recipe, tmp_path / f"{i}.png", *overrides) for i, overrides in enumerate([(), (), ("train.seed=1",)]))
+    first, again, other = (
+        shown(recipe, tmp_path / f"{i}.png", *overrides) for i, overrides in enumerate([(), (), ("train.seed=1",)])
+    )
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
@@ -56,21 +60,31 @@ def test_no_cache_of_the_whole_set_is_made_for_it(recipe: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("out.jpg", "name a .png file, and one recipe"), ("missing/out.png", "can't be written: No such file"), ("folder.png", "can't be written")],
+    [
+        ("out.jpg", "name a .png file, and one recipe"),
+        ("missing/out.png", "can't be written: No such file"),
+        ("folder.png", "can't be written"),
+    ],
 )
-def test_a_file_that_cannot_be_it_is_refused(recipe: Path, tmp_path: Path, name: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_it_is_refused(
+    recipe: Path, tmp_path: Path, name: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "folder.png").mkdir()
     assert main(["check", str(recipe), "--show-samples", str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
     assert f"--show-samples {tmp_path / name}" in error and expected in error
 
 
-def test_samples_of_several_recipes_are_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_of_several_recipes_are_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check", str(recipe), str(recipe), "--show-samples", str(tmp_path / "out.png")]) == 2
     assert "one recipe" in capsys.readouterr().err
 
 
-def test_a_set_that_is_not_prepared_is_refused_with_the_command_that_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_set_that_is_not_prepared_is_refused_with_the_command_that_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"
     assert main(["check", str(recipe), "--show-samples", str(tmp_path / "out.png")]) == 2
     assert "shapes holds no prepared data set; `trainer prepare shapes` makes it" in capsys.readouterr().err

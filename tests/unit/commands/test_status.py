@@ -25,7 +25,9 @@ def make_run(runs: Path, name: str, status: str | None, *checkpoints: int) -> Pa
     (folder / "recipe.yaml").write_text(RECIPE.format(name=name), encoding="utf-8")
     if status:
         best = {"miou": {"value": 0.75, "step": 20}, "loss": {"value": 0.1, "step": 30}}
-        (folder / "summary.json").write_text(json.dumps({"status": status, "best": best, "seconds": 12.3, "step": 30, "total_steps": 100}))
+        (folder / "summary.json").write_text(
+            json.dumps({"status": status, "best": best, "seconds": 12.3, "step": 30, "total_steps": 100})
+        )
     return folder
 
 
@@ -34,12 +36,19 @@ def make_run(runs: Path, name: str, status: str | None, *checkpoints: int) -> Pa
     [
         ("finished", 0, "r  finished  step 30 of 100  miou 0.7500  12 s  see {folder}"),
         ("stopped", 75, "r  stopped  step 30 of 100  miou 0.7500  12 s  the same command resumes from step 30"),
-        ("failed", 3, "r  failed  step 30 of 100  miou 0.7500  12 s  see its log; fix this, and the same command resumes from step 30"),
+        (
+            "failed",
+            3,
+            "r  failed  step 30 of 100  miou 0.7500  12 s  see its log; fix this, and the same command resumes from "
+            "step 30",
+        ),
         ("running", 75, "r  interrupted  step 30 of 100  miou 0.7500  12 s  the same command resumes from step 30"),
         (None, 75, "r  interrupted  step 30  the same command resumes from step 30"),
     ],
 )
-def test_a_line_says_where_a_run_stands_and_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str | None, code: int, said: str) -> None:
+def test_a_line_says_where_a_run_stands_and_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str | None, code: int, said: str
+) -> None:
     folder = make_run(tmp_path / "runs", "r", status, 10, 30, 20)
     for run in ("r", str(folder)):
         assert main(["status", run]) == code
@@ -51,16 +60,22 @@ def test_a_failed_run_says_what_went_wrong(tmp_path: Path, capsys: pytest.Captur
     summary = json.loads((folder / "summary.json").read_text()) | {"error": "data/tiny is damaged"}
     (folder / "summary.json").write_text(json.dumps(summary))
     assert main(["status", "r"]) == 3
-    assert capsys.readouterr().out.endswith("12 s  data/tiny is damaged; fix this, and the same command resumes from step 30\n")
+    assert capsys.readouterr().out.endswith(
+        "12 s  data/tiny is damaged; fix this, and the same command resumes from step 30\n"
+    )
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_the_beginning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_the_beginning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_run(tmp_path / "runs", "r", None)
     assert main(["status", "r"]) == 75
     assert capsys.readouterr().out == "r  interrupted  the same command starts from scratch\n"
 
 
-def test_a_run_that_a_process_has_is_running_until_that_process_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_a_process_has_is_running_until_that_process_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from trainer.runs.lock import lock_run
 
     folder = make_run(tmp_path / "runs", "r", "stopped", 30)
@@ -72,16 +87,22 @@ def test_a_run_that_a_process_has_is_running_until_that_process_ends(tmp_path: P
     assert "r  stopped" in capsys.readouterr().out
 
 
-def test_several_runs_are_an_aligned_table_and_the_worst_gives_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_runs_are_an_aligned_table_and_the_worst_gives_the_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, status in (("a", "finished"), ("longer", "stopped"), ("b", "failed")):
         make_run(tmp_path / "runs", name, status, 30)
     assert main(["status", "a", "longer"]) == 75
     first, second = capsys.readouterr().out.splitlines()
-    assert first.index("finished") == second.index("stopped") and first.index("see ") == second.index("the same command")
+    assert first.index("finished") == second.index("stopped") and first.index("see ") == second.index(
+        "the same command"
+    )
     assert main(["status", "a", "b", "longer"]) == 3
 
 
-def test_a_recipe_stands_for_its_run_whatever_was_overridden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_stands_for_its_run_whatever_was_overridden(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_run(tmp_path / "runs", "named", "finished", 30)
     make_run(tmp_path / "runs", "other", "failed", 30)
     (tmp_path / "parent.yaml").write_text("name: named\nloss: soft_iou\n", encoding="utf-8")
@@ -123,7 +144,9 @@ def test_a_sweep_is_the_runs_of_a_file_and_slurm_knows_what_was_cancelled(
     for name, status in (("a", "finished"), ("c", "stopped")):
         make_run(tmp_path / "runs", name, status, 30)
     sweep = tmp_path / "lr.txt"
-    sweep.write_text("# of Monday\nname=a optimizer.lr=1\nname=b 'model={name: unet}'\n\nname=c\nname=d\nname=e\n", encoding="utf-8")
+    sweep.write_text(
+        "# of Monday\nname=a optimizer.lr=1\nname=b 'model={name: unet}'\n\nname=c\nname=d\nname=e\n", encoding="utf-8"
+    )
     jobs = [
         "JobId=9 ArrayJobId=9 ArrayTaskId=0-3 JobName=lr JobState=CANCELLED",  # an older array of that name
         "JobId=12 ArrayJobId=12 ArrayTaskId=4-5%2 JobName=lr JobState=PENDING Reason=None",
@@ -135,17 +158,32 @@ def test_a_sweep_is_the_runs_of_a_file_and_slurm_knows_what_was_cancelled(
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert main(["status", "--sweep", str(sweep), "--json"]) == 75
-    assert [found["status"] for found in json.loads(capsys.readouterr().out)] == ["finished", "cancelled", "cancelled", "cancelled", "not started"]
+    assert [found["status"] for found in json.loads(capsys.readouterr().out)] == [
+        "finished",
+        "cancelled",
+        "cancelled",
+        "cancelled",
+        "not started",
+    ]
 
 
-def test_the_runs_of_a_sweep_are_drawn_over_what_differs_between_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_runs_of_a_sweep_are_drawn_over_what_differs_between_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_run(tmp_path / "runs", "a", "finished", 30)
     sweep = tmp_path / "lr.txt"
     sweep.write_text("name=a same=1 lr=1 seed=2\nname=b same=1 lr=2 seed=2\n", encoding="utf-8")
     assert main(["status", "--sweep", str(sweep), "--plot", str(tmp_path / "lr.png")]) == 75
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
-    assert varying([["name=a", "same=1", "lr=1", "seed=2"], ["name=b", "same=1", "lr=2", "seed=2"]]) == [["lr=1"], ["lr=2"]]
-    for mistake in (["a", "--plot", "x.png"], ["--sweep", str(sweep), "--plot", "x.pdf"], ["--sweep", str(sweep), "--plot", "/nowhere/x.png"]):
+    assert varying([["name=a", "same=1", "lr=1", "seed=2"], ["name=b", "same=1", "lr=2", "seed=2"]]) == [
+        ["lr=1"],
+        ["lr=2"],
+    ]
+    for mistake in (
+        ["a", "--plot", "x.png"],
+        ["--sweep", str(sweep), "--plot", "x.pdf"],
+        ["--sweep", str(sweep), "--plot", "/nowhere/x.png"],
+    ):
         assert main(["status", *mistake]) == 2
         assert "--plot" in capsys.readouterr().err
 
@@ -158,5 +196,8 @@ def test_a_sweep_line_without_a_name_is_a_mistake(tmp_path: Path, capsys: pytest
 
 def test_a_job_script_does_not_wait_for_torch(tmp_path: Path) -> None:
     make_run(tmp_path / "runs", "r", "finished", 30)
-    code = "import sys; from trainer.commands import main; code = main(['status', 'r']); sys.exit(99 if 'torch' in sys.modules else code)"
+    code = (
+        "import sys; from trainer.commands import main; code = main(['status', 'r']); sys.exit(99 if 'torch' in "
+        "sys.modules else code)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,6 @@
-"""Promises of `trainer sync`: whatever became of a run, W&B gets each of its lines once, in one run, and the run folder stays as it is."""
+"""Promises of `trainer sync`: whatever became of a run, W&B gets each of its lines once, in one run,
+and the run folder stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,19 @@ from typing import Any
 
 import pytest
 
-from tests.unit.reporting.test_trackers import CONFIG, KEY, SUMMARY, draw, folder, history, mirrors, no_account, server, train, validate
+from tests.unit.reporting.test_trackers import (
+    CONFIG,
+    KEY,
+    SUMMARY,
+    draw,
+    folder,
+    history,
+    mirrors,
+    no_account,
+    server,
+    train,
+    validate,
+)
 from tests.wandb_server import Run, WandbServer
 from trainer.commands import main, sync
 from trainer.reporting.trackers import wandb as trackers
@@ -22,7 +36,11 @@ from trainer.runs.lock import lock_run
 
 __all__ = ["folder", "no_account", "server"]  # fixtures
 
-RECIPE = {**CONFIG, "train": {"duration": "20 steps"}, "track": [{"name": "wandb", "mode": "auto", "project": "pets", "entity": None, "tags": ["night"]}]}
+RECIPE = {
+    **CONFIG,
+    "train": {"duration": "20 steps"},
+    "track": [{"name": "wandb", "mode": "auto", "project": "pets", "entity": None, "tags": ["night"]}],
+}
 
 
 @pytest.fixture
@@ -40,13 +58,18 @@ def run(folder: RunFolder) -> RunFolder:
 
 def rows(run: Run) -> list[dict[str, Any]]:
     """What a run's history shows, without what W&B adds."""
-    return [{key: value for key, value in row.items() if not key.startswith("_") and key != "pictures"} for row in run.history]
+    return [
+        {key: value for key, value in row.items() if not key.startswith("_") and key != "pictures"}
+        for row in run.history
+    ]
 
 
 def lines(folder: RunFolder) -> list[dict[str, Any]]:
     """The same from metrics.jsonl."""
     return [
-        {"step": line["step"]} | {f"{line['split']}/{key}": line[key] for key in ("epoch", "loss", "miou") if key in line} for line in folder.read_metrics()
+        {"step": line["step"]}
+        | {f"{line['split']}/{key}": line[key] for key in ("epoch", "loss", "miou") if key in line}
+        for line in folder.read_metrics()
     ]
 
 
@@ -65,8 +88,13 @@ def test_lines_pictures_recipe_and_summary_arrive_in_one_run_and_a_second_time_c
     assert {key: value["value"] for key, value in sent.config.items() if key != "_wandb"} == RECIPE
     assert (sent.about["displayName"], sent.about["tags"], sent.exit_code) == ("demo", ["night"], 0)
     assert (sent.summary["status"], sent.summary["best/miou"]) == ("finished", 0.9)
-    assert [row["pictures"]["captions"] for row in sent.history if "pictures" in row] == [["validation_step_00000002"], ["validation_step_00000004"]]
-    shown = [row["pictures"]["filenames"][0] for row in sent.history if "pictures" in row] + [sent.summary["curves"]["path"]]
+    assert [row["pictures"]["captions"] for row in sent.history if "pictures" in row] == [
+        ["validation_step_00000002"],
+        ["validation_step_00000004"],
+    ]
+    shown = [row["pictures"]["filenames"][0] for row in sent.history if "pictures" in row] + [
+        sent.summary["curves"]["path"]
+    ]
     before = contents(run)
     lost = sent.files.pop(shown[0])  # an upload that was cut off
 
@@ -94,11 +122,17 @@ sys.stdin.read()
 
 
 @pytest.mark.slow  # W&B's client sends the first rows after 15 s
-def test_a_run_killed_resumed_and_synced_twice_is_one_run_with_each_line_once_and_no_secret(folder: RunFolder, server: WandbServer) -> None:
+def test_a_run_killed_resumed_and_synced_twice_is_one_run_with_each_line_once_and_no_secret(
+    folder: RunFolder, server: WandbServer
+) -> None:
     folder.write_recipe(RECIPE)
     root = Path(__file__).resolve().parents[3]
     with subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder.path)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", CHILD, str(folder.path)],
+        cwd=root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     ) as child:
         assert child.stdout and child.stdout.readline() == b"trained\n"
         server.wait_until(lambda run: run.history)
@@ -118,7 +152,9 @@ def test_a_run_killed_resumed_and_synced_twice_is_one_run_with_each_line_once_an
     assert KEY.encode() not in everything and base64.b64encode(f"api:{KEY}".encode()) not in everything
 
 
-def test_what_training_could_not_send_goes_later(folder: RunFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_training_could_not_send_goes_later(
+    folder: RunFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trackers, "UPLOAD_TIMEOUT_S", 0.5)
     folder.write_recipe(RECIPE)
     mirror = mirrors(folder, "wandb", project="pets")
@@ -143,9 +179,15 @@ def test_a_run_is_found_by_its_name_and_goes_where_the_command_line_says(
     assert "did you mean 'run'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("trouble", ["unreachable", "refuses", "answers 500", "never answers", "stops answering", "loses rows"])
+@pytest.mark.parametrize(
+    "trouble", ["unreachable", "refuses", "answers 500", "never answers", "stops answering", "loses rows"]
+)
 def test_a_server_that_does_not_take_a_run_is_one_message_and_the_run_folder_stays_as_it_is(
-    run: RunFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch, trouble: str, capfd: pytest.CaptureFixture[str]
+    run: RunFolder,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(trackers, "INIT_TIMEOUT_S", 1.5)
     monkeypatch.setattr(sync, "UPLOAD_TIMEOUT_S", 1)
@@ -169,13 +211,20 @@ def test_a_server_that_does_not_take_a_run_is_one_message_and_the_run_folder_sta
     out, said = capfd.readouterr()
     assert out == "" and said.startswith(f"error: {run.path}") and said.count("\n") == 1 and "the same command" in said
     after = contents(run)
-    assert after.pop(run.path / "tracking.json") and after == before, "but for the id, which has to be known before anything is sent"
+    assert after.pop(run.path / "tracking.json") and after == before, (
+        "but for the id, which has to be known before anything is sent"
+    )
 
 
-def test_a_run_that_is_being_trained_is_left_alone(run: RunFolder, server: WandbServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_being_trained_is_left_alone(
+    run: RunFolder, server: WandbServer, capsys: pytest.CaptureFixture[str]
+) -> None:
     lock = lock_run(run.path)
     assert main(["sync", str(run.path)]) == 2
-    assert capsys.readouterr().err == f"error: {run.path} is being trained; sync it when that has ended\n" and not server.runs
+    assert (
+        capsys.readouterr().err == f"error: {run.path} is being trained; sync it when that has ended\n"
+        and not server.runs
+    )
     lock.release()
     assert main(["sync", str(run.path)]) == 0
     lock_run(run.path).release()
@@ -187,7 +236,9 @@ def test_without_a_key_the_message_says_how_to_give_one(run: RunFolder, capsys: 
     assert "wandb login" in said and "WANDB_API_KEY" in said and not (run.path / "tracking.json").exists()
 
 
-def test_offline_one_run_is_written_to_the_run_folder(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_offline_one_run_is_written_to_the_run_folder(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert main(["sync", str(run.path)]) == 0
     assert f"`wandb sync` sends what is in {run.path / 'wandb'}" in capsys.readouterr().out
@@ -195,7 +246,9 @@ def test_offline_one_run_is_written_to_the_run_folder(run: RunFolder, monkeypatc
     assert len(list(run.path.glob("wandb/offline-run-*"))) == 1
 
 
-def test_disabled_says_that_nothing_is_sent(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_disabled_says_that_nothing_is_sent(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert main(["sync", str(run.path)]) == 2
     assert capsys.readouterr().err == "error: WANDB_MODE=disabled: nothing is sent; unset it\n"

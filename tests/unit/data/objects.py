@@ -19,12 +19,19 @@ SIZE = (12, 8)  # width and height
 
 def command_line(options: Mapping[str, Any]) -> list[str]:
     """Options as words; those that are None are left out."""
-    return [str(word) for option, value in options.items() if value is not None for word in (f"--{option.replace('_', '-')}", value)]
+    return [
+        str(word)
+        for option, value in options.items()
+        if value is not None
+        for word in (f"--{option.replace('_', '-')}", value)
+    ]
 
 
 def picture(seed: int, format: str = "JPEG", size: tuple[int, int] = SIZE, **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(file, format, **options)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(
+        file, format, **options
+    )
     return file.getvalue()
 
 

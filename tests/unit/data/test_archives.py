@@ -224,7 +224,9 @@ def test_one_error_names_every_missing_archive_where_to_put_it_and_what_was_trie
 
 
 @pytest.mark.parametrize("silent", ["before it answers", "in the middle"])
-def test_a_stop_is_not_held_up_by_a_server_that_falls_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
+def test_a_stop_is_not_held_up_by_a_server_that_falls_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: str
+) -> None:
     over = threading.Event()
 
     class Silent(BaseHTTPRequestHandler):
@@ -279,7 +281,9 @@ def test_of_two_downloads_of_an_archive_one_waits_and_says_so(tmp_path: Path) ->
             (tmp_path / "downloads" / "set.tgz").write_bytes(b"official")
             lock.release()
 
-    assert locate([Archive("set.tgz", (published(tmp_path),))], tmp_path, None, say)["set.tgz"].read_bytes() == b"official"
+    assert (
+        locate([Archive("set.tgz", (published(tmp_path),))], tmp_path, None, say)["set.tgz"].read_bytes() == b"official"
+    )
     assert said == ["waiting for another process that downloads set.tgz"]
 
 

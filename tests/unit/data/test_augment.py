@@ -48,24 +48,32 @@ def sample(height: int, width: int, seed: int) -> dict[str, Tensor]:
     squares = random.integers(0, len(LABELS), (-(-height // BLOCK), -(-width // BLOCK)))
     index = torch.from_numpy(np.kron(squares, np.ones((BLOCK, BLOCK), np.int64))[:height, :width])
     image = torch.stack([(index >> channel & 1) * 255 for channel in range(3)]).to(torch.uint8)
-    return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(torch.tensor(LABELS, dtype=torch.uint8)[index][None])}
+    return {
+        "image": tv_tensors.Image(image),
+        "mask": tv_tensors.Mask(torch.tensor(LABELS, dtype=torch.uint8)[index][None]),
+    }
 
 
 def check(transform: Callable[[Any], Any], before: dict[str, Tensor], ignore_index: int | None) -> int:
     """Asserts that mask and image belong together afterwards; returns how many pixels could tell.
 
-    Those are the ones of a colour that somewhere fills a square of 3 x 3: only these are no mixtures, since the colours of the labels
-    are corners. If the mask moved with the image, each colour still has one label, and each label one colour.
+    Those are the ones of a colour that somewhere fills a square of 3 x 3: only these are no mixtures, since the colours
+    of the labels are corners. If the mask moved with the image, each colour still has one label, and each label one
+    colour.
     """
     after = transform(before)
     image, mask = after["image"].as_subclass(Tensor).long(), after["mask"].as_subclass(Tensor)[0]
     assert after["image"].shape[1:] == mask.shape
     assert set(mask.unique().tolist()) <= {*LABELS, ignore_index}, "labels were mixed"
     color = image[0] << 16 | image[1] << 8 | image[2]
-    around = torch.stack([color[1 + y : color.shape[0] - 1 + y, 1 + x : color.shape[1] - 1 + x] for y in (-1, 0, 1) for x in (-1, 0, 1)])
+    around = torch.stack(
+        [color[1 + y : color.shape[0] - 1 + y, 1 + x : color.shape[1] - 1 + x] for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    )
     telling = torch.isin(color, around[4][(around == around[4]).all(0)]) & (mask != IGNORE)
     pairs = set(zip(color[telling].tolist(), mask[telling].tolist(), strict=True))
-    assert len(pairs) == len({color for color, _ in pairs}) == len({label for _, label in pairs}), "the mask did not move with its image"
+    assert len(pairs) == len({color for color, _ in pairs}) == len({label for _, label in pairs}), (
+        "the mask did not move with its image"
+    )
     return int(telling.sum())
 
 
@@ -79,11 +87,23 @@ def chosen(data: st.DataObject, component: Component) -> Any:
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(data=st.data(), height=st.integers(24, 64), width=st.integers(24, 64), seed=st.integers(0, 2**16), ignore_index=st.sampled_from([IGNORE, None]))
+@given(
+    data=st.data(),
+    height=st.integers(24, 64),
+    width=st.integers(24, 64),
+    seed=st.integers(0, 2**16),
+    ignore_index=st.sampled_from([IGNORE, None]),
+)
 def test_image_and_mask_stay_aligned_and_labels_are_never_mixed(
     name: str, data: st.DataObject, height: int, width: int, seed: int, ignore_index: int | None
 ) -> None:
-    transform = build(AUGMENTATIONS[name], chosen(data, AUGMENTATIONS[name]), ignore_index=ignore_index, resize=None, has_objects=False)
+    transform = build(
+        AUGMENTATIONS[name],
+        chosen(data, AUGMENTATIONS[name]),
+        ignore_index=ignore_index,
+        resize=None,
+        has_objects=False,
+    )
     torch.manual_seed(seed)
     check(transform, sample(height, width, seed), ignore_index)
 
@@ -91,14 +111,19 @@ def test_image_and_mask_stay_aligned_and_labels_are_never_mixed(
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data(), seed=st.integers(0, 2**16))
 def test_they_stay_aligned_under_all_augmentations_together(data: st.DataObject, seed: int) -> None:
-    transforms = [build(component, chosen(data, component), ignore_index=IGNORE, resize=None, has_objects=False) for component in AUGMENTATIONS.values()]
+    transforms = [
+        build(component, chosen(data, component), ignore_index=IGNORE, resize=None, has_objects=False)
+        for component in AUGMENTATIONS.values()
+    ]
     torch.manual_seed(seed)
     check(v2.Compose(transforms), sample(48, 64, seed), IGNORE)
 
 
 def test_most_pixels_can_tell() -> None:
     assert check(v2.Identity(), sample(64, 64, 0), None) > 2000
-    resized = build(AUGMENTATIONS["random_resized_crop"], AUGMENTATIONS["random_resized_crop"].schema(size=[96, 96]), resize=None)
+    resized = build(
+        AUGMENTATIONS["random_resized_crop"], AUGMENTATIONS["random_resized_crop"].schema(size=[96, 96]), resize=None
+    )
     assert check(resized, sample(64, 64, 0), None) > 2000
 
 
@@ -129,11 +154,17 @@ def test_a_mask_is_shifted_by_not_even_one_pixel() -> None:
 
 def test_padding_is_ignored_or_where_no_label_is_repeats_the_edges() -> None:
     component = AUGMENTATIONS["random_crop"]
-    white = {"image": tv_tensors.Image(torch.full((3, 4, 4), 255, dtype=torch.uint8)), "mask": tv_tensors.Mask(torch.full((1, 4, 4), 7, dtype=torch.uint8))}
+    white = {
+        "image": tv_tensors.Image(torch.full((3, 4, 4), 255, dtype=torch.uint8)),
+        "mask": tv_tensors.Mask(torch.full((1, 4, 4), 7, dtype=torch.uint8)),
+    }
     ignored, repeated = (
-        build(component, component.schema(size=[4, 20]), ignore_index=index, resize=None, has_objects=False)(white) for index in (IGNORE, None)
+        build(component, component.schema(size=[4, 20]), ignore_index=index, resize=None, has_objects=False)(white)
+        for index in (IGNORE, None)
     )
-    assert torch.equal(ignored["mask"][0] == 7, ignored["image"][0] == 255) and set(ignored["mask"].unique().tolist()) == {7, IGNORE}
+    assert torch.equal(ignored["mask"][0] == 7, ignored["image"][0] == 255) and set(
+        ignored["mask"].unique().tolist()
+    ) == {7, IGNORE}
     assert (repeated["mask"] == 7).all() and (repeated["image"] == 255).all()
 
 

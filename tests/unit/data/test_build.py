@@ -55,7 +55,9 @@ def test_seed_and_window_say_which_samples_a_batch_holds(build: Build, seed: int
     data = build(f"train.seed={seed}", f"data.window={window}")
     groups = [TRAIN // 8] * 8
     batches = list(islice(data.train_batches(first_step=0), 15))
-    found = [pair for batch in batches for pair in zip(batch["epoch"].tolist(), batch["sample_id"].tolist(), strict=True)]
+    found = [
+        pair for batch in batches for pair in zip(batch["epoch"].tolist(), batch["sample_id"].tolist(), strict=True)
+    ]
     assert found == stream_of(groups, seed, window, 60)
     later = list(islice(data.train_batches(first_step=11), 4))
     assert all(torch.equal(a["sample_id"], b["sample_id"]) for a, b in zip(later, batches[11:], strict=True))
@@ -67,7 +69,9 @@ def test_processes_and_micro_batches_share_a_batch_and_the_ids_of_each_are_known
         data = build("train.accumulate=2", rank=rank, world_size=2)
         found = [batch["sample_id"].tolist() for batch in islice(data.train_batches(first_step=2), 4)]
         assert found == [[samples[8 + 2 * micro + rank]] for micro in range(4)]
-        assert [data.sample_ids(2 + micro // 2, micro % 2, each) for micro in range(4) for each in (0, 1)] == [[sample] for sample in samples[8:16]]
+        assert [data.sample_ids(2 + micro // 2, micro % 2, each) for micro in range(4) for each in (0, 1)] == [
+            [sample] for sample in samples[8:16]
+        ]
 
 
 def test_augmentation_is_for_training_alone(build: Build) -> None:
@@ -78,7 +82,9 @@ def test_augmentation_is_for_training_alone(build: Build) -> None:
         found: torch.Tensor = split.__getitems__(positions)["image"]
         return found
 
-    assert torch.equal(images(augmented.train), images(plain.train).flip(-1)) and torch.equal(images(augmented.validation), images(plain.validation))
+    assert torch.equal(images(augmented.train), images(plain.train).flip(-1)) and torch.equal(
+        images(augmented.validation), images(plain.validation)
+    )
 
 
 def test_a_set_of_a_few_samples_of_another_resize_or_mode_never_reads_what_another_recipe_cached(build: Build) -> None:
@@ -94,7 +100,9 @@ def test_a_set_of_a_few_samples_of_another_resize_or_mode_never_reads_what_anoth
 
     def pixels(*overrides: str) -> list[torch.Tensor]:
         data = build(*overrides)
-        return [split.__getitems__(list(range(5)))["image"] for split in (data.train, data.validation) for _ in range(2)]
+        return [
+            split.__getitems__(list(range(5)))["image"] for split in (data.train, data.validation) for _ in range(2)
+        ]
 
     expected = [pixels(*overrides, "data.cache=off") for overrides in recipes]
     assert not list(data_dir().rglob("pixels.u8"))

@@ -17,7 +17,10 @@ SIZES = np.array([[4, 6], [3, 5], [4, 6]])
 def sample(index: int) -> dict[str, torch.Tensor]:
     height, width = SIZES[index].tolist()
     generator = torch.Generator().manual_seed(index)
-    return {name: torch.randint(1, 256, (channels, height, width), dtype=torch.uint8, generator=generator) for name, channels in (("image", 3), ("mask", 1))}
+    return {
+        name: torch.randint(1, 256, (channels, height, width), dtype=torch.uint8, generator=generator)
+        for name, channels in (("image", 3), ("mask", 1))
+    }
 
 
 def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:

@@ -25,7 +25,9 @@ def folder(tmp_path: Path) -> Path:
             path.write_bytes(content)
             shards.append(Shard(f"{split}/{path.name}", sha256(path), len(content), (16, 4)))
         splits[split] = Split(20 * len(shards), tuple(shards))
-    Card("toy", ("no", "yes"), 255, {"image": "image", "mask": "mask"}, splits, {"a.tgz": "00"}, ("split by hand",)).save(folder)
+    Card(
+        "toy", ("no", "yes"), 255, {"image": "image", "mask": "mask"}, splits, {"a.tgz": "00"}, ("split by hand",)
+    ).save(folder)
     return folder
 
 
@@ -44,7 +46,9 @@ def test_the_file_has_the_documented_layout(folder: Path) -> None:
     assert tree["splits"]["validation"]["files"][0].keys() == {"name", "sha256", "bytes", "row_groups"}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "name": 3}', "\xff", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "name": 3}', "\xff", "[" * 100_000]
+)
 def test_a_damaged_card_is_an_error_that_says_what_to_do(folder: Path, text: str) -> None:
     (folder / "card.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"card\.json .*`trainer prepare toy`"):
@@ -68,7 +72,10 @@ def test_advice_says_the_command_where_it_is_known(folder: Path, tmp_path: Path)
         Card.load(tmp_path / "nothing", "toy size=3")
     replace(Card.load(folder), command="toy size=4").save(folder)
     (folder / "train/00001.parquet").write_bytes(b"tWo" * 20)
-    with pytest.raises(UserError, match=r"has changed since it was prepared; delete .*toy, then `trainer prepare toy size=4` makes it again"):
+    with pytest.raises(
+        UserError,
+        match=r"has changed since it was prepared; delete .*toy, then `trainer prepare toy size=4` makes it again",
+    ):
         Card.load(folder).verify(folder)
     (folder / "train/00001.parquet").unlink()
     with pytest.raises(UserError, match=r"is missing; `trainer prepare toy size=4` makes it again"):
@@ -146,7 +153,13 @@ def test_a_file_that_disappears_while_it_is_verified_is_named(folder: Path) -> N
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("name", "../../etc/passwd"), ("name", "/etc/passwd"), ("row_groups", [16, -4]), ("row_groups", []), ("row_groups", [10**15])],
+    [
+        ("name", "../../etc/passwd"),
+        ("name", "/etc/passwd"),
+        ("row_groups", [16, -4]),
+        ("row_groups", []),
+        ("row_groups", [10**15]),
+    ],
 )
 def test_a_card_that_names_other_files_or_impossible_rows_is_damaged(folder: Path, key: str, value: object) -> None:
     tree = json.loads((folder / "card.json").read_text())
@@ -171,7 +184,9 @@ def test_a_card_has_two_splits_or_three(folder: Path) -> None:
         Card.load(folder)
 
 
-@pytest.mark.parametrize("splits", [{"train"}, {"train", "test"}, {"validation", "test"}, {"train", "validation", "val"}], ids=sorted)
+@pytest.mark.parametrize(
+    "splits", [{"train"}, {"train", "test"}, {"validation", "test"}, {"train", "validation", "val"}], ids=sorted
+)
 def test_a_card_with_other_splits_is_damaged(folder: Path, splits: set[str]) -> None:
     card = Card.load(folder)
     replace(card, splits={split: card.splits.get(split, Split(0, ())) for split in sorted(splits)}).save(folder)
@@ -191,7 +206,10 @@ def test_the_fingerprint_follows_the_content_and_nothing_else(folder: Path) -> N
 def test_the_identity_that_runs_record_is_the_same_in_every_version_and_follows_the_samples(folder: Path) -> None:
     card = Card.load(folder)
     assert card.identity == "377630fe497ebde18a1ddb40c7f7c14d41c783c0263da992976fa659b2ce7e20"
-    assert replace(card, notes=(), statistics={"class_pixels": [1, 2]}, command="toy", version="2", archives={}).identity == card.identity
+    assert (
+        replace(card, notes=(), statistics={"class_pixels": [1, 2]}, command="toy", version="2", archives={}).identity
+        == card.identity
+    )
     train, validation = card.splits["train"], card.splits["validation"]
     others = [
         replace(card, classes=("yes", "no")),

@@ -38,7 +38,10 @@ def archive(tmp_path: Path) -> Path:
     """An official archive of 10 images in each batch: one of each class, in order."""
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     flat = [pictures(seed, 10).transpose(0, 3, 1, 2).reshape(10, -1) for seed in range(6)]
-    batches = {f"cifar-10-batches-py/{name}": official(pixels, list(range(10))) for name, pixels in zip(names, flat, strict=True)}
+    batches = {
+        f"cifar-10-batches-py/{name}": official(pixels, list(range(10)))
+        for name, pixels in zip(names, flat, strict=True)
+    }
     pack(tmp_path / "cifar-10-python.tar.gz", batches | {"cifar-10-batches-py/batches.meta": b"not read"}, "w:gz")
     return tmp_path
 
@@ -61,7 +64,13 @@ def test_the_official_archive_gives_the_images_of_one_class_in_its_own_splits(ar
 
 
 def test_categories_and_numbers_of_colours_are_sets_of_their_own() -> None:
-    sources = [cifar10(), cifar10(category="ship"), cifar10(num_colours=8), cifar10_horses(), cifar10_horses(centres="kmeans", num_colours=8)]
+    sources = [
+        cifar10(),
+        cifar10(category="ship"),
+        cifar10(num_colours=8),
+        cifar10_horses(),
+        cifar10_horses(centres="kmeans", num_colours=8),
+    ]
     assert len({source.name for source in sources}) == len(sources)
     assert [source.info.num_classes for source in sources] == [24, 24, 8, 24, 8]
     assert sources[1].command == "cifar10 category=ship num_colours=24"
@@ -89,7 +98,9 @@ def test_of_two_centres_equally_near_the_first_is_taken() -> None:
 
 def test_a_batch_that_is_none_is_an_error_that_names_it(archive: Path) -> None:
     pack(archive / "cifar-10-python.tar.gz", {"cifar-10-batches-py/data_batch_1": b"half a pickle"}, "w:gz")
-    with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz: cifar-10-batches-py/data_batch_1: no batch of CIFAR-10"):
+    with pytest.raises(
+        UserError, match=r"cifar-10-python\.tar\.gz: cifar-10-batches-py/data_batch_1: no batch of CIFAR-10"
+    ):
         rows(cifar10(num_colours=4, category="dog"), archive)
 
 
@@ -124,7 +135,8 @@ def test_the_courses_centres_are_taken_as_they_are(horses: Path) -> None:
 
 def test_horses_can_have_centres_of_their_own(horses: Path) -> None:
     found = statistics(cifar10_horses(centres="kmeans", num_colours=4), horses)["colour_centres"]
-    assert np.abs(np.sort(np.array(found) * 256, axis=0) - np.sort(COLOURS.astype(float), axis=0)).max() < 12  # JPEG moves colours a little
+    # JPEG moves colours a little.
+    assert np.abs(np.sort(np.array(found) * 256, axis=0) - np.sort(COLOURS.astype(float), axis=0)).max() < 12
 
 
 def test_the_course_has_24_centres_and_no_other_number() -> None:

@@ -18,12 +18,32 @@ def text(value: bytes) -> bytes:
 
 def official(pixels: np.ndarray, labels: list[int]) -> bytes:
     """A pickle as Python 2 wrote the official ones: protocol 2, byte strings, numpy's old module names."""
-    dtype = b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    dtype = (
+        b"cnumpy\ndtype\n"
+        + text(b"u1")
+        + b"K\x00K\x01\x87R(K\x03"
+        + text(b"|")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    )
     raw = pixels.tobytes()
     shape = b"M" + len(pixels).to_bytes(2, "little") + b"M\x00\x0c\x86"
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R(K\x01" + shape + dtype
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85"
+        + text(b"b")
+        + b"\x87R(K\x01"
+        + shape
+        + dtype
+    )
     array += b"\x89T" + len(raw).to_bytes(4, "little") + raw + b"tb"
-    return b"\x80\x02}(" + text(b"data") + array + text(b"labels") + b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"eu."
+    return (
+        b"\x80\x02}("
+        + text(b"data")
+        + array
+        + text(b"labels")
+        + b"]("
+        + b"".join(b"K" + bytes([label]) for label in labels)
+        + b"eu."
+    )
 
 
 def test_an_official_batch_gives_its_images_and_labels() -> None:

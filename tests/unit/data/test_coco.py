@@ -27,14 +27,24 @@ COMPRESSED = encode_masks(torch.from_numpy(MASK[None]))[0].decode()
 
 
 def annotation(image: int, **changed: Any) -> dict[str, Any]:
-    return {"id": image, "image_id": image, "category_id": 7, "bbox": [3, 2, 6, 3], "segmentation": [SQUARE], "area": 18, "iscrowd": 0} | changed
+    return {
+        "id": image,
+        "image_id": image,
+        "category_id": 7,
+        "bbox": [3, 2, 6, 3],
+        "segmentation": [SQUARE],
+        "area": 18,
+        "iscrowd": 0,
+    } | changed
 
 
 def content(images: range = range(12)) -> dict[str, Any]:
     """An annotation for each image but the third; category ids are neither dense nor sorted."""
     return {
         "info": {"year": 2026},
-        "images": [{"id": i, "file_name": f"{i:02d}.jpg", "width": SIZE[0], "height": SIZE[1], "license": 1} for i in images],
+        "images": [
+            {"id": i, "file_name": f"{i:02d}.jpg", "width": SIZE[0], "height": SIZE[1], "license": 1} for i in images
+        ],
         "annotations": [annotation(i) for i in images if i != 2],
         "categories": [{"id": 90, "name": "cell", "supercategory": "thing"}, {"id": 7, "name": "crack"}],
     }
@@ -51,7 +61,12 @@ def files(tmp_path: Path) -> Path:
 
 def prepare(folder: Path, found: dict[str, Any], **changed: Any) -> int:
     save(folder / "instances.json", json.dumps(found))
-    given = {"name": "mine", "images": folder / "photos", "annotations": folder / "instances.json", "validation": 0.1} | changed
+    given = {
+        "name": "mine",
+        "images": folder / "photos",
+        "annotations": folder / "instances.json",
+        "validation": 0.1,
+    } | changed
     return main(["prepare", "coco", *command_line(given)])
 
 
@@ -67,7 +82,11 @@ def pixels(mask: bytes) -> np.ndarray:
 def test_polygons_and_both_kinds_ofrun_lengths_become_masks(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = content()
     found["annotations"][0]["segmentation"] = {"size": [8, 12], "counts": RUNS}
-    found["annotations"][1] |= {"segmentation": {"size": [8, 12], "counts": COMPRESSED}, "iscrowd": 1, "category_id": 90}
+    found["annotations"][1] |= {
+        "segmentation": {"size": [8, 12], "counts": COMPRESSED},
+        "iscrowd": 1,
+        "category_id": 90,
+    }
     found["annotations"][2]["segmentation"] = [[3, 2, 6, 2, 6, 5, 3, 5], [6, 2, 9, 2, 9, 5, 6, 5]]
     found["annotations"].append(annotation(0, bbox=[0, 0, 12, 8]))
     assert prepare(files, found) == 0
@@ -82,13 +101,20 @@ def test_polygons_and_both_kinds_ofrun_lengths_become_masks(files: Path, capsys:
 
 
 @pytest.mark.parametrize("segmentation", [None, []], ids=str)
-def test_where_an_annotation_has_no_mask_the_set_has_boxes_only_and_says_so(files: Path, segmentation: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_an_annotation_has_no_mask_the_set_has_boxes_only_and_says_so(
+    files: Path, segmentation: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = content()
     found["annotations"][4]["segmentation"] = segmentation
     assert prepare(files, found) == 0
     card = Card.load(data_dir() / "mine")
-    assert card.columns["objects"] == "boxes" and not any(each["mask"] for found_ in objects().values() for each in found_)
-    assert "Boxes only: 1 of 11 annotations have no segmentation." in card.notes and card.notes[1] in capsys.readouterr().out
+    assert card.columns["objects"] == "boxes" and not any(
+        each["mask"] for found_ in objects().values() for each in found_
+    )
+    assert (
+        "Boxes only: 1 of 11 annotations have no segmentation." in card.notes
+        and card.notes[1] in capsys.readouterr().out
+    )
     assert catalogue("dataset")["coco"].build({"set": "mine"}).columns["objects"] == "boxes"
 
 
@@ -114,7 +140,11 @@ def test_each_split_has_its_file_and_may_have_its_folder(files: Path, elsewhere:
                 (files / f"photos/b/{i:02d}.jpg").unlink()
             given[f"{split}_images"] = files / f"{split} photos"
     assert prepare(files, content(range(9)), **given) == 0
-    assert [sorted(by_image("mine", split)) for split in ("train", "validation", "test")] == [[f"{i:02d}" for i in range(9)], ["09", "10"], ["11"]]
+    assert [sorted(by_image("mine", split)) for split in ("train", "validation", "test")] == [
+        [f"{i:02d}" for i in range(9)],
+        ["09", "10"],
+        ["11"],
+    ]
     card = Card.load(data_dir() / "mine")
     (data_dir() / "mine").rename(data_dir().parent / "away")
     assert main(["prepare", *shlex.split(card.command)]) == 0
@@ -124,7 +154,10 @@ def test_each_split_has_its_file_and_may_have_its_folder(files: Path, elsewhere:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"validation_images": "photos"}, "--validation-images photos holds the images of a COCO file; name it by --validation FILE"),
+        (
+            {"validation_images": "photos"},
+            "--validation-images photos holds the images of a COCO file; name it by --validation FILE",
+        ),
         ({"test_images": "photos"}, "--test-images photos holds the images of a COCO file; name it by --test FILE"),
         ({"test": "0.1"}, "--test 0.1: only the validation split can be a share; name the files of the test split"),
         ({"test": "nothing.json"}, "nothing.json can't be read: No such file"),
@@ -155,12 +188,17 @@ def test_all_files_have_the_same_categories(files: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("listed", [range(12), range(11, 13)], ids=["the same file", "one image of two"])
-def test_an_image_on_both_sides_of_the_split_is_refused_by_name(files: Path, listed: range, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_on_both_sides_of_the_split_is_refused_by_name(
+    files: Path, listed: range, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(files / "photos/12.jpg", picture(12))
     save(files / "held out.json", json.dumps(content(listed)))
     assert prepare(files, content(), validation=files / "held out.json") == 2
     image, said = f"{files}/photos/{'a/00' if 0 in listed else 'b/11'}.jpg", capsys.readouterr().err
-    assert f"{12 if 0 in listed else 1} images are in more than one split" in said and f"\n  {image} (train), {image} (validation)\n" in said
+    assert (
+        f"{12 if 0 in listed else 1} images are in more than one split" in said
+        and f"\n  {image} (train), {image} (validation)\n" in said
+    )
     assert not (data_dir() / "mine").exists()
 
 
@@ -168,20 +206,31 @@ def test_a_set_of_another_kind_is_not_replaced(files: Path, capsys: pytest.Captu
     for i in range(12):
         save(files / f"texts/{'a' if i < 6 else 'b'}/{i:02d}.txt", "0 0.5 0.5 0.5 0.5")
     save(files / "classes.txt", "cell\n")
-    yolo = {"name": "mine", "images": files / "photos", "labels": files / "texts", "classes": files / "classes.txt", "validation": 0.1}
+    yolo = {
+        "name": "mine",
+        "images": files / "photos",
+        "labels": files / "texts",
+        "classes": files / "classes.txt",
+        "validation": 0.1,
+    }
     assert main(["prepare", "yolo", *command_line(yolo)]) == 0
     card = Card.load(data_dir() / "mine")
     assert prepare(files, content()) == 2
     said, folder = capsys.readouterr().err, data_dir() / "mine"
     assert said.startswith(f"error: {folder} was made by `trainer prepare yolo --name mine --images ")
-    assert "which `trainer prepare coco --name mine --images " in said and said.endswith(f"would replace; choose another name, or delete {folder}\n")
+    assert "which `trainer prepare coco --name mine --images " in said and said.endswith(
+        f"would replace; choose another name, or delete {folder}\n"
+    )
     assert Card.load(folder) == card
 
 
 def test_files_are_found_by_the_end_of_their_path(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(files / "photos/b/00.jpg", picture(60))
     assert prepare(files, content()) == 2
-    assert "must hold, once; of 1 this is not so:\n  00.jpg matches photos/a/00.jpg and photos/b/00.jpg" in capsys.readouterr().err
+    assert (
+        "must hold, once; of 1 this is not so:\n  00.jpg matches photos/a/00.jpg and photos/b/00.jpg"
+        in capsys.readouterr().err
+    )
     found = content()
     found["images"][0]["file_name"] = "b\\00.jpg"
     assert prepare(files, found) == 0
@@ -204,7 +253,9 @@ BAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("expected", "changed"), BAD.items(), ids=BAD)
-def test_an_object_that_cannot_be_so_is_refused_or_dropped(files: Path, expected: str, changed: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_object_that_cannot_be_so_is_refused_or_dropped(
+    files: Path, expected: str, changed: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     found = content()
     found["annotations"][0] |= changed
     assert prepare(files, found) == 2
@@ -260,7 +311,9 @@ def another_size(found: dict[str, Any]) -> None:
         (another_size, "photos/a/00.jpg is 12 x 8, but listed with 13 x 8"),
     ],
 )
-def test_a_file_that_cannot_be_so_is_a_mistake(files: Path, damage: Any, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_so_is_a_mistake(
+    files: Path, damage: Any, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = content()
     damage(found)
     assert prepare(files, found) == 2
@@ -278,7 +331,9 @@ def test_both_files_have_the_same_categories(files: Path, capsys: pytest.Capture
     assert "held out.json is no COCO file of instances: : Invalid JSON" in capsys.readouterr().err
 
 
-def test_without_pycocotools_masks_are_refused_with_the_remedy(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_pycocotools_masks_are_refused_with_the_remedy(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pycocotools", None)
     assert prepare(files, content()) == 2
     assert "pip install 'recipe-trainer[detection]'" in capsys.readouterr().err

@@ -36,14 +36,25 @@ def grey() -> bytes:
 
 
 def test_all_of_coco128_trains_and_validates_as_its_description_says(tmp_path: Path) -> None:
-    files = {f"images/train2017/{i}.jpg": picture(i) for i in range(3)} | {"images/train2017/3.jpg": grey(), "README.txt": b"read me", "LICENSE": b"MIT"}
-    labels = {"labels/train2017/0.txt": b"45 0.5 0.5 0.5 0.5\n79 0.5 0.5 1.000001 1\n", "labels/train2017/3.txt": b"0 0.25 0.25 0.5 0.5"}
+    files = {f"images/train2017/{i}.jpg": picture(i) for i in range(3)} | {
+        "images/train2017/3.jpg": grey(),
+        "README.txt": b"read me",
+        "LICENSE": b"MIT",
+    }
+    labels = {
+        "labels/train2017/0.txt": b"45 0.5 0.5 0.5 0.5\n79 0.5 0.5 1.000001 1\n",
+        "labels/train2017/3.txt": b"0 0.25 0.25 0.5 0.5",
+    }
     card = prepared("coco128", pack(tmp_path, "coco128", files | labels))
     assert by_image("coco128", "train") == by_image("coco128", "validation")
-    found = {name: [(each["label"], each["box"]) for each in objects] for name, objects in by_image("coco128", "train").items()}
+    found = {
+        name: [(each["label"], each["box"]) for each in objects]
+        for name, objects in by_image("coco128", "train").items()
+    }
     assert found == {"0": [(45, [3, 2, 9, 6]), (79, [0, 0, 12, 8])], "1": [], "2": [], "3": [(0, [0, 0, 6, 4])]}
     assert "all 128 images train and validate" in " ".join(card.notes)
-    assert Image.open(io.BytesIO(stored("coco128", "train")[3]["image"]["bytes"])).mode == "L"  # which the stream decodes to RGB
+    # Which the stream decodes to RGB.
+    assert Image.open(io.BytesIO(stored("coco128", "train")[3]["image"]["bytes"])).mode == "L"
 
 
 def test_coco8_has_its_own_split(tmp_path: Path) -> None:
@@ -55,17 +66,27 @@ def test_coco8_has_its_own_split(tmp_path: Path) -> None:
 
 def test_a_damaged_label_file_is_named(tmp_path: Path) -> None:
     files = {"images/train/0.jpg": picture(0), "images/val/1.jpg": picture(1), "labels/val/1.txt": b"0 0.5 0.5\n"}
-    with pytest.raises(UserError, match=r"coco8/labels/val/1\.txt:1: a line is .*; replace \S+coco8\.zip by the official archive"):
+    with pytest.raises(
+        UserError, match=r"coco8/labels/val/1\.txt:1: a line is .*; replace \S+coco8\.zip by the official archive"
+    ):
         prepared("coco8", pack(tmp_path, "coco8", files))
 
 
 def test_the_classes_are_those_of_coco() -> None:
     assert len(CLASSES) == len({*CLASSES}) == 80
-    assert [CLASSES[i] for i in (0, 9, 11, 60, 79)] == ["person", "traffic light", "stop sign", "dining table", "toothbrush"]
+    assert [CLASSES[i] for i in (0, 9, 11, 60, 79)] == [
+        "person",
+        "traffic light",
+        "stop sign",
+        "dining table",
+        "toothbrush",
+    ]
 
 
 @pytest.mark.realdata
-@pytest.mark.skipif(not os.environ.get("TRAINER_ARCHIVES"), reason="TRAINER_ARCHIVES names no folder with coco128.zip and coco8.zip")
+@pytest.mark.skipif(
+    not os.environ.get("TRAINER_ARCHIVES"), reason="TRAINER_ARCHIVES names no folder with coco128.zip and coco8.zip"
+)
 def test_the_archives_hold_the_boxes_that_are_known_of_them() -> None:
     card = prepared("coco128", archives_dir())
     found = by_image("coco128", "train")
@@ -74,4 +95,6 @@ def test_the_archives_hold_the_boxes_that_are_known_of_them() -> None:
     assert found == by_image("coco128", "validation") and "000000000086" in found
     small = prepared("coco8", archives_dir())
     assert [split.rows for split in small.splits.values()] == [4, 4]
-    assert by_image("coco8", "train") | by_image("coco8", "validation") == {name: found[name] for name in sorted(found)[:8]}
+    assert by_image("coco8", "train") | by_image("coco8", "validation") == {
+        name: found[name] for name in sorted(found)[:8]
+    }

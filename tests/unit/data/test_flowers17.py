@@ -29,7 +29,9 @@ def photograph(seed: int, quality: int = 90) -> bytes:
 
 def trimap(size: tuple[int, int] = SIZE) -> bytes:
     """A palette PNG with the indices 0 to 5 in columns, whose colours are no indices."""
-    image = Image.fromarray((np.arange(size[0] * size[1]) % size[0] // 8 % 6).astype(np.uint8).reshape(size[1], size[0]))
+    image = Image.fromarray(
+        (np.arange(size[0] * size[1]) % size[0] // 8 % 6).astype(np.uint8).reshape(size[1], size[0])
+    )
     image.putpalette([255 - i for i in range(256) for _ in range(3)])
     file = io.BytesIO()
     image.save(file, "PNG")
@@ -74,29 +76,39 @@ def test_trimaps_say_which_images_count(tmp_path: Path, images: dict[str, bytes]
     assert all(row["image"].data == images[row["image"].name] for _, row in found)
 
 
-def test_where_a_list_is_packed_it_says_which_images_count(tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]) -> None:
+def test_where_a_list_is_packed_it_says_which_images_count(
+    tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]
+) -> None:
     found = rows(tmp_path, images, trimaps | {"trimaps/imlist.txt": b"1\n2\n3\n81\n82"})
     assert sorted(number(row) for _, row in found) == [1, 2, 3, 81, 82]
 
 
-def test_flower_is_1_scenery_0_and_the_rest_ignored(tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]) -> None:
+def test_flower_is_1_scenery_0_and_the_rest_ignored(
+    tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]
+) -> None:
     mask = read_indices(rows(tmp_path, images, trimaps)[0][1]["mask"].data)
     assert mask.shape == (SIZE[1], SIZE[0])
     assert mask[0, ::8].tolist() == [255, 1, 0, 0, 0, 255]
 
 
-def test_each_species_is_split_80_to_20_the_same_way_every_time(tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]) -> None:
+def test_each_species_is_split_80_to_20_the_same_way_every_time(
+    tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]
+) -> None:
     found = rows(tmp_path, images, trimaps)
     validation = [number(row) for split, row in found if split == "validation"]
     assert [sum((n - 1) // 80 == species for n in validation) for species in (0, 1, 15)] == [4, 2, 2]
-    assert [(split, number(row)) for split, row in rows(tmp_path, images, trimaps)] == [(split, number(row)) for split, row in found]
+    assert [(split, number(row)) for split, row in rows(tmp_path, images, trimaps)] == [
+        (split, number(row)) for split, row in found
+    ]
 
 
 def test_the_split_does_not_change_between_versions() -> None:
     assert sorted(choose_validation([[n] for n in range(1, 41)])) == [1, 4, 9, 20, 22, 28, 30, 31]
 
 
-def test_the_same_photograph_is_on_one_side(tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]) -> None:
+def test_the_same_photograph_is_on_one_side(
+    tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]
+) -> None:
     split = {number(row): side for side, row in rows(tmp_path, images, trimaps)}
     assert split[3] == split[7]
 
@@ -126,19 +138,25 @@ def test_groups_of_duplicates_are_found_and_never_divided() -> None:
     assert len(chosen) == 20
 
 
-def test_an_image_missing_from_the_archive_is_an_error(tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]) -> None:
+def test_an_image_missing_from_the_archive_is_an_error(
+    tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]
+) -> None:
     del images["jpg/image_0002.jpg"]
     with pytest.raises(UserError, match=r"17flowers\.tgz lacks images that have a trimap: \[2\]"):
         rows(tmp_path, images, trimaps)
 
 
-def test_a_listed_image_without_trimap_is_an_error(tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]) -> None:
+def test_a_listed_image_without_trimap_is_an_error(
+    tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]
+) -> None:
     with pytest.raises(UserError, match=r"imlist\.txt lists image 500, which has no trimap"):
         rows(tmp_path, images, trimaps | {"trimaps/imlist.txt": b"1 500"})
 
 
 @pytest.mark.parametrize("name", ["jpg/image_0002.jpg", "trimaps/image_0002.png"])
-def test_a_damaged_member_is_an_error_that_names_it(tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes], name: str) -> None:
+def test_a_damaged_member_is_an_error_that_names_it(
+    tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes], name: str
+) -> None:
     for files in (images, trimaps):
         if name in files:
             files[name] = files[name][:40]
@@ -146,13 +164,17 @@ def test_a_damaged_member_is_an_error_that_names_it(tmp_path: Path, images: dict
         rows(tmp_path, images, trimaps)
 
 
-def test_a_trimap_of_another_size_is_an_error_that_names_the_image(tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]) -> None:
+def test_a_trimap_of_another_size_is_an_error_that_names_the_image(
+    tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]
+) -> None:
     rows(tmp_path, images, trimaps | {"trimaps/image_0002.png": trimap((40, 30))})
     with pytest.raises(UserError, match=r"image_0002.*sizes differ: image 48 x 32, mask 40 x 30"):
         prepare(flowers17(), tmp_path / "data", tmp_path)
 
 
-def test_prepared_rows_hold_masks_of_their_images_size(tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]) -> None:
+def test_prepared_rows_hold_masks_of_their_images_size(
+    tmp_path: Path, images: dict[str, bytes], trimaps: dict[str, bytes]
+) -> None:
     rows(tmp_path, images, trimaps)
     card = prepare(flowers17(), tmp_path / "data", tmp_path)
     assert sum(split.rows for split in card.splits.values()) == len(NUMBERS)

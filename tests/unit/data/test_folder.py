@@ -64,7 +64,13 @@ def files(tmp_path: Path) -> Path:
 
 
 def options(folder: Path, name: str = "mine", **changed: Any) -> list[str]:
-    given = {"name": name, "images": folder / "photos", "masks": folder / "masks", "classes": folder / "classes.txt", "ignore": 255} | changed
+    given = {
+        "name": name,
+        "images": folder / "photos",
+        "masks": folder / "masks",
+        "classes": folder / "classes.txt",
+        "ignore": 255,
+    } | changed
     return ["prepare", "folder", *command_line(given)]
 
 
@@ -105,7 +111,12 @@ def test_every_pair_is_stored_and_counted(files: Path, capsys: pytest.CaptureFix
     counts = np.bincount(np.concatenate([labels(int(name)) for name in rows("train")]).ravel(), minlength=256)[:3]
     assert card.statistics["class_pixels"] == counts.tolist()
     said = capsys.readouterr().out
-    for expected in ("24 rows", f"{len(rows('validation'))} validation", f"road {counts[0] / counts.sum():.2%}", "ignored: 255"):
+    for expected in (
+        "24 rows",
+        f"{len(rows('validation'))} validation",
+        f"road {counts[0] / counts.sum():.2%}",
+        "ignored: 255",
+    ):
         assert expected in said
 
 
@@ -157,18 +168,31 @@ def splits(tmp_path: Path) -> Path:
 
 
 def of_splits(folder: Path, **changed: Any) -> list[str]:
-    given = {"images": folder / "train", "masks": folder / "trainannot", "validation_images": folder / "val", "validation_masks": folder / "valannot"}
+    given = {
+        "images": folder / "train",
+        "masks": folder / "trainannot",
+        "validation_images": folder / "val",
+        "validation_masks": folder / "valannot",
+    }
     return options(folder, **given | changed)
 
 
 def test_images_and_masks_that_validate_can_lie_anywhere(splits: Path) -> None:
     assert main(of_splits(splits)) == 0
-    assert sorted(rows("train")) == [f"train{i}" for i in range(5)] and sorted(rows("validation")) == ["val0", "val1", "val2"]
+    assert sorted(rows("train")) == [f"train{i}" for i in range(5)] and sorted(rows("validation")) == [
+        "val0",
+        "val1",
+        "val2",
+    ]
     card = prepared()
     assert card.splits.keys() == {"train", "validation"} and card.notes == (f"Split: {splits}/val validates.",)
 
 
-@pytest.mark.parametrize("validation", [{}, {"validation_images": None, "validation_masks": None, "validation": 0.5}], ids=["folders", "share"])
+@pytest.mark.parametrize(
+    "validation",
+    [{}, {"validation_images": None, "validation_masks": None, "validation": 0.5}],
+    ids=["folders", "share"],
+)
 def test_a_test_split_is_prepared_like_the_others_and_changes_nothing_in_them(
     splits: Path, validation: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,8 +201,12 @@ def test_a_test_split_is_prepared_like_the_others_and_changes_nothing_in_them(
     with_test = {"test_images": splits / "test", "test_masks": splits / "testannot"}
     assert main(of_splits(splits, **validation, **with_test)) == 0
     card = prepared()
-    assert {split: card.splits[split] for split in without.splits} == without.splits and card.statistics == without.statistics
-    assert sorted(rows("test")) == ["test0", "test1"] and np.array_equal(read_indices(rows("test")["test1"]["mask"]["bytes"]), labels(21))
+    assert {
+        split: card.splits[split] for split in without.splits
+    } == without.splits and card.statistics == without.statistics
+    assert sorted(rows("test")) == ["test0", "test1"] and np.array_equal(
+        read_indices(rows("test")["test1"]["mask"]["bytes"]), labels(21)
+    )
     assert card.notes == (*without.notes, f"{splits}/test is the test split, which no training reads.")
     assert ", 2 test\n" in capsys.readouterr().out
     (data_dir() / "mine").rename(data_dir().parent / "away")
@@ -190,7 +218,10 @@ def test_a_folder_can_test_as_a_folder_can_validate(files: Path) -> None:
     for i, split in enumerate(("train", "val", "test")):
         save(files / f"images/{split}/{split}.png", pixels(i))
         save(files / f"labels/{split}/{split}.png", labels(i))
-    assert main(options(files, images=files / "images/train", masks=files / "labels/train", validation="val", test="test")) == 0
+    assert (
+        main(options(files, images=files / "images/train", masks=files / "labels/train", validation="val", test="test"))
+        == 0
+    )
     assert [list(rows(split)) for split in ("train", "validation", "test")] == [["train"], ["val"], ["test"]]
     card = prepared()
     (data_dir() / "mine").rename(data_dir().parent / "away")
@@ -199,10 +230,15 @@ def test_a_folder_can_test_as_a_folder_can_validate(files: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["train", "val"])
-def test_an_image_of_the_test_split_is_in_no_other(splits: Path, other: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_of_the_test_split_is_in_no_other(
+    splits: Path, other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (splits / "test/test1.png").write_bytes((splits / f"{other}/{other}2.png").read_bytes())
     said = refused(capsys, of_splits(splits, test_images=splits / "test", test_masks=splits / "testannot"))
-    assert f"{splits}/{other}/{other}2.png ({'validation' if other == 'val' else other}), {splits}/test/test1.png (test)" in said
+    assert (
+        f"{splits}/{other}/{other}2.png ({'validation' if other == 'val' else other}), {splits}/test/test1.png (test)"
+        in said
+    )
     assert nothing_half_written()
 
 
@@ -210,7 +246,10 @@ def test_an_image_of_the_test_split_is_in_no_other(splits: Path, other: str, cap
     ("changed", "expected"),
     [
         ({"validation": "val"}, "--validation val and --validation-images exclude each other; give one of them"),
-        ({"validation": "0.3", "validation_images": None}, "--validation 0.3 and --validation-masks exclude each other; give one of them"),
+        (
+            {"validation": "0.3", "validation_images": None},
+            "--validation 0.3 and --validation-masks exclude each other; give one of them",
+        ),
         ({"validation_masks": None}, "--validation-images needs --validation-masks beside it"),
         ({"validation_images": None}, "--validation-masks needs --validation-images beside it"),
         ({"test_images": "test"}, "--test-images needs --test-masks beside it"),
@@ -229,7 +268,9 @@ def test_options_that_contradict_or_need_one_another_are_a_mistake(
 
 
 @pytest.mark.parametrize("as_copy", [False, True], ids=["the same file", "equal bytes"])
-def test_an_image_on_both_sides_of_the_split_is_refused_by_name(files: Path, as_copy: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_on_both_sides_of_the_split_is_refused_by_name(
+    files: Path, as_copy: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     held_out = files
     if as_copy:
         held_out = files / "held out"
@@ -243,11 +284,17 @@ def test_an_image_on_both_sides_of_the_split_is_refused_by_name(files: Path, as_
         assert f"\n  {files}/photos/town 2/05.PNG (train), {held_out}/photos/new 3.png (validation)\n" in said
     else:
         first = f"{files}/photos/town 0/00.jpg"
-        assert "24 images are in more than one split" in said and f"\n  {first} (train), {first} (validation)\n" in said and said.endswith("\n  …\n")
+        assert (
+            "24 images are in more than one split" in said
+            and f"\n  {first} (train), {first} (validation)\n" in said
+            and said.endswith("\n  …\n")
+        )
     assert nothing_half_written()
 
 
-def test_so_it_is_in_a_set_that_was_prepared_before_anyone_looked(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_so_it_is_in_a_set_that_was_prepared_before_anyone_looked(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with monkeypatch.context() as blind:
         digests = itertools.count()
         blind.setattr("trainer.data.files.sha256", lambda path: str(next(digests)))
@@ -272,7 +319,10 @@ def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: 
     assert "preparing" not in capsys.readouterr().out
     save(files / "masks/town 0/00.png", labels(50))
     assert main(options(files)) == 0
-    assert f"{data_dir() / 'mine'} is prepared again: the name, size or time of a file has changed\n" in capsys.readouterr().out
+    assert (
+        f"{data_dir() / 'mine'} is prepared again: the name, size or time of a file has changed\n"
+        in capsys.readouterr().out
+    )
     assert np.array_equal(read_indices((rows("train") | rows("validation"))["00"]["mask"]["bytes"]), labels(50))
     assert main(options(files, validation=0.4)) == 0
     assert f"{data_dir() / 'mine'} is prepared again: --validation was 0.2 and is now 0.4\n" in capsys.readouterr().out
@@ -334,7 +384,9 @@ def no_masks(folder: Path) -> None:
 
 
 def a_program(folder: Path) -> None:
-    (folder / "photos/town 0/00.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 8\n%%EndComments\n(evil) run\n")
+    (folder / "photos/town 0/00.jpg").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 8\n%%EndComments\n(evil) run\n"
+    )
 
 
 def two_names(folder: Path) -> None:
@@ -352,7 +404,10 @@ def no_name(folder: Path) -> None:
         (missing_image, "masks/town 1/01.png has no image"),
         (two_alike, "photos/town 0/00.png are called alike"),
         (another_size, "masks/town 0/00.png: sizes differ: image 12 x 8, mask 12 x 7; correct it"),
-        (unknown_label, "masks/town 0/00.png: this mask holds the labels 3; classes are 0 to 2, and 255 is ignored; correct it"),
+        (
+            unknown_label,
+            "masks/town 0/00.png: this mask holds the labels 3; classes are 0 to 2, and 255 is ignored; correct it",
+        ),
         (coloured_mask, "masks/town 0/00.png: this mask can't be decoded (a mask has one channel"),
         (cut_image, "photos/town 1/01.PNG: this image can't be decoded"),
         (no_image, "photos/town 0/00.jpg: this image can't be decoded"),
@@ -363,7 +418,9 @@ def no_name(folder: Path) -> None:
         (no_name, "classes.txt: a line for each class, with its name, all different"),
     ],
 )
-def test_a_bad_file_is_named_and_nothing_half_written_stays(files: Path, damage: Any, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_file_is_named_and_nothing_half_written_stays(
+    files: Path, damage: Any, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     damage(files)
     assert expected in refused(capsys, options(files))
     assert nothing_half_written()
@@ -371,7 +428,10 @@ def test_a_bad_file_is_named_and_nothing_half_written_stays(files: Path, damage:
 
 def test_a_label_that_is_no_class_may_be_one_to_ignore(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, options(files, ignore=None))
-    assert "this mask holds the labels 255; classes are 0 to 2, and none is ignored; if 255 marks pixels that don't count, pass --ignore 255; otherwise" in said
+    assert (
+        "this mask holds the labels 255; classes are 0 to 2, and none is ignored; if 255 marks pixels that don't "
+        "count, pass --ignore 255; otherwise" in said
+    )
 
 
 def test_a_bad_file_leaves_the_set_that_was_there(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -396,12 +456,15 @@ def test_a_bad_file_leaves_the_set_that_was_there(files: Path, capsys: pytest.Ca
         ({"validation": "held out"}, "no folder held out/photos, which should hold images"),
         (
             {"masks": None},
-            "--masks is missing: trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE [--ignore LABEL] [--validation SHARE|DIR ",
+            "--masks is missing: trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE [--ignore "
+            "LABEL] [--validation SHARE|DIR ",
         ),
     ],
     ids=str,
 )
-def test_an_option_that_cannot_be_so_is_a_mistake(files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_that_cannot_be_so_is_a_mistake(
+    files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert expected in refused(capsys, options(files, **changed))
     assert nothing_half_written()
 
@@ -443,7 +506,10 @@ def test_a_recipe_never_makes_it_again(files: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, RECIPE), (), TASK_CHECKS)
     assert ensure_prepared(recipe.build("data"), data_dir(), None) == card
     (data_dir() / "mine/train/00000.parquet").unlink()
-    with pytest.raises(RecipeError, match=r"data\.set: .*00000\.parquet is missing; `trainer prepare folder --name mine --images \S+photos "):
+    with pytest.raises(
+        RecipeError,
+        match=r"data\.set: .*00000\.parquet is missing; `trainer prepare folder --name mine --images \S+photos ",
+    ):
         load_recipe(write_recipe(tmp_path, RECIPE), (), TASK_CHECKS)
 
 

@@ -1,4 +1,6 @@
-"""Sets on the Hugging Face Hub, against a server of this machine that answers what `datasets` and huggingface_hub ask."""
+"""Sets on the Hugging Face Hub, against a server of this machine that answers what
+`datasets` and huggingface_hub ask.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def parquet(start: int, count: int, **features: Any) -> bytes:
         "grid": [labels(i).tolist() for i in rows],
         "note": [f"row {i}" for i in rows],
     }
-    schema = Features({name: features.get(name, Value("string") if name == "note" else ImageFeature()) for name in columns}).arrow_schema
+    schema = Features(
+        {name: features.get(name, Value("string") if name == "note" else ImageFeature()) for name in columns}
+    ).arrow_schema
     file = io.BytesIO()
     pq.write_table(pa.table(columns, schema=schema), file, row_group_size=4)
     return file.getvalue()
@@ -65,11 +69,24 @@ def repositories() -> dict[str, dict[str, bytes]]:
     from datasets import ClassLabel, List
 
     grid = {"grid": List(List(ClassLabel(names=["road", "sky", "tree"])))}
-    card = "---\nconfigs:\n- {config_name: small, data_files: small/*.parquet}\n- {config_name: large, data_files: large/*.parquet}\n---\n"
+    card = (
+        "---\nconfigs:\n- {config_name: small, data_files: small/*.parquet}\n- {config_name: large, data_files: "
+        "large/*.parquet}\n---\n"
+    )
     return {
-        "me/streets": {"data/train-00000-of-00002.parquet": parquet(0, 9, **grid), "data/train-00001-of-00002.parquet": parquet(9, 9, **grid)}
-        | {"data/validation-00000-of-00001.parquet": parquet(18, 5, **grid), "data/test-00000-of-00001.parquet": parquet(23, 3, **grid)},
-        "me/two": {"README.md": card.encode(), "small/0.parquet": parquet(0, 12, **grid), "large/0.parquet": parquet(0, 40, **grid)},
+        "me/streets": {
+            "data/train-00000-of-00002.parquet": parquet(0, 9, **grid),
+            "data/train-00001-of-00002.parquet": parquet(9, 9, **grid),
+        }
+        | {
+            "data/validation-00000-of-00001.parquet": parquet(18, 5, **grid),
+            "data/test-00000-of-00001.parquet": parquet(23, 3, **grid),
+        },
+        "me/two": {
+            "README.md": card.encode(),
+            "small/0.parquet": parquet(0, 12, **grid),
+            "large/0.parquet": parquet(0, 40, **grid),
+        },
         "me/secret": {},
         "me/private": {"data/train-00000-of-00001.parquet": parquet(0, 30, **grid)},
         "me/table": {"data/train.csv": b"photo,seg\n1,2\n", "data/validation.csv": b"photo,seg\n1,2\n"},
@@ -105,19 +122,36 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests += 1
-        found = re.fullmatch(r"(?:/api)?/datasets/(\w+/\w+)(?:/(revision|tree|resolve)/([^/?]+)/?([^?]*))?(?:\?.*)?", self.path)
+        found = re.fullmatch(
+            r"(?:/api)?/datasets/(\w+/\w+)(?:/(revision|tree|resolve)/([^/?]+)/?([^?]*))?(?:\?.*)?", self.path
+        )
         files = self.server.repositories.get(found[1]) if found else None
         if files is None or (found[1] in HOLDERS and self.headers["Authorization"] != f"Bearer {HOLDERS[found[1]]}"):
             self.reply(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         elif found[3] not in (None, "main", COMMIT):
             self.reply(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
         elif found[2] in (None, "revision"):
-            self.reply(200, {"id": found[1], "sha": COMMIT, "private": False, "tags": [], "siblings": [{"rfilename": name} for name in files]})
+            self.reply(
+                200,
+                {
+                    "id": found[1],
+                    "sha": COMMIT,
+                    "private": False,
+                    "tags": [],
+                    "siblings": [{"rfilename": name} for name in files],
+                },
+            )
         elif found[2] == "tree":
             names = [name for name in files if name.startswith(f"{found[4]}/" if found[4] else "")]
             folders = {} if found[4] else {name.rpartition("/")[0] for name in names if "/" in name}
-            entries = [{"type": "file", "oid": "0" * 40, "size": len(files[name]), "path": name} for name in names if "/" not in name or found[4]]
-            self.reply(200, entries + [{"type": "directory", "oid": "1" * 40, "size": 0, "path": name} for name in folders])
+            entries = [
+                {"type": "file", "oid": "0" * 40, "size": len(files[name]), "path": name}
+                for name in names
+                if "/" not in name or found[4]
+            ]
+            self.reply(
+                200, entries + [{"type": "directory", "oid": "1" * 40, "size": 0, "path": name} for name in folders]
+            )
         elif found[4] not in files:
             self.reply(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
         else:
@@ -160,10 +194,23 @@ json.dump(results, sys.stdout)
 
 def commands(folder: Path, address: str, *lines: str, **environment: str) -> list[tuple[int, str]]:
     """Exit code and output of each command, with `folder` as $TRAINER_DATA."""
-    own = {"HF_ENDPOINT": address, "HF_HOME": str(folder / "home"), "TRAINER_DATA": str(folder), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+    own = {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(folder / "home"),
+        "TRAINER_DATA": str(folder),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **environment,
+    }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     given = json.dumps([line.split() for line in lines])
-    done = subprocess.run([sys.executable, "-c", CHILD], input=given, env=kept | own, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        input=given,
+        env=kept | own,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
+    )
     assert done.returncode == 0, done.stderr
     return [(code, printed) for code, printed in json.loads(done.stdout)]
 
@@ -173,19 +220,36 @@ PREPARED = {
     "streets": STREETS,
     "named": "prepare hub path=me/streets image=photo mask=grid validation=test",
     "private": "prepare hub path=me/private image=photo mask=seg classes=[a,b,c] validation=0.5",
-    "drawn": "prepare hub path=me/two config=large image=photo mask=seg classes=[a,b,c] ignore_index=255 validation=0.3",
+    "drawn": "prepare hub path=me/two config=large image=photo mask=seg classes=[a,b,c] ignore_index=255 "
+    "validation=0.3",
 }
 REFUSED = {
-    "prepare hub path=me/nothing image=photo mask=seg classes=[a,b]": r"me/nothing can't be read from the Hugging Face Hub: .*doesn't exist on the Hub",
+    "prepare hub path=me/nothing image=photo mask=seg classes=[a,b]": (
+        r"me/nothing can't be read from the Hugging Face Hub: .*doesn't exist on the Hub"
+    ),
     "prepare hub path=me/secret image=photo mask=seg classes=[a,b]": r"me/secret can't be read .*or cannot be accessed",
     f"{STREETS} revision=v9": r"me/streets can't be read .*Revision 'v9' doesn't exist",
-    f"{STREETS} validation=dev": r"me/streets can't be read .*Bad split: dev\. Available splits: \['train', 'validation', 'test'\]",
-    "prepare hub path=me/two config=medium image=photo mask=seg classes=[a,b]": r"me/two can't be read .*'medium' not found\. Available: \['small', 'large'\]",
-    "prepare hub path=me/streets image=foto mask=seg classes=[a,b]": r"me/streets has no column 'foto'; did you mean 'photo'\?",
-    "prepare hub path=me/streets image=photo mask=seg": r"the features of column seg name no classes; list them, e\.g\. data\.classes=",
-    "prepare hub path=me/streets image=photo mask=painted classes=[a,b]": r"train row 0, column painted: this mask can't be decoded \(.*mode RGB\)",
-    "prepare hub path=me/streets image=photo mask=note classes=[a,b]": r"train row 0, column note: neither an encoded image nor a list of lists",
-    "prepare hub path=me/streets image=photo mask=seg classes=[a,b]": r"train row \d, column seg: this mask holds the labels 2; .* pass ignore_index=2",
+    f"{STREETS} validation=dev": (
+        r"me/streets can't be read .*Bad split: dev\. Available splits: \['train', 'validation', 'test'\]"
+    ),
+    "prepare hub path=me/two config=medium image=photo mask=seg classes=[a,b]": (
+        r"me/two can't be read .*'medium' not found\. Available: \['small', 'large'\]"
+    ),
+    "prepare hub path=me/streets image=foto mask=seg classes=[a,b]": (
+        r"me/streets has no column 'foto'; did you mean 'photo'\?"
+    ),
+    "prepare hub path=me/streets image=photo mask=seg": (
+        r"the features of column seg name no classes; list them, e\.g\. data\.classes="
+    ),
+    "prepare hub path=me/streets image=photo mask=painted classes=[a,b]": (
+        r"train row 0, column painted: this mask can't be decoded \(.*mode RGB\)"
+    ),
+    "prepare hub path=me/streets image=photo mask=note classes=[a,b]": (
+        r"train row 0, column note: neither an encoded image nor a list of lists"
+    ),
+    "prepare hub path=me/streets image=photo mask=seg classes=[a,b]": (
+        r"train row \d, column seg: this mask holds the labels 2; .* pass ignore_index=2"
+    ),
     "prepare hub path=me/table image=photo mask=seg classes=[a,b]": r"me/table is not in Parquet but csv",
     "prepare hub path=streets image=photo mask=seg": r"path: must be the owner and the name of a repository",
 }
@@ -196,7 +260,9 @@ def prepared(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """The folder of the sets, and what each command said."""
     folder = tmp_path_factory.mktemp("hub")
     lines = [*PREPARED.values(), *REFUSED]
-    return folder, dict(zip(lines, commands(folder, f"http://127.0.0.1:{server.server_port}", *lines, HF_TOKEN=TOKEN), strict=True))
+    return folder, dict(
+        zip(lines, commands(folder, f"http://127.0.0.1:{server.server_port}", *lines, HF_TOKEN=TOKEN), strict=True)
+    )
 
 
 def card(folder: Path, key: str, said: dict[str, tuple[int, str]]) -> tuple[Path, Card]:
@@ -229,16 +295,22 @@ def test_classes_come_from_the_features_and_masks_from_lists(prepared: tuple[Pat
     assert all(np.array_equal(read_indices(row["mask"]["bytes"]), labels(i)) for i, row in enumerate(stored, start=23))
 
 
-def test_one_split_is_divided_by_a_share_and_a_configuration_chosen(prepared: tuple[Path, dict[str, tuple[int, str]]]) -> None:
+def test_one_split_is_divided_by_a_share_and_a_configuration_chosen(
+    prepared: tuple[Path, dict[str, tuple[int, str]]],
+) -> None:
     place, found = card(prepared[0], "drawn", prepared[1])
-    train, validation = ({row["image"]["bytes"] for row in rows(place, found, split)} for split in ("train", "validation"))
+    train, validation = (
+        {row["image"]["bytes"] for row in rows(place, found, split)} for split in ("train", "validation")
+    )
     assert len(train) + len(validation) == len(train | validation) == 40
     assert 5 <= len(validation) <= 20
     assert found.ignore_index == 255
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_what_cannot_be_read_is_one_sentence_and_leaves_nothing(prepared: tuple[Path, dict[str, tuple[int, str]]], line: str) -> None:
+def test_what_cannot_be_read_is_one_sentence_and_leaves_nothing(
+    prepared: tuple[Path, dict[str, tuple[int, str]]], line: str
+) -> None:
     folder, said = prepared
     code, printed = said[line]
     assert code == 2
@@ -255,7 +327,8 @@ def test_training_reads_a_prepared_set_without_a_network(
         tmp_path,
         """
         task: segmentation
-        data: {name: hub, path: me/streets, image: photo, mask: grid, validation: test, batch_size: 6, workers: 0, cache: "off"}
+        data: {name: hub, path: me/streets, image: photo, mask: grid, validation: test,
+               batch_size: 6, workers: 0, cache: "off"}
         model: {name: unet, width: 4, depth: 2}
         loss: cross_entropy
         optimizer: {name: adamw, lr: 1e-3}
@@ -272,19 +345,27 @@ def test_training_reads_a_prepared_set_without_a_network(
     assert server.requests == before
 
 
-def test_offline_a_prepared_set_is_ready_and_another_one_is_one_sentence(prepared: tuple[Path, dict[str, tuple[int, str]]], server: Hub) -> None:
+def test_offline_a_prepared_set_is_ready_and_another_one_is_one_sentence(
+    prepared: tuple[Path, dict[str, tuple[int, str]]], server: Hub
+) -> None:
     lines = [PREPARED["named"], f"{STREETS} train=test"]
     ready, missing = commands(prepared[0], f"http://127.0.0.1:{server.server_port}", *lines, HF_HUB_OFFLINE="1")
     assert ready[0] == 0 and "21 rows" in ready[1]
-    assert missing[0] == 2 and re.search(r"me/streets can't be read from the Hugging Face Hub: Couldn't reach .*HF_HUB_OFFLINE", missing[1])
+    assert missing[0] == 2 and re.search(
+        r"me/streets can't be read from the Hugging Face Hub: Couldn't reach .*HF_HUB_OFFLINE", missing[1]
+    )
 
 
 def test_without_a_network_it_is_one_sentence(tmp_path: Path) -> None:
     ((code, printed),) = commands(tmp_path, "http://127.0.0.1:9", STREETS)  # the discard port, where nobody listens
-    assert code == 2 and re.search(r"error: me/streets can't be read from the Hugging Face Hub: Couldn't reach 'me/streets'", printed)
+    assert code == 2 and re.search(
+        r"error: me/streets can't be read from the Hugging Face Hub: Couldn't reach 'me/streets'", printed
+    )
 
 
-def test_the_token_opens_what_is_private_and_is_written_nowhere(prepared: tuple[Path, dict[str, tuple[int, str]]]) -> None:
+def test_the_token_opens_what_is_private_and_is_written_nowhere(
+    prepared: tuple[Path, dict[str, tuple[int, str]]],
+) -> None:
     place, found = card(prepared[0], "private", prepared[1])
     assert sum(split.rows for split in found.splits.values()) == 30
     assert not [file for file in place.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]

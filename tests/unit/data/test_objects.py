@@ -31,7 +31,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Card]:
     return folder / "scenes", prepare(scenes(), folder, None, lambda line: None)
 
 
-def samples(prepared: tuple[Path, Card], split: str = "train", transforms: Any = (), cache: bool = True, **options: Any) -> Samples:
+def samples(
+    prepared: tuple[Path, Card], split: str = "train", transforms: Any = (), cache: bool = True, **options: Any
+) -> Samples:
     order = Order(prepared[1].row_groups("train"), 5, 2) if split == "train" else None
     return Samples(*prepared, split, order, options.pop("resize", None), transforms, cache, window=2, **options)
 
@@ -41,10 +43,15 @@ def augmentation(name: str, **settings: Any) -> Any:
 
 
 def check_batch(batch: dict[str, Tensor], tolerance: float, border: int = 1) -> int:
-    """Asserts that masks lie on pixels of their class's colour and boxes around their masks; returns how many objects there were."""
-    for mask, label, each, index in zip(batch["masks"].bool(), batch["labels"], batch["boxes"], batch["image_index"], strict=True):
+    """Asserts that masks lie on pixels of their class's colour and boxes around their masks;
+    returns how many objects there were.
+    """
+    for mask, label, each, index in zip(
+        batch["masks"].bool(), batch["labels"], batch["boxes"], batch["image_index"], strict=True
+    ):
         color = torch.tensor(COLORS[label], dtype=torch.float32)
-        inner = -torch.nn.functional.max_pool2d(-mask[None].float(), 2 * border + 1, 1, border)[0] > 0  # borders may be mixtures after a resize
+        # Borders may be mixtures after a resize.
+        inner = -torch.nn.functional.max_pool2d(-mask[None].float(), 2 * border + 1, 1, border)[0] > 0
         image = batch["image"][index].float()
         if inner.any():
             assert (image[:, inner] - color[:, None]).abs().mean() < 40
@@ -99,9 +106,19 @@ def test_letterbox_pads_on_both_sides_with_grey() -> None:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "inner"), [(10, 40, (8, 32)), (40, 10, (32, 8)), (20, 20, (32, 32)), (48, 60, (26, 32)), (64, 63, (32, 32)), (300, 2, (32, 1))]
+    ("height", "width", "inner"),
+    [
+        (10, 40, (8, 32)),
+        (40, 10, (32, 8)),
+        (20, 20, (32, 32)),
+        (48, 60, (26, 32)),
+        (64, 63, (32, 32)),
+        (300, 2, (32, 1)),
+    ],
 )
-def test_a_letterboxed_image_fills_one_side_and_boxes_and_masks_cover_it_exactly(height: int, width: int, inner: tuple[int, int]) -> None:
+def test_a_letterboxed_image_fills_one_side_and_boxes_and_masks_cover_it_exactly(
+    height: int, width: int, inner: tuple[int, int]
+) -> None:
     size = (height, width)
     whole = {
         "image": v2.functional.to_image(np.full((height, width, 3), 250, np.uint8)),
@@ -113,7 +130,10 @@ def test_a_letterboxed_image_fills_one_side_and_boxes_and_masks_cover_it_exactly
     expected = torch.zeros(32, 32, dtype=torch.bool)
     expected[top : top + inner[0], left : left + inner[1]] = True
     assert torch.equal(boxed["masks"][0].bool(), expected)
-    assert all(torch.equal(channel == 250, expected) and torch.equal(channel == 114, ~expected) for channel in boxed["image"].as_subclass(Tensor))
+    assert all(
+        torch.equal(channel == 250, expected) and torch.equal(channel == 114, ~expected)
+        for channel in boxed["image"].as_subclass(Tensor)
+    )
     assert boxed["boxes"].tolist() == [pytest.approx([left, top, left + inner[1], top + inner[0]])]
 
 
@@ -133,13 +153,19 @@ def test_objects_move_with_their_images_under_every_augmentation(prepared: tuple
     for batch in batches:
         sides = batch["boxes"][:, 2:] - batch["boxes"][:, :2]
         assert (sides >= 1).all() and (batch["boxes"] >= 0).all()
-        assert (batch["boxes"][:, 2] <= batch["width"][batch["image_index"]]).all() and (batch["boxes"][:, 3] <= batch["height"][batch["image_index"]]).all()
+        assert (batch["boxes"][:, 2] <= batch["width"][batch["image_index"]]).all() and (
+            batch["boxes"][:, 3] <= batch["height"][batch["image_index"]]
+        ).all()
         assert len(batch["masks"]) == len(batch["boxes"]) == len(batch["labels"]) == len(batch["crowd"])
 
 
 @pytest.mark.parametrize("size", [[64, 96], [96, 40]], ids=["wide", "high"])
-def test_a_mosaic_of_letterboxed_samples_has_no_padding_and_their_objects_move_along(prepared: tuple[Path, Card], size: list[int]) -> None:
-    mosaic = catalogue("augmentation")["mosaic"].build({"scale": [0.5, 1.4]}, ignore_index=None, resize=size, has_objects=True)
+def test_a_mosaic_of_letterboxed_samples_has_no_padding_and_their_objects_move_along(
+    prepared: tuple[Path, Card], size: list[int]
+) -> None:
+    mosaic = catalogue("augmentation")["mosaic"].build(
+        {"scale": [0.5, 1.4]}, ignore_index=None, resize=size, has_objects=True
+    )
     found = samples(prepared, transforms=[mosaic], resize=size, resize_mode="letterbox")
     batches = list(islice(Batches(found, Slices(4, 1, 0, 1, 0), 0), 12))
     for batch in batches:  # scenes have dark pixels and two colours
@@ -170,7 +196,10 @@ def test_a_mosaic_is_the_same_wherever_training_begins_and_whoever_loads_it(prep
 def test_loader_workers_that_dont_fork_get_them_too(prepared: tuple[Path, Card]) -> None:
     found = samples(prepared, transforms=[augmentation("mosaic"), augmentation("horizontal_flip")])
     copy = ForkingPickler.loads(ForkingPickler.dumps(found))
-    assert all(torch.equal(a, b) for a, b in zip(copy.__getitems__([3, 4]).values(), found.__getitems__([3, 4]).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(copy.__getitems__([3, 4]).values(), found.__getitems__([3, 4]).values(), strict=True)
+    )
 
 
 def test_overfit_trains_and_validates_on_the_first_samples(prepared: tuple[Path, Card]) -> None:
@@ -180,7 +209,13 @@ def test_overfit_trains_and_validates_on_the_first_samples(prepared: tuple[Path,
     train = Samples(folder, first, "train", Order(first.row_groups("train"), 0, 2), None, (), True, 2)
     validation = Samples(folder, first, "validation", None, None, (), True, 2)
     assert len(train) == len(validation) == 5
-    ids = [sample for batch in islice(Batches(train, Slices(5, 1, 0, 1, 0), 0), 2) for sample in batch["sample_id"].tolist()]
+    ids = [
+        sample
+        for batch in islice(Batches(train, Slices(5, 1, 0, 1, 0), 0), 2)
+        for sample in batch["sample_id"].tolist()
+    ]
     assert sorted(ids) == sorted(2 * list(range(5)))
-    assert all(torch.equal(a, b) for a, b in zip(train._pixels(3).values(), validation._pixels(3).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(train._pixels(3).values(), validation._pixels(3).values(), strict=True)
+    )
     assert card.of_first(1000).splits["train"].rows == TRAIN

@@ -46,7 +46,14 @@ def source(train: list[Instance], role: Role = "instances", invalid: Any = "refu
             yield split, {"objects": objects, "image": Member(f"photos/{split}.jpg", picture(1))}
 
     # The image comes last, as it may.
-    return Source("toy", DataInfo(("cat", "dog", "cow")), {"objects": role, "image": "image"}, rows, remedy="correct it", invalid=invalid)
+    return Source(
+        "toy",
+        DataInfo(("cat", "dog", "cow")),
+        {"objects": role, "image": "image"},
+        rows,
+        remedy="correct it",
+        invalid=invalid,
+    )
 
 
 def prepared(*objects: Instance, **options: Any) -> list[dict[str, Any]]:
@@ -72,7 +79,12 @@ def test_the_files_carry_the_features_that_datasets_reads() -> None:
 
     prepared(GOOD)
     features = Features.from_arrow_schema(pq.read_schema(data_dir() / "toy/train/00000.parquet"))
-    of_object = {"box": List(Value("float64"), length=4), "label": Value("int64"), "mask": Value("binary"), "crowd": Value("bool")}
+    of_object = {
+        "box": List(Value("float64"), length=4),
+        "label": Value("int64"),
+        "mask": Value("binary"),
+        "crowd": Value("bool"),
+    }
     assert features["objects"] == List(of_object)
 
 
@@ -91,7 +103,10 @@ def test_of_many_classes_the_command_lists_the_biggest() -> None:
     many = DataInfo(tuple(f"c{i}" for i in range(12)))
     objects = [GOOD._replace(label=label) for label in range(12) for _ in range(label)]
     card = prepare(dataclasses.replace(source(objects), info=many), data_dir(), None)
-    assert describe_classes(card) == "66 training objects, of 11 of 12 classes: c11 11, c10 10, c9 9, c8 8, c7 7, c6 6, c5 5, c4 4, c3 3, c2 2, …"
+    assert (
+        describe_classes(card)
+        == "66 training objects, of 11 of 12 classes: c11 11, c10 10, c9 9, c8 8, c7 7, c6 6, c5 5, c4 4, c3 3, c2 2, …"
+    )
 
 
 def test_a_box_that_sticks_out_by_rounding_is_cut_off() -> None:
@@ -119,7 +134,9 @@ INVALID = {
 def test_an_object_that_cannot_be_so_is_named_and_nothing_half_written_stays(problem: str, bad: Instance) -> None:
     with pytest.raises(UserError) as raised:
         prepared(GOOD, bad)
-    assert str(raised.value).startswith(f"photos/train.jpg, object 2: {problem}") and str(raised.value).endswith("; correct it")
+    assert str(raised.value).startswith(f"photos/train.jpg, object 2: {problem}") and str(raised.value).endswith(
+        "; correct it"
+    )
     assert not [path for path in data_dir().iterdir() if path.is_dir()]
 
 
@@ -129,7 +146,9 @@ def test_where_the_set_asks_for_it_such_objects_are_left_out_and_the_card_says_w
     assert [each["box"] for each in row["objects"]] == [[*BOX]]
     assert card.statistics == {"class_objects": [0, 1, 0]}
     assert card.notes[0] == "Split by hand."
-    assert card.notes[1].startswith("12 objects that can't be so are left out: photos/train.jpg, object 1: its label 3 is no class; ")
+    assert card.notes[1].startswith(
+        "12 objects that can't be so are left out: photos/train.jpg, object 1: its label 3 is no class; "
+    )
     assert "object 5: " in card.notes[1] and card.notes[1].endswith("; …")
 
 

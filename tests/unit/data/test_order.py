@@ -11,12 +11,86 @@ from trainer.data.order import Order, Shard, Slices, fingerprint, read_amplifica
 
 GROUPS = [5, 7, 3, 8, 1, 6, 4]
 EXPECTED = (  # two epochs; ids 0 to 4 are the first group, 5 to 11 the second, …
-    [31, 12, 32, 14, 33, 13, 30, 11, 23, 9, 8, 7, 6, 10, 5, 15, 17, 2, 20, 3, 21, 22, 1, 4, 16, 19, 0, 18, 29, 25, 26, 27, 28, 24],
-    [29, 24, 32, 28, 31, 25, 33, 30, 26, 27, 3, 1, 2, 19, 16, 20, 18, 4, 0, 22, 17, 15, 21, 23, 9, 11, 5, 6, 7, 8, 10, 14, 13, 12],
+    [
+        31,
+        12,
+        32,
+        14,
+        33,
+        13,
+        30,
+        11,
+        23,
+        9,
+        8,
+        7,
+        6,
+        10,
+        5,
+        15,
+        17,
+        2,
+        20,
+        3,
+        21,
+        22,
+        1,
+        4,
+        16,
+        19,
+        0,
+        18,
+        29,
+        25,
+        26,
+        27,
+        28,
+        24,
+    ],
+    [
+        29,
+        24,
+        32,
+        28,
+        31,
+        25,
+        33,
+        30,
+        26,
+        27,
+        3,
+        1,
+        2,
+        19,
+        16,
+        20,
+        18,
+        4,
+        0,
+        22,
+        17,
+        15,
+        21,
+        23,
+        9,
+        11,
+        5,
+        6,
+        7,
+        8,
+        10,
+        14,
+        13,
+        12,
+    ],
 )
 
 
-@given(groups=st.lists(st.integers(1, 9), min_size=1, max_size=12), seed=st.integers(0, 2**63 - 1), window=st.integers(1, 5))
+@given(
+    groups=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    seed=st.integers(0, 2**63 - 1),
+    window=st.integers(1, 5),
+)
 @settings(max_examples=50, deadline=None)
 def test_every_sample_comes_once_an_epoch(groups: list[int], seed: int, window: int) -> None:
     order = Order(groups, seed, window)
@@ -36,16 +110,27 @@ def test_a_position_needs_no_history() -> None:
 def test_the_order_of_this_version_is_that_of_every_later_one() -> None:
     """Runs of an older version must go on exactly: if this fails, resumed runs change."""
     order = Order(GROUPS, 0, 2)
-    assert [order.sample(p) for p in range(2 * order.size)] == [(epoch, sample) for epoch in (0, 1) for sample in EXPECTED[epoch]]
-    assert [order.augment_seed(p) for p in (0, 1, 34, 35)] == [4366509968824118491, 7379858761954957158, 7587638746617312212, 335215587748196101]
+    assert [order.sample(p) for p in range(2 * order.size)] == [
+        (epoch, sample) for epoch in (0, 1) for sample in EXPECTED[epoch]
+    ]
+    assert [order.augment_seed(p) for p in (0, 1, 34, 35)] == [
+        4366509968824118491,
+        7379858761954957158,
+        7587638746617312212,
+        335215587748196101,
+    ]
 
 
-@given(groups=st.lists(st.integers(1, 6), min_size=1, max_size=8), seed=st.integers(0, 2**63 - 1), window=st.integers(1, 4))
+@given(
+    groups=st.lists(st.integers(1, 6), min_size=1, max_size=8), seed=st.integers(0, 2**63 - 1), window=st.integers(1, 4)
+)
 @settings(max_examples=30, deadline=None)
 def test_the_order_is_that_of_another_implementation(groups: list[int], seed: int, window: int) -> None:
     order, expected = Order(groups, seed, window), stream_of(groups, seed, window, 3 * sum(groups))
     assert [order.sample(p) for p in range(len(expected))] == expected
-    assert [order.augment_seed(p) for p in range(len(expected))] == [seed_of(seed, AUGMENT, p) for p in range(len(expected))]
+    assert [order.augment_seed(p) for p in range(len(expected))] == [
+        seed_of(seed, AUGMENT, p) for p in range(len(expected))
+    ]
 
 
 def test_the_fingerprint_is_what_the_documentation_says_in_any_order_of_the_samples() -> None:

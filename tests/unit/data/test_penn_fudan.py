@@ -44,7 +44,9 @@ def prepared(folder: Path, files: Mapping[str, bytes]) -> Card:
     return prepare(catalogue("dataset")["penn_fudan"].build({}), data_dir(), folder, lambda line: None)
 
 
-def test_every_value_of_a_mask_is_a_pedestrian_in_the_box_that_just_holds_it(tmp_path: Path, files: dict[str, bytes]) -> None:
+def test_every_value_of_a_mask_is_a_pedestrian_in_the_box_that_just_holds_it(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
     card = prepared(tmp_path, files)
     found = by_image("penn_fudan", "train") | by_image("penn_fudan", "validation")
     assert sorted(found) == NAMES and found[NAMES[-1]] == []
@@ -57,21 +59,30 @@ def test_every_value_of_a_mask_is_a_pedestrian_in_the_box_that_just_holds_it(tmp
 
 def test_the_split_is_fixed_and_50_validate(tmp_path: Path, files: dict[str, bytes]) -> None:
     prepared(tmp_path, files)
-    assert sorted(by_image("penn_fudan", "train")) == [f"FudanPed{i:05d}" for i in (5, 9, 14, 15, 21, 32, 35, 38, 41, 45)]
+    assert sorted(by_image("penn_fudan", "train")) == [
+        f"FudanPed{i:05d}" for i in (5, 9, 14, 15, 21, 32, 35, 38, 41, 45)
+    ]
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path: Path, files: dict[str, bytes]) -> None:
     mask = files.pop(f"PedMasks/{NAMES[7]}_mask.png")
-    with pytest.raises(UserError, match=r"PennFudanPed\.zip holds images without masks, or masks without image: \['FudanPed00008'\]; replace it"):
+    with pytest.raises(
+        UserError,
+        match=r"PennFudanPed\.zip holds images without masks, or masks without image: \['FudanPed00008'\]; replace it",
+    ):
         prepared(tmp_path, files)
     with pytest.raises(UserError, match=r"PedMasks/FudanPed00008_mask\.png can't be read as a mask"):
         prepared(tmp_path, files | {f"PedMasks/{NAMES[7]}_mask.png": mask[:40]})
-    with pytest.raises(UserError, match=r"PNGImages/FudanPed00008\.png, object 1: its mask is not one of 12 x 8 pixels"):
+    with pytest.raises(
+        UserError, match=r"PNGImages/FudanPed00008\.png, object 1: its mask is not one of 12 x 8 pixels"
+    ):
         prepared(tmp_path, files | {f"PedMasks/{NAMES[7]}_mask.png": encode_png(indices()[1:])})
 
 
 @pytest.mark.realdata
-@pytest.mark.skipif(not os.environ.get("TRAINER_ARCHIVES"), reason="TRAINER_ARCHIVES names no folder with PennFudanPed.zip")
+@pytest.mark.skipif(
+    not os.environ.get("TRAINER_ARCHIVES"), reason="TRAINER_ARCHIVES names no folder with PennFudanPed.zip"
+)
 def test_the_archive_holds_as_many_pedestrians_as_its_annotations_say() -> None:
     archives = archives_dir()
     assert archives is not None
@@ -86,6 +97,8 @@ def test_the_archive_holds_as_many_pedestrians_as_its_annotations_say() -> None:
             boxes = re.findall(r"\((\d+), (\d+)\) - \((\d+), (\d+)\)", text.decode())
             objects = found[Path(name).stem]
             assert len(boxes) == len(objects)
-            shifts += [tuple(np.subtract(each["box"], list(map(float, box)))) for each, box in zip(objects, boxes, strict=True)]
+            shifts += [
+                tuple(np.subtract(each["box"], list(map(float, box)))) for each, box in zip(objects, boxes, strict=True)
+            ]
     # They count from 1 and name the last pixel of a box. A dozen were drawn otherwise.
     assert shifts.count((-1, -1, 0, 0)) > 0.96 * 423

@@ -102,7 +102,13 @@ def test_the_files_carry_the_features_that_datasets_reads(tmp_path: Path) -> Non
     columns: dict[str, Role] = {"image": "image", "mask": "mask", "label": "label"}
     prepare(one({"image": picture(1), "mask": mask(1), "label": 7}, columns), tmp_path, None)
     schema = pq.read_schema(tmp_path / "toy" / "train" / "00000.parquet")
-    expected = {"image": ImageFeature(mode="RGB"), "mask": ImageFeature(mode="L"), "label": Value("int64"), "height": Value("int64"), "width": Value("int64")}
+    expected = {
+        "image": ImageFeature(mode="RGB"),
+        "mask": ImageFeature(mode="L"),
+        "label": Value("int64"),
+        "height": Value("int64"),
+        "width": Value("int64"),
+    }
     assert Features.from_arrow_schema(schema) == Features(expected)
     assert read(tmp_path / "toy")[0]["label"] == 7
 
@@ -131,7 +137,9 @@ def test_a_palette_mask_keeps_its_indices_not_its_colours(tmp_path: Path) -> Non
     palette.putpalette([200 - i % 100 for i in range(768)])
     file = io.BytesIO()
     palette.save(file, "PNG")
-    four = dataclasses.replace(one({"image": picture(1, size=(3, 2)), "mask": file.getvalue()}), info=DataInfo(("a", "b", "c", "d"), 255))
+    four = dataclasses.replace(
+        one({"image": picture(1, size=(3, 2)), "mask": file.getvalue()}), info=DataInfo(("a", "b", "c", "d"), 255)
+    )
     prepare(four, tmp_path, None)
     stored = Image.open(io.BytesIO(read(tmp_path / "toy")[0]["mask"]["bytes"]))
     assert stored.mode == "L"
@@ -143,13 +151,19 @@ def test_images_of_16_bits_are_stored_with_8_or_refused_but_never_cut_off(tmp_pa
     header = b"\0\0\0\x06\0\0\0\x04\x10\x02\0\0\0"  # 6 x 4, 16 bits, RGB
     lines = b"".join(b"\0" + np.full((6, 3), 0x8001, ">u2").tobytes() for _ in range(4))
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
-    deep = b"\x89PNG\r\n\x1a\n" + b"".join(len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in chunks)
+    deep = b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in chunks
+    )
     row = prepared_row(tmp_path, {"image": deep, "mask": mask(1)})
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))), np.full((4, 6, 3), 0x80))
     assert row["image"]["bytes"][24] == 8
     grey = io.BytesIO()
     Image.fromarray(np.full((4, 6), 4000, np.uint16)).save(grey, "PNG")
-    with pytest.raises(UserError, match=r"set/deep\.png: this image can't be decoded \(it has mode I;16, not 8 bits a channel\); replace the archive"):
+    with pytest.raises(
+        UserError,
+        match=r"set/deep\.png: this image can't be decoded \(it has mode I;16, not 8 bits a channel\); replace the "
+        r"archive",
+    ):
         prepare(one({"image": Member("set/deep.png", grey.getvalue()), "mask": mask(1)}), tmp_path / "other", None)
 
 
@@ -170,7 +184,9 @@ def test_a_coloured_mask_is_an_error(tmp_path: Path) -> None:
 def test_a_damaged_image_is_an_error_that_names_it_and_nothing_is_left(tmp_path: Path, format: str) -> None:
     whole = picture(1, format, size=(64, 64))
     with pytest.raises(UserError, match=r"set/a\.img: this image can't be decoded"):
-        prepare(one({"image": Member("set/a.img", whole[: len(whole) // 2]), "mask": mask(1, (64, 64))}), tmp_path, None)
+        prepare(
+            one({"image": Member("set/a.img", whole[: len(whole) // 2]), "mask": mask(1, (64, 64))}), tmp_path, None
+        )
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
@@ -215,7 +231,9 @@ def test_row_groups_are_small_many_and_even(tmp_path: Path, count: int) -> None:
     assert [row["label"] for row in read(tmp_path / "toy")] == list(range(count))
 
 
-def test_large_rows_make_small_row_groups_and_files_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_rows_make_small_row_groups_and_files_of_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = len(picture(0))
     monkeypatch.setattr(parquet, "GROUP_BYTES", 2 * size)
     monkeypatch.setattr(parquet, "FILE_BYTES", 8 * size)
@@ -243,7 +261,10 @@ def masks(*values: list[int]) -> Callable[[], Iterator[tuple[str, Row]]]:
     def make() -> Iterator[tuple[str, Row]]:
         for i, row in enumerate(values):
             size = (len(row), 1)
-            yield "train" if i + 1 < len(values) else "validation", {"image": picture(i, size=size), "mask": encode_png(np.array([row], np.uint8))}
+            yield (
+                "train" if i + 1 < len(values) else "validation",
+                {"image": picture(i, size=size), "mask": encode_png(np.array([row], np.uint8))},
+            )
 
     return make
 
@@ -271,19 +292,35 @@ def test_a_label_that_is_no_class_is_an_error_that_names_the_file(tmp_path: Path
         yield from rows()
         yield split, {"image": picture(1), "mask": Member("set/m.png", encode_png(np.full((4, 6), 2, np.uint8)))}
 
-    with pytest.raises(UserError, match=r"set/m\.png: this mask holds the labels 2; classes are 0 to 1, and 255 is ignored; replace the archive"):
+    with pytest.raises(
+        UserError,
+        match=r"set/m\.png: this mask holds the labels 2; classes are 0 to 1, and 255 is ignored; replace the archive",
+    ):
         prepare(source(make), tmp_path, None)
     unignored = dataclasses.replace(source(masks([0, 255], [0, 0])), info=DataInfo(("no", "yes")))
-    with pytest.raises(UserError, match="toy, train sample 0: this mask holds the labels 255; classes are 0 to 1, and none is ignored; replace"):
+    with pytest.raises(
+        UserError,
+        match="toy, train sample 0: this mask holds the labels 255; classes are 0 to 1, and none is ignored; replace",
+    ):
         prepare(unignored, tmp_path, None)
 
 
-@pytest.mark.parametrize(("found", "hinted"), [([0, 7], 7), ([0, 1, 255], 255), ([7, 255], 255), ([7, 8], None)], ids=str)
-def test_the_message_about_a_label_that_is_no_class_says_how_to_ignore_it(tmp_path: Path, found: list[int], hinted: int | None) -> None:
-    described = dataclasses.replace(source(masks(found, [0] * len(found))), ignore_option="--ignore {}", remedy="correct it")
+@pytest.mark.parametrize(
+    ("found", "hinted"), [([0, 7], 7), ([0, 1, 255], 255), ([7, 255], 255), ([7, 8], None)], ids=str
+)
+def test_the_message_about_a_label_that_is_no_class_says_how_to_ignore_it(
+    tmp_path: Path, found: list[int], hinted: int | None
+) -> None:
+    described = dataclasses.replace(
+        source(masks(found, [0] * len(found))), ignore_option="--ignore {}", remedy="correct it"
+    )
     with pytest.raises(UserError) as raised:
         prepare(dataclasses.replace(described, info=DataInfo(("no", "yes"))), tmp_path, None)
-    advice = f"if {hinted} marks pixels that don't count, pass --ignore {hinted}; otherwise correct it" if hinted else "correct it"
+    advice = (
+        f"if {hinted} marks pixels that don't count, pass --ignore {hinted}; otherwise correct it"
+        if hinted
+        else "correct it"
+    )
     assert str(raised.value).endswith(f"classes are 0 to 1, and none is ignored; {advice}")
     with pytest.raises(UserError, match="classes are 0 to 1, and 9 is ignored; correct it"):
         prepare(dataclasses.replace(described, info=DataInfo(("no", "yes"), 9)), tmp_path, None)
@@ -296,14 +333,20 @@ def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path:
     (tmp_path / "toy/card.json").write_text(json.dumps(tree))
     said: list[str] = []
     assert ensure_prepared(source(), tmp_path, None, said.append) == card
-    assert said == [f"{tmp_path / 'toy'} is prepared again: its card has no class frequencies", f"preparing toy in {tmp_path / 'toy'}"]
+    assert said == [
+        f"{tmp_path / 'toy'} is prepared again: its card has no class frequencies",
+        f"preparing toy in {tmp_path / 'toy'}",
+    ]
 
 
 def test_a_set_of_files_in_another_version_is_made_again(tmp_path: Path) -> None:
     prepare(dataclasses.replace(source(), version="1"), tmp_path, None)
     said: list[str] = []
     card = ensure_prepared(dataclasses.replace(source(), version="2"), tmp_path, None, said.append)
-    assert card.version == "2" and said[0] == f"{tmp_path / 'toy'} is prepared again: the name, size or time of a file has changed"
+    assert (
+        card.version == "2"
+        and said[0] == f"{tmp_path / 'toy'} is prepared again: the name, size or time of a file has changed"
+    )
     assert ensure_prepared(dataclasses.replace(source(refuse), version="2"), tmp_path, None) == card
 
 
@@ -356,7 +399,10 @@ def test_a_damaged_set_is_prepared_again(tmp_path: Path, damage: Callable[[Path]
         ({"info": DataInfo(("no", "yes"))}, "the ignored label was 255 and is now absent"),
         ({"columns": SEGMENTATION | {"other": "mask"}}, "column other was absent and is now mask"),
         ({"splits": ("train", "validation", "test")}, "split test was absent and is now present"),
-        ({"version": "2", "command": "toy --ignore 3 --invalid drop"}, "--invalid was refuse and is now drop, --ignore was absent and is now 3"),
+        (
+            {"version": "2", "command": "toy --ignore 3 --invalid drop"},
+            "--invalid was refuse and is now drop, --ignore was absent and is now 3",
+        ),
         (
             {"info": DataInfo(tuple("abcdefgh"), 255)},
             "class 0 was no and is now a, class 1 was yes and is now b, "
@@ -365,7 +411,9 @@ def test_a_damaged_set_is_prepared_again(tmp_path: Path, damage: Callable[[Path]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_set_that_is_described_otherwise_is_prepared_again_and_the_command_says_what_changed(tmp_path: Path, changed: dict[str, Any], reason: str) -> None:
+def test_a_set_that_is_described_otherwise_is_prepared_again_and_the_command_says_what_changed(
+    tmp_path: Path, changed: dict[str, Any], reason: str
+) -> None:
     def three() -> Iterator[tuple[str, Row]]:
         for split, row in (*rows(), ("test", {"image": picture(99), "mask": mask(0)})):
             if split in after.splits:
@@ -377,22 +425,34 @@ def test_a_set_that_is_described_otherwise_is_prepared_again_and_the_command_say
     said: list[str] = []
     card = ensure_prepared(after, tmp_path, None, said.append)
     assert said == [f"{tmp_path / 'toy'} is prepared again: {reason}", f"preparing toy in {tmp_path / 'toy'}"]
-    assert (card.info, card.columns, tuple(card.splits), card.version) == (after.info, after.columns, after.splits, after.version)
+    assert (card.info, card.columns, tuple(card.splits), card.version) == (
+        after.info,
+        after.columns,
+        after.splits,
+        after.version,
+    )
 
 
 def test_a_set_that_another_kind_of_command_made_of_files_is_left_alone(tmp_path: Path) -> None:
     card = prepare(dataclasses.replace(source(), version="1", command="yolo --name toy"), tmp_path, None)
-    for other in ({"version": "1", "command": "coco --name toy"}, {"version": "", "command": ""}, {"version": "", "command": "cifar10 category=ship"}):
+    for other in (
+        {"version": "1", "command": "coco --name toy"},
+        {"version": "", "command": ""},
+        {"version": "", "command": "cifar10 category=ship"},
+    ):
         with pytest.raises(UserError) as raised:
             ensure_prepared(dataclasses.replace(source(refuse), **other), tmp_path, None)
         assert str(raised.value) == (
-            f"{tmp_path / 'toy'} was made by `trainer prepare yolo --name toy`, which `trainer prepare {other['command'] or 'toy'}` would replace; "
+            f"{tmp_path / 'toy'} was made by `trainer prepare yolo --name toy`, which `trainer prepare "
+            f"{other['command'] or 'toy'}` would replace; "
             f"choose another name, or delete {tmp_path / 'toy'}"
         )
     assert Card.load(tmp_path / "toy") == card
 
 
-def test_a_catalogue_set_that_an_earlier_version_made_without_noting_the_command_is_prepared_again(tmp_path: Path) -> None:
+def test_a_catalogue_set_that_an_earlier_version_made_without_noting_the_command_is_prepared_again(
+    tmp_path: Path,
+) -> None:
     prepare(source(masks([0, 1], [1, 1])), tmp_path, None)
     again = dataclasses.replace(source(), info=DataInfo(("no", "yes", "maybe"), 255), command="cifar10 category=ship")
     assert ensure_prepared(again, tmp_path, None).command == "cifar10 category=ship"
@@ -552,7 +612,11 @@ def test_a_disk_that_fills_up_is_one_error_and_nothing_half_written_stays(disk: 
         for i in range(1000):
             yield "train", {"image": picture(i, size=(100, 100)), "mask": mask(i, (100, 100))}
 
-    with pytest.raises(UserError, match=rf"toy can't be written to {disk}: No space left on device \([0-4] MiB free\); make room, or set TRAINER_DATA"):
+    with pytest.raises(
+        UserError,
+        match=rf"toy can't be written to {disk}: No space left on device \([0-4] MiB free\); make room, or set "
+        r"TRAINER_DATA",
+    ):
         prepare(source(large), disk, None)
     assert [path.name for path in disk.iterdir()] == [".toy.lock"]
     assert shutil.disk_usage(disk).used < 2**16  # no deleted file is held open either
@@ -575,7 +639,9 @@ def test_a_disk_that_cannot_be_written_serves_a_prepared_set_and_refuses_a_new_o
     card = ensure_prepared(source(refuse), disk, None, said.append)
     assert card.splits["train"].rows == 20 and said == []
     other = Source("other", DataInfo(("no", "yes"), 255), SEGMENTATION, source().rows)
-    with pytest.raises(UserError, match=rf"other can't be written to {disk}: Read-only file system .* or set TRAINER_DATA"):
+    with pytest.raises(
+        UserError, match=rf"other can't be written to {disk}: Read-only file system .* or set TRAINER_DATA"
+    ):
         prepare(other, disk, None)
     assert [path.name for path in disk.iterdir() if "other" in path.name] == []
 
@@ -588,16 +654,25 @@ def test_a_file_that_changed_after_it_was_prepared_is_refused_when_training_star
     path.write_bytes(content)
     os.utime(path, ns=(0, 0))
     for _ in range(2):
-        with pytest.raises(UserError, match=r"train/00000\.parquet has changed since it was prepared; delete .*toy, then `trainer prepare toy`"):
+        with pytest.raises(
+            UserError,
+            match=r"train/00000\.parquet has changed since it was prepared; delete .*toy, then `trainer prepare toy`",
+        ):
             ensure_prepared(source(refuse), tmp_path, None)
 
 
-def test_a_full_disk_is_an_error_that_says_where_and_how_much_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_that_says_where_and_how_much_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: object, rows: list[Row]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(parquet.SplitWriter, "_write_group", full)
-    with pytest.raises(UserError, match=rf"toy can't be written to {tmp_path}: No space left on device \(\d+ MiB free\); make room, or set TRAINER_DATA"):
+    with pytest.raises(
+        UserError,
+        match=rf"toy can't be written to {tmp_path}: No space left on device \(\d+ MiB free\); make room, or set "
+        r"TRAINER_DATA",
+    ):
         prepare(source(), tmp_path, None)
     assert [path.name for path in tmp_path.iterdir()] == [".toy.lock"]
 
@@ -631,7 +706,9 @@ def call(*words: str) -> int:
     return command.run(parser.parse_args(words))
 
 
-def test_the_command_prepares_tells_and_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prepares_tells_and_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
     assert call("shapes") == 0
     out = capsys.readouterr().out
@@ -655,12 +732,19 @@ def test_the_command_names_the_nearest_data_set() -> None:
     [
         (["cifar10", "categry=ship"], "command line: categry: unknown key; did you mean 'category'?"),
         (["cifar10", "category=shipp"], r"command line: category: must be 'airplane', .* or 'truck' \(got 'shipp'\)"),
-        (["cifar10", "num_colours=1", "category=3"], r"(?s)command line: category: .*command line: num_colours: must be greater than or equal to 2"),
+        (
+            ["cifar10", "num_colours=1", "category=3"],
+            r"(?s)command line: category: .*command line: num_colours: must be greater than or equal to 2",
+        ),
         (["cifar10", "ship"], r"command line: an override is key\.path=value"),
         (["shapes", "batch_size=3"], "command line: batch_size: unknown key; there are none"),
         (["hub", "image=a", "mask=b"], "command line: path: this key is required"),
         (["cifar10_horses", "num_colours=16"], "cifar10_horses: the course has 24 colour centres, not 16"),
-        (["shapes", "--name", "mine"], "--name belongs to `trainer prepare folder` or `trainer prepare yolo` or `trainer prepare coco`, not to shapes"),
+        (
+            ["shapes", "--name", "mine"],
+            "--name belongs to `trainer prepare folder` or `trainer prepare yolo` or `trainer prepare coco`, not to "
+            "shapes",
+        ),
         (["folder", "set=mine"], "trainer prepare folder --name NAME --images DIR"),
     ],
 )
@@ -669,7 +753,9 @@ def test_the_command_takes_the_keys_of_the_data_set_and_refuses_others(words: li
         call(*words)
 
 
-def test_the_command_prepares_what_its_keys_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prepares_what_its_keys_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
     (tmp_path / "archives").mkdir()
@@ -688,5 +774,10 @@ def test_the_command_prepares_what_its_keys_say(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_package_is_the_command(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "trainer", "prepare", "shape"], capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "prepare", "shape"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
+    )
     assert done.returncode == 2 and "unknown data set 'shape'; did you mean 'shapes'?" in done.stderr

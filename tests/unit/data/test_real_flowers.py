@@ -16,12 +16,19 @@ from trainer.data.stream import Samples
 
 pytestmark = [
     pytest.mark.realdata,
-    pytest.mark.skipif(not os.environ.get("TRAINER_ARCHIVES"), reason="TRAINER_ARCHIVES names no folder with 17flowers.tgz and trimaps.tgz"),
+    pytest.mark.skipif(
+        not os.environ.get("TRAINER_ARCHIVES"),
+        reason="TRAINER_ARCHIVES names no folder with 17flowers.tgz and trimaps.tgz",
+    ),
 ]
 
 
 def _names(folder: Path, card: Card, split: str) -> list[str]:
-    return [Path(row["image"]["path"]).stem for file in card.files(folder, split) for row in ParquetFile(file).read(["image"]).to_pylist()]
+    return [
+        Path(row["image"]["path"]).stem
+        for file in card.files(folder, split)
+        for row in ParquetFile(file).read(["image"]).to_pylist()
+    ]
 
 
 def test_the_archives_become_846_rows_with_duplicates_on_one_side(tmp_path: Path) -> None:

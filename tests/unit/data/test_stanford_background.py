@@ -51,7 +51,11 @@ def files() -> dict[str, bytes]:
     """The archive's files: two images are byte-equal, and some are not read."""
     images = {f"images/{number}.jpg": photograph(int(number)) for number in NUMBERS}
     images["images/0000080.jpg"] = images["images/0000050.jpg"]
-    others = {"horizons.txt": b"0000047 12 8 4\n", "labels/0000047.layers.txt": b"0 1\n", "labels/0000047.surfaces.txt": b"0 1\n"}
+    others = {
+        "horizons.txt": b"0000047 12 8 4\n",
+        "labels/0000047.layers.txt": b"0 1\n",
+        "labels/0000047.surfaces.txt": b"0 1\n",
+    }
     return {**{f"labels/{number}.regions.txt": text(labels(int(number))) for number in NUMBERS}, **images, **others}
 
 
@@ -63,7 +67,9 @@ def splits(found: list[tuple[str, Row]]) -> dict[str, str]:
     return {Path(row["image"].name).stem: split for split, row in found}
 
 
-def test_every_image_has_its_labels_and_unknown_pixels_are_the_ninth_class(tmp_path: Path, files: dict[str, bytes]) -> None:
+def test_every_image_has_its_labels_and_unknown_pixels_are_the_ninth_class(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
     found = rows(tmp_path, files)
     assert sorted(splits(found)) == NUMBERS
     for _, row in found:
@@ -76,7 +82,9 @@ def test_every_image_has_its_labels_and_unknown_pixels_are_the_ninth_class(tmp_p
 def test_an_image_stays_where_it_is_whatever_others_there_are(tmp_path: Path, files: dict[str, bytes]) -> None:
     whole = splits(rows(tmp_path, files))
     drawn = [52, 56, 57, 62, 68, 71, 72, 73, 75, 76, 77, 85]
-    assert sorted(number for number, split in whole.items() if split == "validation") == [f"{number:07d}" for number in drawn]
+    assert sorted(number for number, split in whole.items() if split == "validation") == [
+        f"{number:07d}" for number in drawn
+    ]
     some = {name: data for name, data in files.items() if not any(number in name for number in NUMBERS[10:30])}
     assert splits(rows(tmp_path, some)).items() <= whole.items()
 
@@ -99,14 +107,25 @@ def test_neighbours_in_the_archive_are_none_in_the_set(tmp_path: Path, files: di
 
 
 @pytest.mark.parametrize("absent", ["images/0000060.jpg", "labels/0000060.regions.txt"])
-def test_an_image_without_labels_or_labels_without_image_are_an_error(tmp_path: Path, files: dict[str, bytes], absent: str) -> None:
+def test_an_image_without_labels_or_labels_without_image_are_an_error(
+    tmp_path: Path, files: dict[str, bytes], absent: str
+) -> None:
     del files[absent]
-    with pytest.raises(UserError, match=r"iccv09Data\.tar\.gz holds images without labels, or labels without image: \['0000060'\]; replace it"):
+    with pytest.raises(
+        UserError,
+        match=r"iccv09Data\.tar\.gz holds images without labels, or labels without image: \['0000060'\]; replace it",
+    ):
         rows(tmp_path, files)
 
 
-@pytest.mark.parametrize("damaged", [b"0 1 x\n", b"0 1 2\n0 1\n", b"0 1 8\n", b"0 -2 1\n", b"\xff\xfe"], ids=["word", "ragged", "8", "-2", "binary"])
-def test_labels_that_are_none_are_an_error_that_names_the_file(tmp_path: Path, files: dict[str, bytes], damaged: bytes) -> None:
+@pytest.mark.parametrize(
+    "damaged",
+    [b"0 1 x\n", b"0 1 2\n0 1\n", b"0 1 8\n", b"0 -2 1\n", b"\xff\xfe"],
+    ids=["word", "ragged", "8", "-2", "binary"],
+)
+def test_labels_that_are_none_are_an_error_that_names_the_file(
+    tmp_path: Path, files: dict[str, bytes], damaged: bytes
+) -> None:
     files["labels/0000060.regions.txt"] = damaged
     with pytest.raises(UserError, match=r"labels/0000060\.regions\.txt can't be read as labels"):
         rows(tmp_path, files)
@@ -119,16 +138,22 @@ def test_labels_of_another_size_are_an_error_that_names_them(tmp_path: Path, fil
         prepare(stanford_background(), tmp_path / "data", tmp_path)
 
 
-def test_the_card_counts_the_pixels_of_each_class_in_the_training_split(tmp_path: Path, files: dict[str, bytes]) -> None:
+def test_the_card_counts_the_pixels_of_each_class_in_the_training_split(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
     split = splits(rows(tmp_path, files))
     card = prepare(stanford_background(), tmp_path / "data", tmp_path)
-    masks = [np.where(labels(int(number)) == -1, 8, labels(int(number))) for number in NUMBERS if split[number] == "train"]
+    masks = [
+        np.where(labels(int(number)) == -1, 8, labels(int(number))) for number in NUMBERS if split[number] == "train"
+    ]
     assert card.statistics["class_pixels"] == np.bincount(np.concatenate(masks).ravel(), minlength=9).tolist()
     assert card.classes[8] == "misc" and card.ignore_index is None
 
 
 @pytest.mark.realdata
-@pytest.mark.skipif(not os.environ.get("TRAINER_ARCHIVES"), reason="TRAINER_ARCHIVES names no folder with iccv09Data.tar.gz")
+@pytest.mark.skipif(
+    not os.environ.get("TRAINER_ARCHIVES"), reason="TRAINER_ARCHIVES names no folder with iccv09Data.tar.gz"
+)
 def test_the_real_archive_has_the_pixels_that_are_known_of_it(tmp_path: Path) -> None:
     folder = archives_dir()
     assert folder

@@ -1,4 +1,6 @@
-"""Batches are the same whoever loads them, from Parquet or from the cache, and images move together with their masks."""
+"""Batches are the same whoever loads them, from Parquet or from the cache,
+and images move together with their masks.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,15 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
     for index in range(COUNT + 5):
         red = np.random.default_rng(index).integers(0, 255, (20, 24), dtype=np.uint8)
         image = np.stack([red, np.full_like(red, index), red // 2], axis=-1)
-        yield "train" if index < COUNT else "validation", {"image": encode_png(image), "mask": encode_png(red), "label": index}
+        yield (
+            "train" if index < COUNT else "validation",
+            {"image": encode_png(image), "mask": encode_png(red), "label": index},
+        )
 
 
-SOURCE = Source("paired", DataInfo(tuple(map(str, range(255))), 255), {"image": "image", "mask": "mask", "label": "label"}, _rows)
+SOURCE = Source(
+    "paired", DataInfo(tuple(map(str, range(255))), 255), {"image": "image", "mask": "mask", "label": "label"}, _rows
+)
 
 
 @pytest.fixture
@@ -62,7 +69,9 @@ def prepared(tmp_path: Path) -> tuple[Path, Card]:
     return tmp_path / "paired", card
 
 
-def samples(prepared: tuple[Path, Card], *, transforms: Any = (), cache: bool = True, resize: Any = None, split: str = "train") -> Samples:
+def samples(
+    prepared: tuple[Path, Card], *, transforms: Any = (), cache: bool = True, resize: Any = None, split: str = "train"
+) -> Samples:
     order = Order(prepared[1].row_groups("train"), 5, 2) if split == "train" else None
     return Samples(*prepared, split, order, resize, transforms, cache, window=2)
 
@@ -75,7 +84,9 @@ FLIP = (v2.RandomHorizontalFlip(0.5), v2.RandomCrop((16, 16)))
 
 
 @pytest.mark.parametrize("transforms", [(), FLIP], ids=["plain", "augmented"])
-def test_batches_depend_neither_on_workers_nor_on_the_cache_nor_on_where_they_begin(prepared: tuple[Path, Card], transforms: Any) -> None:
+def test_batches_depend_neither_on_workers_nor_on_the_cache_nor_on_where_they_begin(
+    prepared: tuple[Path, Card], transforms: Any
+) -> None:
     def batches(cache: bool, workers: int, first: int = 0) -> list[dict[str, Any]]:
         slices = Slices(6, 1, 0, 1, first)
         return list(islice(Batches(samples(prepared, transforms=transforms, cache=cache), slices, workers), 12 - first))
@@ -100,14 +111,18 @@ def test_masks_move_with_their_images_and_are_never_interpolated(prepared: tuple
         assert torch.equal(batch["label"], batch["sample_id"])
         flipped |= {batch["mask"].float().mean().item()}
     assert len(flipped) == 10
-    resized = catalogue("augmentation")["random_resized_crop"].build({"size": [33, 33], "scale": [0.5, 1.0], "ratio": [0.75, 1.33]}, resize=None)
+    resized = catalogue("augmentation")["random_resized_crop"].build(
+        {"size": [33, 33], "scale": [0.5, 1.0], "ratio": [0.75, 1.33]}, resize=None
+    )
     for batch in islice(Batches(samples(prepared, transforms=[resized]), Slices(6, 1, 0, 1, 0), 0), 5):
         for sample_id, mask in zip(batch["sample_id"].tolist(), batch["mask"], strict=True):
             red = np.random.default_rng(sample_id).integers(0, 255, (20, 24), dtype=np.uint8)
             assert set(mask.unique().tolist()) <= set(red.reshape(-1).tolist())
 
 
-def test_augmentation_draws_anew_at_every_position_of_every_epoch_and_only_the_position_counts(prepared: tuple[Path, Card]) -> None:
+def test_augmentation_draws_anew_at_every_position_of_every_epoch_and_only_the_position_counts(
+    prepared: tuple[Path, Card],
+) -> None:
     """What an augmentation draws is compared with generators that are seeded here."""
 
     def drawing(sample: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +131,9 @@ def test_augmentation_draws_anew_at_every_position_of_every_epoch_and_only_the_p
     loaded = samples(prepared, transforms=[drawing])
     for positions in ([0, 1, 2], [COUNT, COUNT + 1, COUNT + 2], [3 * COUNT + 7, 5]):
         generators = [torch.Generator().manual_seed(seed_of(5, AUGMENT, position)) for position in positions]
-        assert loaded.__getitems__(positions)["drawn"].tolist() == [torch.rand(2, generator=generator).tolist() for generator in generators]
+        assert loaded.__getitems__(positions)["drawn"].tolist() == [
+            torch.rand(2, generator=generator).tolist() for generator in generators
+        ]
 
 
 def test_the_global_generator_is_left_alone(prepared: tuple[Path, Card]) -> None:
@@ -137,7 +154,9 @@ def test_resize_is_done_once_and_kept(prepared: tuple[Path, Card]) -> None:
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_a_smaller_size_is_smoothed_as_pillow_does_and_masks_keep_their_values(prepared: tuple[Path, Card], cache: bool) -> None:
+def test_a_smaller_size_is_smoothed_as_pillow_does_and_masks_keep_their_values(
+    prepared: tuple[Path, Card], cache: bool
+) -> None:
     batch = samples(prepared, resize=[7, 5], cache=cache).__getitems__(list(range(COUNT)))
     originals = {index: row for index, (_, row) in enumerate(islice(_rows({}), COUNT))}
     for sample_id, image, mask in zip(batch["sample_id"].tolist(), batch["image"], batch["mask"], strict=True):
@@ -169,7 +188,9 @@ def test_partners_of_a_mosaic_come_from_positions_around_the_samples_own(tmp_pat
     loaded.__getitems__(positions)
     around = [[order.sample(each)[1] for each in range(max(0, position - 32), position + 64)] for position in positions]
     assert [first for first, *_ in mixed] == [order.sample(position)[1] for position in positions]
-    assert all(len(partners) == 3 and set(partners) <= set(near) for (_, *partners), near in zip(mixed, around, strict=True))
+    assert all(
+        len(partners) == 3 and set(partners) <= set(near) for (_, *partners), near in zip(mixed, around, strict=True)
+    )
     assert len({tuple(partners) for _, *partners in mixed}) == len(positions)
 
 
@@ -180,7 +201,9 @@ def test_evaluation_is_in_order_without_augmentation(prepared: tuple[Path, Card]
     assert next(iter(batches))["image"].shape == (2, 3, 20, 24)
 
 
-def test_a_full_disk_turns_the_cache_off_with_a_line(prepared: tuple[Path, Card], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_turns_the_cache_off_with_a_line(
+    prepared: tuple[Path, Card], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -204,23 +227,34 @@ def damage(prepared: tuple[Path, Card], *sample_ids: int) -> None:
 
 
 def tolerant(prepared: tuple[Path, Card], max_unreadable: int, *, cache: bool = True, transforms: Any = ()) -> Samples:
-    return Samples(*prepared, "train", Order(prepared[1].row_groups("train"), 5, 2), None, transforms, cache, 2, max_unreadable)
+    return Samples(
+        *prepared, "train", Order(prepared[1].row_groups("train"), 5, 2), None, transforms, cache, 2, max_unreadable
+    )
 
 
 @pytest.mark.parametrize("transforms", [(), FLIP], ids=["plain", "augmented"])
-def test_the_next_readable_sample_takes_the_place_of_an_unreadable_one(prepared: tuple[Path, Card], transforms: Any) -> None:
+def test_the_next_readable_sample_takes_the_place_of_an_unreadable_one(
+    prepared: tuple[Path, Card], transforms: Any
+) -> None:
     damage(prepared, 7, 8, 29)
     stand_ins = {7: 9, 8: 9, 29: 0}
 
     def batches(cache: bool, workers: int) -> list[dict[str, Any]]:
-        return list(islice(Batches(tolerant(prepared, 3, cache=cache, transforms=transforms), Slices(6, 1, 0, 1, 0), workers), 10))
+        return list(
+            islice(
+                Batches(tolerant(prepared, 3, cache=cache, transforms=transforms), Slices(6, 1, 0, 1, 0), workers), 10
+            )
+        )
 
     reference = batches(False, 0)
     for found in (batches(True, 0), batches(True, 0), batches(False, 2)):
         assert all(equal(a, b) for a, b in zip(found, reference, strict=True))
     for batch in reference:
         meant = batch["sample_id"].tolist()
-        assert batch["unreadable"].tolist() == [i for i in meant if i in stand_ins] and batch["unreadable"].dtype == torch.int64
+        assert (
+            batch["unreadable"].tolist() == [i for i in meant if i in stand_ins]
+            and batch["unreadable"].dtype == torch.int64
+        )
         shown = [stand_ins.get(i, i) for i in meant]
         assert batch["label"].tolist() == shown
         assert torch.equal(batch["mask"], batch["image"][:, :1]) or transforms == FLIP
@@ -238,7 +272,9 @@ def test_the_cache_never_holds_a_sample_under_the_id_of_an_unreadable_one(prepar
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_more_unreadable_samples_than_tolerated_are_listed_whichever_worker_met_them(prepared: tuple[Path, Card], workers: int) -> None:
+def test_more_unreadable_samples_than_tolerated_are_listed_whichever_worker_met_them(
+    prepared: tuple[Path, Card], workers: int
+) -> None:
     damage(prepared, *range(0, 30, 5))
     with pytest.raises(TrainingFailed) as error:
         for _ in islice(Batches(tolerant(prepared, 3), Slices(2, 1, 0, 1, 0), workers), 15):
@@ -262,19 +298,25 @@ def test_an_unreadable_validation_sample_is_always_an_error(prepared: tuple[Path
     row = dict(valid.rows.row(0, 0), mask={"bytes": b"", "path": "m.png"})
     valid.rows.row = lambda group, index: row  # type: ignore[method-assign]
     with pytest.raises(
-        TrainingFailed, match=r"^paired/validation: sample 0: m.png: mask can't be decoded: .*; metrics need every sample; delete .*paired, then"
+        TrainingFailed,
+        match=r"^paired/validation: sample 0: m.png: mask can't be decoded: .*; metrics need every sample; delete "
+        r".*paired, then",
     ):
         next(iter(Batches(valid, Shard(5, 2, 0, 1), 0)))
 
 
-def test_an_image_of_another_size_is_unreadable_and_spares_its_neighbours_in_the_cache(prepared: tuple[Path, Card]) -> None:
+def test_an_image_of_another_size_is_unreadable_and_spares_its_neighbours_in_the_cache(
+    prepared: tuple[Path, Card],
+) -> None:
     loaded = tolerant(prepared, 1)
     assert loaded.cache is not None
     row, whole = loaded.rows.row, loaded.__getitems__([0, 1, 2, 3])
     target = whole["sample_id"].tolist()[1]
     loaded.cache.filled[target] = 0
     large = {"bytes": encode_png(np.full((40, 48, 3), 9, np.uint8)), "path": None}
-    loaded.rows.row = lambda *where: {**row(*where), "image": large} if where == loaded.lookup.group(target) else row(*where)  # type: ignore[method-assign]
+    loaded.rows.row = lambda *where: (
+        {**row(*where), "image": large} if where == loaded.lookup.group(target) else row(*where)
+    )  # type: ignore[method-assign]
     batch = loaded.__getitems__([0, 1, 2, 3])
     assert batch["unreadable"].tolist() == [target]
     assert all(torch.equal(batch["image"][i], whole["image"][i]) for i in (0, 2, 3))
@@ -303,7 +345,10 @@ def test_a_file_that_is_lost_while_it_is_used_is_one_line_that_names_it(
 def test_a_file_that_is_lost_before_its_sizes_are_read_is_one_line_that_names_it(prepared: tuple[Path, Card]) -> None:
     path = prepared[1].files(prepared[0], "train")[0]
     path.write_bytes(bytes(1000))
-    with pytest.raises(UserError, match=r"train/00000\.parquet can't be read: .*; delete .*paired, then `trainer prepare paired` makes it again"):
+    with pytest.raises(
+        UserError,
+        match=r"train/00000\.parquet can't be read: .*; delete .*paired, then `trainer prepare paired` makes it again",
+    ):
         samples(prepared)
 
 
@@ -311,7 +356,11 @@ def test_a_damaged_image_is_named(prepared: tuple[Path, Card]) -> None:
     broken = samples(prepared, cache=False)
     row = dict(broken.rows.row(0, 0), image={"bytes": b"\x89PNG nothing", "path": "a.png"})
     broken.rows.row = lambda group, index: row  # type: ignore[method-assign]
-    with pytest.raises(TrainingFailed, match=r"paired/train: sample \d+: a.png: image can't be decoded.*; data.max_unreadable=N tolerates N such samples$"):
+    with pytest.raises(
+        TrainingFailed,
+        match=r"paired/train: sample \d+: a.png: image can't be decoded.*; data.max_unreadable=N tolerates N such "
+        r"samples$",
+    ):
         broken.__getitems__([0])
 
 
@@ -327,7 +376,11 @@ def test_an_error_in_a_loader_worker_is_the_same_one_line_error(prepared: tuple[
     broken.rows.row = lambda group, index: row  # type: ignore[method-assign]
     with pytest.raises(TrainingFailed) as error:
         next(iter(Batches(broken, Slices(6, 1, 0, 1, 0), 1)))
-    assert str(error.value).startswith("paired/train: sample ") and "\n" not in str(error.value).strip() and error.value.on_one_rank
+    assert (
+        str(error.value).startswith("paired/train: sample ")
+        and "\n" not in str(error.value).strip()
+        and error.value.on_one_rank
+    )
 
 
 def test_a_signal_to_the_whole_group_leaves_the_workers_alive(prepared: tuple[Path, Card]) -> None:
@@ -342,7 +395,9 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alive(prepared: tuple[Pa
     assert all(child.is_alive() for child in children)
 
 
-def test_the_cache_leaves_room_on_the_disk(prepared: tuple[Path, Card], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cache_leaves_room_on_the_disk(
+    prepared: tuple[Path, Card], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("trainer.data.cache.SPARE_BYTES", 2**60)
     assert samples(prepared).cache is None
     assert "too little room" in capsys.readouterr().err
@@ -350,10 +405,14 @@ def test_the_cache_leaves_room_on_the_disk(prepared: tuple[Path, Card], monkeypa
 
 def test_samples_can_be_sent_to_workers_that_dont_fork(prepared: tuple[Path, Card]) -> None:
     original = samples(prepared, transforms=FLIP)
-    assert equal(ForkingPickler.loads(ForkingPickler.dumps(original)).__getitems__([3, 40]), original.__getitems__([3, 40]))
+    assert equal(
+        ForkingPickler.loads(ForkingPickler.dumps(original)).__getitems__([3, 40]), original.__getitems__([3, 40])
+    )
 
 
-def test_a_program_that_ends_with_an_error_doesnt_wait_for_its_workers(prepared: tuple[Path, Card], tmp_path: Path) -> None:
+def test_a_program_that_ends_with_an_error_doesnt_wait_for_its_workers(
+    prepared: tuple[Path, Card], tmp_path: Path
+) -> None:
     program = f"""
 import sys
 from pathlib import Path
@@ -362,7 +421,8 @@ from trainer.data.order import Order, Slices
 from trainer.data.stream import Batches, Samples
 folder = Path({str(prepared[0])!r})
 card = Card.load(folder)
-batches = iter(Batches(Samples(folder, card, "train", Order(card.row_groups("train"), 0, 2), None, [], True, 2), Slices(6, 1, 0, 1, 0), 2))
+samples = Samples(folder, card, "train", Order(card.row_groups("train"), 0, 2), None, [], True, 2)
+batches = iter(Batches(samples, Slices(6, 1, 0, 1, 0), 2))
 next(batches)
 raise SystemExit(3)
 """
@@ -374,7 +434,14 @@ def test_samples_for_pictures_are_spread_over_the_set_by_file_name(tmp_path: Pat
     validation = samples((tmp_path / "paired", card), split="validation")
     names = [each["path"] for each in validation.rows.column("image").to_pylist()]
     shown = [names[sample_id] for sample_id in validation.spread(6)]
-    assert [name.partition("/")[0] for name in shown] == ["video_0", "video_1", "video_1", "video_2", "video_2", "video_2"]
+    assert [name.partition("/")[0] for name in shown] == [
+        "video_0",
+        "video_1",
+        "video_1",
+        "video_2",
+        "video_2",
+        "video_2",
+    ]
     assert shown == sorted(names)[5::10]
     assert sorted(validation.spread(60)) == list(range(60)) == sorted(validation.spread(100))
     assert validation.spread(0) == []

@@ -18,7 +18,9 @@ from trainer.data.prepare import data_dir, ensure_prepared
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """12 images of 12 x 8, in folders below; the first has two objects, the second an empty file, the third none, the others one."""
+    """12 images of 12 x 8, in folders below; the first has two objects, the second an empty file, the third none,
+    the others one.
+    """
     folder = tmp_path / "mine"
     for i in range(12):
         save(folder / f"photos/town {i % 3}/{i:02d}.jpg", picture(i))
@@ -31,7 +33,12 @@ def files(tmp_path: Path) -> Path:
 
 
 def options(folder: Path, **changed: Any) -> list[str]:
-    given = {"name": "mine", "images": folder / "photos", "labels": folder / "texts", "classes": folder / "classes.txt"} | changed
+    given = {
+        "name": "mine",
+        "images": folder / "photos",
+        "labels": folder / "texts",
+        "classes": folder / "classes.txt",
+    } | changed
     return ["prepare", "yolo", *command_line(given)]
 
 
@@ -50,7 +57,8 @@ def test_rows_of_shares_become_boxes_in_pixels(files: Path, capsys: pytest.Captu
     assert main(options(files, validation=0.1)) == 0
     found = objects()
     assert sorted(found) == [f"{i:02d}" for i in range(12)] and len(by_image("mine", "validation")) in range(2, 9)
-    assert [(each["label"], each["box"]) for each in found["00"]] == [(0, [3, 2, 9, 6]), (1, [3, 2, 6, 6])]  # the second is a polygon
+    # The second is a polygon.
+    assert [(each["label"], each["box"]) for each in found["00"]] == [(0, [3, 2, 9, 6]), (1, [3, 2, 6, 6])]
     assert found["01"] == found["02"] == []
     (one,) = found["07"]
     assert one["label"] == 1 and one["box"] == pytest.approx([4.5, 4 - 4 * 0.17, 7.5, 4 + 4 * 0.17])
@@ -68,14 +76,19 @@ def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
     assert Card.load(data_dir() / "mine") == card
 
 
-def test_it_is_made_again_when_files_or_options_changed_and_only_then(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_made_again_when_files_or_options_changed_and_only_then(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(options(files, validation=0.1)) == 0
     capsys.readouterr()
     assert main(options(files, validation=0.1)) == 0
     assert "preparing" not in capsys.readouterr().out
     save(files / "texts/town 2/02.txt", "0 0.5 0.5 0.5 0.5")
     assert main(options(files, validation=0.1)) == 0
-    assert "is prepared again: the name, size or time of a file has changed" in capsys.readouterr().out and len(objects()["02"]) == 1
+    assert (
+        "is prepared again: the name, size or time of a file has changed" in capsys.readouterr().out
+        and len(objects()["02"]) == 1
+    )
     assert main(options(files, validation=0.1, invalid="drop")) == 0
     assert f"{data_dir() / 'mine'} is prepared again: --invalid was refuse and is now drop\n" in capsys.readouterr().out
 
@@ -97,7 +110,9 @@ def test_so_can_the_folders_beside_where_images_and_labels_are_called_alike(file
     assert card.command.endswith("--validation val --invalid refuse") and card.notes == ("Split: val validates.",)
 
 
-def test_images_and_labels_that_validate_or_test_can_lie_anywhere(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_and_labels_that_validate_or_test_can_lie_anywhere(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = {}
     for i, split in enumerate(("validation", "test"), start=50):
         save(files / f"{split} photos/{split}.jpg", picture(i))
@@ -113,10 +128,14 @@ def test_images_and_labels_that_validate_or_test_can_lie_anywhere(files: Path, c
     assert Card.load(data_dir() / "mine") == card
 
 
-def test_an_image_on_both_sides_of_the_split_is_refused_by_name(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_on_both_sides_of_the_split_is_refused_by_name(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(files / "images/train/a.jpg", picture(1))
     save(files / "labels/train/a.txt", "1 0.5 0.5 1 1")
-    said = refused(capsys, options(files, images=files / "images/train", labels=files / "labels/train", validation="train"))
+    said = refused(
+        capsys, options(files, images=files / "images/train", labels=files / "labels/train", validation="train")
+    )
     file = f"{files}/images/train/a.jpg"
     assert "1 images are in more than one split" in said and said.endswith(f"\n  {file} (train), {file} (validation)\n")
 
@@ -134,14 +153,20 @@ LINE = "texts/town 0/00.txt:1: a line is `class x y width height` or `class x1 y
         ("\n0 0.5 0.5 0.5 0.5\n1", "texts/town 0/00.txt:3: a line is"),
         (
             "0 0.5 0.5 0.5 0.5\n2 0.5 0.5 0.5 0.5",
-            "photos/town 0/00.jpg, object 2: its label 2 is no class; classes are 0 to 1; correct it or take it away; `--invalid drop`",
+            "photos/town 0/00.jpg, object 2: its label 2 is no class; classes are 0 to 1; correct it or take it away; "
+            "`--invalid drop`",
         ),
         ("0 0.5 0.5 0 0.5", "photos/town 0/00.jpg, object 1: its box (6, 2, 6, 6) has no area"),
-        ("0 0.9 0.5 0.5 0.5", "photos/town 0/00.jpg, object 1: its box (7.8, 2, 13.8, 6) is not within the image, 12 x 8"),
+        (
+            "0 0.9 0.5 0.5 0.5",
+            "photos/town 0/00.jpg, object 1: its box (7.8, 2, 13.8, 6) is not within the image, 12 x 8",
+        ),
         ("0 nan 0.5 0.5 0.5", "photos/town 0/00.jpg, object 1: its box (nan, 2, nan, 6) isn't finite"),
     ],
 )
-def test_what_cannot_be_so_is_named(files: Path, content: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_so_is_named(
+    files: Path, content: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(files / "texts/town 0/00.txt", content)
     assert expected in refused(capsys, options(files))
 
@@ -150,7 +175,10 @@ def test_objects_that_cannot_be_so_are_dropped_on_demand(files: Path, capsys: py
     save(files / "texts/town 0/00.txt", "0 0.5 0.5 0 0.5\n1 0.5 0.5 0.5 0.5\n7 0.5 0.5 0.5 0.5")
     assert main(options(files, validation=0.1, invalid="drop")) == 0
     assert [each["label"] for each in objects()["00"]] == [1]
-    assert "2 objects that can't be so are left out: photos/town 0/00.jpg, object 1: its box (6, 2, 6, 6) has no area; photos" in capsys.readouterr().out
+    assert (
+        "2 objects that can't be so are left out: photos/town 0/00.jpg, object 1: its box (6, 2, 6, 6) has no area; "
+        "photos" in capsys.readouterr().out
+    )
 
 
 def test_labels_without_an_image_and_damaged_images_are_named(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +192,11 @@ def test_labels_without_an_image_and_damaged_images_are_named(files: Path, capsy
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"labels": None}, "--labels is missing: trainer prepare yolo --name NAME --images DIR --labels DIR --classes FILE [--validation SHARE|DIR "),
+        (
+            {"labels": None},
+            "--labels is missing: trainer prepare yolo --name NAME --images DIR --labels DIR --classes FILE "
+            "[--validation SHARE|DIR ",
+        ),
         ({"labels": "nowhere"}, "no folder nowhere, which should hold label files (.txt)"),
         ({"validation_labels": "texts"}, "--validation-labels needs --validation-images beside it"),
         ({"masks": "masks"}, "--masks belongs to `trainer prepare folder`, not to yolo"),
@@ -172,13 +204,17 @@ def test_labels_without_an_image_and_damaged_images_are_named(files: Path, capsy
     ],
     ids=str,
 )
-def test_an_option_that_cannot_be_so_is_a_mistake(files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_that_cannot_be_so_is_a_mistake(
+    files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert expected in refused(capsys, options(files, **changed))
 
 
 def test_a_recipe_reads_the_set_and_one_without_objects_is_a_mistake(files: Path) -> None:
     component = catalogue("dataset")["yolo"]
-    with pytest.raises(ValueError, match="`trainer prepare yolo --name mine --images DIR --labels DIR --classes FILE` makes it"):
+    with pytest.raises(
+        ValueError, match="`trainer prepare yolo --name mine --images DIR --labels DIR --classes FILE` makes it"
+    ):
         component.schema(set="mine")
     assert main(options(files, validation=0.1)) == 0
     source = component.build({"set": "mine"})

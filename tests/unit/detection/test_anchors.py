@@ -59,7 +59,9 @@ def _coco128_sizes(archive: Path, side: int = 640) -> np.ndarray:
     with zipfile.ZipFile(archive) as files:
         for name in sorted(files.namelist()):
             if name.endswith(".txt") and "/labels/" in name:
-                with Image.open(io.BytesIO(files.read(name.replace("/labels/", "/images/").replace(".txt", ".jpg")))) as image:
+                with Image.open(
+                    io.BytesIO(files.read(name.replace("/labels/", "/images/").replace(".txt", ".jpg")))
+                ) as image:
                     scaled = np.array(image.size) * side / max(image.size)
                 sizes.append(np.loadtxt(io.BytesIO(files.read(name)), ndmin=2)[:, 3:] * scaled)
     return np.concatenate(sizes)

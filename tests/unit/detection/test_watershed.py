@@ -63,7 +63,9 @@ def test_the_edge_of_the_image_is_no_boundary() -> None:
 
 
 def test_targets_say_what_each_pixel_is_and_count_neither_padding_nor_crowds() -> None:
-    masks = torch.stack([rectangle(0, 0, 10, 10), rectangle(20, 0, 30, 10), rectangle(5, 5, 15, 15), rectangle(0, 0, 4, 4)])
+    masks = torch.stack(
+        [rectangle(0, 0, 10, 10), rectangle(20, 0, 30, 10), rectangle(5, 5, 15, 15), rectangle(0, 0, 4, 4)]
+    )
     semantic, distance = watershed_targets(
         masks.byte(),
         labels=torch.tensor([0, 1, 1, 0]),
@@ -82,7 +84,9 @@ def test_targets_say_what_each_pixel_is_and_count_neither_padding_nor_crowds() -
 
 def test_a_batch_without_instances_is_background() -> None:
     nothing, size = torch.zeros(0, dtype=torch.int64), torch.tensor([SIZE])
-    semantic, distance = watershed_targets(torch.zeros(0, SIZE, SIZE, dtype=torch.uint8), nothing, nothing.bool(), nothing, size, size)
+    semantic, distance = watershed_targets(
+        torch.zeros(0, SIZE, SIZE, dtype=torch.uint8), nothing, nothing.bool(), nothing, size, size
+    )
     assert semantic.shape == distance.shape == (1, SIZE, SIZE) and not semantic.any() and not distance.any()
 
 
@@ -104,7 +108,8 @@ def test_the_instance_that_is_most_surely_foreground_comes_first() -> None:
 
 
 def test_an_instance_with_a_narrow_neck_stays_whole() -> None:
-    neck = rectangle(5, 5, 25, 30) | rectangle(14, 30, 17, 36) | rectangle(12, 36, 19, 43)  # body, neck, head: the head is deep enough
+    # Body, neck, head: the head is deep enough.
+    neck = rectangle(5, 5, 25, 30) | rectangle(14, 30, 17, 36) | rectangle(12, 36, 19, 43)
     result = found(neck, min_pixels=40)
     assert result.masks is not None and torch.equal(result.masks, neck[None])
 
@@ -132,7 +137,12 @@ def test_an_empty_image_has_no_instances() -> None:
     background = torch.tensor([0.9, 0.1]).view(2, 1, 1).expand(2, SIZE, SIZE)
     result = instances(background, torch.zeros(SIZE, SIZE))
     assert result.masks is not None
-    assert [tuple(field.shape) for field in (result.boxes, result.scores, result.labels, result.masks)] == [(0, 4), (0,), (0,), (0, SIZE, SIZE)]
+    assert [tuple(field.shape) for field in (result.boxes, result.scores, result.labels, result.masks)] == [
+        (0, 4),
+        (0,),
+        (0,),
+        (0, SIZE, SIZE),
+    ]
 
 
 def test_without_scikit_image_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,16 +162,30 @@ def _average_precision(truths: list[Tensor], results: list[Detections]) -> float
         for image, (masks, values) in enumerate(zip(masks_of_images, scores, strict=True), start=1):
             for mask, score in zip(masks.numpy(), values.tolist(), strict=True):
                 counts = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
-                row = {"id": len(rows) + 1, "image_id": image, "category_id": 1, "segmentation": counts, "iscrowd": 0, "score": score}
+                row = {
+                    "id": len(rows) + 1,
+                    "image_id": image,
+                    "category_id": 1,
+                    "segmentation": counts,
+                    "iscrowd": 0,
+                    "score": score,
+                }
                 rows.append(row | {"area": float(mask.sum()), "bbox": rle.toBbox(counts).tolist()})
         coco = COCO()
-        images = [{"id": image, "height": masks.shape[1], "width": masks.shape[2]} for image, masks in enumerate(masks_of_images, start=1)]
+        images = [
+            {"id": image, "height": masks.shape[1], "width": masks.shape[2]}
+            for image, masks in enumerate(masks_of_images, start=1)
+        ]
         coco.dataset = {"images": images, "annotations": rows, "categories": [{"id": 1}]}
         coco.createIndex()
         return coco
 
     masks = [result.masks for result in results if result.masks is not None]
-    evaluation = COCOeval(table(truths, [torch.ones(len(each)) for each in truths]), table(masks, [result.scores for result in results]), "segm")
+    evaluation = COCOeval(
+        table(truths, [torch.ones(len(each)) for each in truths]),
+        table(masks, [result.scores for result in results]),
+        "segm",
+    )
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
@@ -169,7 +193,9 @@ def _average_precision(truths: list[Tensor], results: list[Detections]) -> float
 
 
 @pytest.mark.realdata
-@pytest.mark.skipif(not os.environ.get("TRAINER_ARCHIVES"), reason="TRAINER_ARCHIVES names no folder with PennFudanPed.zip")
+@pytest.mark.skipif(
+    not os.environ.get("TRAINER_ARCHIVES"), reason="TRAINER_ARCHIVES names no folder with PennFudanPed.zip"
+)
 @pytest.mark.parametrize("size", [None, (256, 256)], ids=["native", "256x256"])
 def test_the_true_maps_of_penn_fudan_give_the_true_instances(size: tuple[int, int] | None) -> None:
     truths = []

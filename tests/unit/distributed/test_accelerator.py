@@ -23,7 +23,11 @@ from trainer.tasks.build import build_task, place
 
 INFO = DataInfo(("background", "square"), 255)
 LOSSES = {"cross_entropy": RECIPE, "focal": RECIPE, "soft_iou": RECIPE, "dice": RECIPE, **RECIPES}
-FLAGS = [(torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32"), (torch.backends.cudnn, "benchmark")]
+FLAGS = [
+    (torch.backends.cuda.matmul, "allow_tf32"),
+    (torch.backends.cudnn, "allow_tf32"),
+    (torch.backends.cudnn, "benchmark"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +56,16 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, tf32: bool = True) -> None:
 
 
 @pytest.mark.parametrize("gpu", ["none", "Turing"])
-def test_tf32_where_there_is_none_is_an_error_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
+def test_tf32_where_there_is_none_is_an_error_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str
+) -> None:
     if gpu != "none":
         with_gpu(monkeypatch, tf32=False)
-    with pytest.raises(UserError, match=r"(?s)run\.yaml.*train\.precision.*tf32 needs an NVIDIA GPU of the Ampere generation or later; use fp32 or auto"):
+    with pytest.raises(
+        UserError,
+        match=r"(?s)run\.yaml.*train\.precision.*tf32 needs an NVIDIA GPU of the Ampere generation or later; use fp32 "
+        r"or auto",
+    ):
         load_recipe(write_recipe(tmp_path, RECIPE.replace("fp64", "tf32")), [], Launch().checks())
 
 
@@ -68,8 +78,12 @@ def test_tf32_is_on_for_products_and_convolutions_alike_or_off_for_both(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not expected
     accelerator.configure_backends(recipe)
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == expected
-    assert torch.get_float32_matmul_precision() == ("high" if expected else "highest")  # raises where PyTorch's two interfaces were mixed
-    assert place(build_task(recipe, INFO), recipe, torch.device("meta"), uniform=True).state_dict()["head.weight"].dtype == torch.float32
+    # Raises where PyTorch's two interfaces were mixed.
+    assert torch.get_float32_matmul_precision() == ("high" if expected else "highest")
+    assert (
+        place(build_task(recipe, INFO), recipe, torch.device("meta"), uniform=True).state_dict()["head.weight"].dtype
+        == torch.float32
+    )
 
 
 def test_the_plain_loop_is_measured_with_the_settings_of_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +96,10 @@ def test_the_plain_loop_is_measured_with_the_settings_of_fp32(tmp_path: Path, mo
         for backend, name in FLAGS:
             setattr(backend, name, False)
         configure()
-        found.append([getattr(backend, name) for backend, name in FLAGS] + [torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()])
+        found.append(
+            [getattr(backend, name) for backend, name in FLAGS]
+            + [torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()]
+        )
     assert found[0] == found[1] == [False, False, True, 1, False]
 
 
@@ -104,7 +121,11 @@ def test_model_and_loss_are_moved_to_one_device(tmp_path: Path, loss: str, preci
     assert place(task, recipe, torch.device("meta"), uniform=True) is task.model
     tensors = [*task.model.state_dict().values(), *task.loss.parameters(), *task.loss.buffers()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    weight = next(parameter for parameter in task.model.parameters() if parameter.dim() == 4 and parameter.shape[1] > 1 and parameter.shape[2] > 1)
+    weight = next(
+        parameter
+        for parameter in task.model.parameters()
+        if parameter.dim() == 4 and parameter.shape[1] > 1 and parameter.shape[2] > 1
+    )
     assert weight.dtype == (torch.float64 if precision == "fp64" else torch.float32)
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -123,21 +144,32 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_kernels_are_searched_only_where_each_step_has_the_same_shapes_and_bits_may_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_kernels_are_searched_only_where_each_step_has_the_same_shapes_and_bits_may_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
     text, overrides, uniform, expected = CASES[case]
     with_gpu(monkeypatch)
     recipe = recipe_of(tmp_path, text, *overrides)
     accelerator.configure_backends(recipe)
     torch.backends.cudnn.benchmark = not expected
-    place(build_task(recipe, INFO if text == RECIPE else DataInfo(("square", "disc"), None)), recipe, torch.device("meta"), uniform)
+    place(
+        build_task(recipe, INFO if text == RECIPE else DataInfo(("square", "disc"), None)),
+        recipe,
+        torch.device("meta"),
+        uniform,
+    )
     assert torch.backends.cudnn.benchmark == expected
 
 
 # ------------------------------------------------------------ what resume promises
 
 
-@pytest.mark.parametrize(("device", "deterministic", "expected"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)])
-def test_a_run_resumed_on_a_gpu_is_told_what_makes_its_bits_equal(device: str, deterministic: bool, expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("device", "deterministic", "expected"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_a_run_resumed_on_a_gpu_is_told_what_makes_its_bits_equal(
+    device: str, deterministic: bool, expected: bool
+) -> None:
     torch.use_deterministic_algorithms(deterministic)
     saved = {"world_size": 1, "threads": torch.get_num_threads()}
     reasons = list(accelerator.why_bits_may_differ(saved, 1, torch.device(device)))
@@ -150,7 +182,9 @@ def test_a_run_resumed_on_a_gpu_is_told_what_makes_its_bits_equal(device: str, d
 
 
 @pytest.mark.parametrize("minutes", [0.1, 10, 600])
-def test_a_collective_gives_up_soon_after_the_time_that_a_rank_may_stand_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float) -> None:
+def test_a_collective_gives_up_soon_after_the_time_that_a_rank_may_stand_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float
+) -> None:
     asked: list[timedelta] = []
 
     class Recorder:
@@ -162,7 +196,8 @@ def test_a_collective_gives_up_soon_after_the_time_that_a_rank_may_stand_still(t
     monkeypatch.setattr("accelerate.Accelerator", Recorder)
     accelerator.build_accelerator(recipe_of(tmp_path, RECIPE, f"train.timeout={minutes} minutes"))
     (limit,) = asked
-    assert timedelta(minutes=minutes) + timedelta(seconds=30) <= limit <= timedelta(minutes=minutes + 2)  # the watchdog, which names the rank, comes first
+    # The watchdog, which names the rank, comes first.
+    assert timedelta(minutes=minutes) + timedelta(seconds=30) <= limit <= timedelta(minutes=minutes + 2)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""A rank that hangs is noticed when `train.timeout` has passed, on a clock that the test sets: the rest is in tests/faults/test_ranks.py."""
+"""A rank that hangs is noticed when `train.timeout` has passed, on a clock that the test sets:
+the rest is in tests/faults/test_ranks.py.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # that is how a rank ends here
-def test_a_rank_that_hangs_is_named_when_the_timeout_has_passed_and_not_before(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_that_hangs_is_named_when_the_timeout_has_passed_and_not_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     now, store, ended = [100.0], dist.HashStore(), {0: threading.Event(), 1: threading.Event()}
 
     def exit_of(watched: Watchdog) -> None:
@@ -46,7 +50,11 @@ def test_a_rank_that_hangs_is_named_when_the_timeout_has_passed_and_not_before(m
         for _ in range(5):
             now[0] += seconds / 5
             before = [rank._beat for rank in ranks]
-            wait_until(lambda seen=before: all(rank._beat > beat + 1 or ended[rank.rank].is_set() for rank, beat in zip(ranks, seen, strict=True)))
+            wait_until(
+                lambda seen=before: all(
+                    rank._beat > beat + 1 or ended[rank.rank].is_set() for rank, beat in zip(ranks, seen, strict=True)
+                )
+            )
 
     try:
         let_pass(0.9 * TIMEOUT_S)

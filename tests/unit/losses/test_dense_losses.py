@@ -56,7 +56,9 @@ def test_weighted_cross_entropy_is_divided_by_the_weights_of_the_valid_pixels() 
     expected = torch.nn.functional.cross_entropy(logits, targets.long(), weights, ignore_index=IGNORED)
     found = value(CrossEntropy(3, IGNORED, STATISTICS, class_weights="inverse_frequency"), logits, targets)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(*(torch.autograd.grad(each, logits)[0] for each in (found, expected)), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(each, logits)[0] for each in (found, expected)), rtol=1e-12, atol=1e-15
+    )
 
 
 def test_weights_are_inverse_to_the_pixels_and_clipped_at_a_multiple_of_their_median() -> None:
@@ -103,7 +105,10 @@ def test_focal_loss_is_its_formula(gamma: float) -> None:
 def test_focal_loss_without_focus_is_cross_entropy() -> None:
     logits, targets = sample()
     for settings in ({}, {"class_weights": "inverse_frequency", "max_weight": 4.0}):
-        focal, entropy = Focal(3, IGNORED, STATISTICS, gamma=0.0, **settings), CrossEntropy(3, IGNORED, STATISTICS, **settings)  # type: ignore[arg-type]
+        focal, entropy = (
+            Focal(3, IGNORED, STATISTICS, gamma=0.0, **settings),
+            CrossEntropy(3, IGNORED, STATISTICS, **settings),
+        )  # type: ignore[arg-type]
         torch.testing.assert_close(value(focal, logits, targets), value(entropy, logits, targets), rtol=1e-12, atol=0)
 
 
@@ -138,7 +143,9 @@ def test_soft_iou_is_its_formula() -> None:
         x, y = float(probabilities[b, 2, row, column]), float(targets[b, row, column] == 2)
         intersection += x * y
         union += x + y - x * y
-    assert value(SoftIoU(3, IGNORED, channel=2), logits, targets).item() == pytest.approx(1 - intersection / union, rel=1e-12)
+    assert value(SoftIoU(3, IGNORED, channel=2), logits, targets).item() == pytest.approx(
+        1 - intersection / union, rel=1e-12
+    )
 
 
 def test_gradient_is_that_of_finite_differences(loss: Loss) -> None:
@@ -182,7 +189,9 @@ def test_without_an_ignored_label_every_pixel_counts() -> None:
     expected = torch.nn.functional.cross_entropy(logits, targets.long())
     torch.testing.assert_close(value(CrossEntropy(3, None, {}), logits, targets), expected)
     for kind in (SoftIoU, Dice):
-        torch.testing.assert_close(value(kind(3, None), logits, targets), value(kind(3, IGNORED), logits, targets), rtol=0, atol=0)
+        torch.testing.assert_close(
+            value(kind(3, None), logits, targets), value(kind(3, IGNORED), logits, targets), rtol=0, atol=0
+        )
 
 
 def test_an_ignored_label_may_be_one_of_the_classes() -> None:
@@ -192,7 +201,9 @@ def test_an_ignored_label_may_be_one_of_the_classes() -> None:
     torch.testing.assert_close(value(CrossEntropy(3, 0, {}), logits, targets), expected)
     others = torch.where(targets == 0, IGNORED, targets)
     for kind in (SoftIoU, Dice):
-        torch.testing.assert_close(value(kind(3, 0), logits, targets), value(kind(3, IGNORED), logits, others), rtol=0, atol=0)
+        torch.testing.assert_close(
+            value(kind(3, 0), logits, targets), value(kind(3, IGNORED), logits, others), rtol=0, atol=0
+        )
 
 
 def test_sums_are_double_precision_for_single_precision_logits(loss: Loss) -> None:
@@ -235,4 +246,6 @@ def test_the_form_for_deterministic_gpus_is_the_same_loss() -> None:
     usual = loss(logits, targets)["nll"]
     masked = loss._nll_without_scatter(logits, loss.labels(targets))
     torch.testing.assert_close(masked, usual, rtol=1e-12, atol=0)
-    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (masked, usual)), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(value, logits)[0] for value in (masked, usual)), rtol=1e-12, atol=1e-15
+    )

@@ -17,7 +17,14 @@ def means(scale: float = 1.0) -> dict[str, Tensor]:
 
 def test_the_loss_is_the_sum_of_the_models_terms_whatever_the_number_of_images() -> None:
     loss = MaskRCNNLoss()
-    expected = {"loss": 15, "classifier_loss": 1, "box_reg_loss": 2, "mask_loss": 3, "objectness_loss": 4, "rpn_box_reg_loss": 5}
+    expected = {
+        "loss": 15,
+        "classifier_loss": 1,
+        "box_reg_loss": 2,
+        "mask_loss": 3,
+        "objectness_loss": 4,
+        "rpn_box_reg_loss": 5,
+    }
     for images in (1, 7):
         sums = loss(means(), images)
         assert {value.dtype for value in sums.values()} == {torch.float64}
@@ -27,7 +34,9 @@ def test_the_loss_is_the_sum_of_the_models_terms_whatever_the_number_of_images()
 def test_over_processes_each_image_counts_the_same() -> None:
     loss = MaskRCNNLoss()
     one, two = loss(means(1.0), 1), loss(means(10.0), 3)
-    assert loss.combine({name: one[name] + two[name] for name in one})["mask_loss"].item() == pytest.approx((3 * 1 + 30 * 3) / 4)
+    assert loss.combine({name: one[name] + two[name] for name in one})["mask_loss"].item() == pytest.approx(
+        (3 * 1 + 30 * 3) / 4
+    )
 
 
 def test_every_term_has_the_gradient_of_a_plain_sum() -> None:

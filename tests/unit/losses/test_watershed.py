@@ -35,7 +35,9 @@ def terms(loss: WatershedLoss, predicted: WatershedOutput, targets: WatershedTar
 
 def test_what_is_known_for_sure_costs_nothing() -> None:
     targets = truth()
-    semantic = 100 * F.one_hot(targets.semantic.where(targets.semantic != IGNORE, 0), CLASSES + 1).movedim(-1, 1).double()
+    semantic = (
+        100 * F.one_hot(targets.semantic.where(targets.semantic != IGNORE, 0), CLASSES + 1).movedim(-1, 1).double()
+    )
     costs = terms(WatershedLoss(CLASSES), WatershedOutput(semantic, targets.distance), targets)
     assert costs == pytest.approx({"loss": 0, "semantic_loss": 0, "distance_loss": 0}, abs=1e-12)
 
@@ -50,7 +52,9 @@ def test_the_terms_are_means_over_pixels_by_hand() -> None:
 def test_padding_and_crowds_change_neither_loss_nor_gradient() -> None:
     loss, predicted, targets = WatershedLoss(CLASSES), outputs(), truth()
     padded = WatershedOutput(*(F.pad(field, (0, 5, 0, 3), value=7.0) for field in predicted))
-    around = WatershedTargets(F.pad(targets.semantic, (0, 5, 0, 3), value=IGNORE), F.pad(targets.distance, (0, 5, 0, 3)))
+    around = WatershedTargets(
+        F.pad(targets.semantic, (0, 5, 0, 3), value=IGNORE), F.pad(targets.distance, (0, 5, 0, 3))
+    )
     assert terms(loss, padded, around) == pytest.approx(terms(loss, predicted, targets), rel=1e-12)
     for gradient in torch.autograd.grad(loss.combine(loss(predicted, targets))["loss"], predicted):
         assert not gradient[:1, ..., 5:, :].any() and gradient[1:].all()
@@ -62,7 +66,10 @@ def test_parts_of_a_batch_on_several_processes_have_the_loss_and_gradient_of_the
     gradients = torch.autograd.grad(whole, predicted)
     parts = [slice(0, 1), slice(1, 3)]
     local = [WatershedOutput(*(field[images].detach().requires_grad_() for field in predicted)) for images in parts]
-    sums = [loss(mine, WatershedTargets(*(field[images] for field in targets))) for mine, images in zip(local, parts, strict=True)]
+    sums = [
+        loss(mine, WatershedTargets(*(field[images] for field in targets)))
+        for mine, images in zip(local, parts, strict=True)
+    ]
     for images, mine, own, other in zip(parts, local, sums, reversed(sums), strict=True):
         combined = loss.combine({name: own[name] + other[name].detach() for name in own})["loss"]
         torch.testing.assert_close(combined, whole, rtol=1e-12, atol=0)
@@ -70,9 +77,17 @@ def test_parts_of_a_batch_on_several_processes_have_the_loss_and_gradient_of_the
             torch.testing.assert_close(gradient, expected[images], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("targets", [WatershedTargets(torch.full((3, 8, 12), IGNORE), torch.zeros(3, 8, 12)), truth(0)], ids=["ignored", "no image"])
+@pytest.mark.parametrize(
+    "targets",
+    [WatershedTargets(torch.full((3, 8, 12), IGNORE), torch.zeros(3, 8, 12)), truth(0)],
+    ids=["ignored", "no image"],
+)
 def test_without_a_pixel_that_counts_the_loss_is_zero(targets: WatershedTargets) -> None:
-    assert terms(WatershedLoss(CLASSES), outputs(len(targets.semantic)), targets) == {"loss": 0, "semantic_loss": 0, "distance_loss": 0}
+    assert terms(WatershedLoss(CLASSES), outputs(len(targets.semantic)), targets) == {
+        "loss": 0,
+        "semantic_loss": 0,
+        "distance_loss": 0,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -15,23 +15,34 @@ from torchvision.ops import box_convert, complete_box_iou_loss
 from trainer.detection.boxes import Level, Targets, decode
 from trainer.losses.yolo import YoloLoss, assign, complete_iou
 
-ANCHORS = torch.tensor([[[10.0, 13], [16, 30], [33, 23]], [[30, 61], [62, 45], [59, 119]], [[116, 90], [156, 198], [373, 326]]])
+ANCHORS = torch.tensor(
+    [[[10.0, 13], [16, 30], [33, 23]], [[30, 61], [62, 45], [59, 119]], [[116, 90], [156, 198], [373, 326]]]
+)
 CLASSES = 4
 NO_BOXES = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
 
-def outputs(batch: int = 3, classes: int = CLASSES, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> list[Level]:
+def outputs(
+    batch: int = 3, classes: int = CLASSES, dtype: torch.dtype = torch.float64, scale: float = 1.0
+) -> list[Level]:
     """Random logits for images of 64 x 96 pixels."""
     generator = torch.Generator().manual_seed(batch + classes)
     shapes = [(batch, 3, 64 // stride, 96 // stride, 5 + classes) for stride in (8, 16, 32)]
-    logits = [(scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_() for shape in shapes]
+    logits = [
+        (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+        for shape in shapes
+    ]
     return [Level(each, anchors, stride) for each, anchors, stride in zip(logits, ANCHORS, (8, 16, 32), strict=True)]
 
 
 def sample(batch: int = 3) -> Targets:
     """Six boxes: two that share their nearest cells, one in a corner; the last image has none."""
     boxes = [[10, 10, 30, 40], [11, 11, 31, 41], [40, 3, 95, 60], [80, 50, 96, 64], [2, 30, 60, 63], [50, 20, 62, 31]]
-    return Targets(torch.tensor(boxes, dtype=torch.float32), torch.tensor([0, 3, 1, 2, 2, 0]), torch.tensor([0, 0, 0, 1, 1, 1]) % batch)
+    return Targets(
+        torch.tensor(boxes, dtype=torch.float32),
+        torch.tensor([0, 3, 1, 2, 2, 0]),
+        torch.tensor([0, 0, 0, 1, 1, 1]) % batch,
+    )
 
 
 def value(loss: YoloLoss, levels: list[Level], targets: Targets) -> Tensor:
@@ -70,7 +81,11 @@ def test_complete_iou_is_torchvisions() -> None:
 
 
 def test_equal_boxes_have_a_complete_iou_of_one_and_boxes_without_area_a_finite_gradient() -> None:
-    box = torch.tensor([[20.0, 20.0, 7.0, 9.0], [20.0, 20.0, 0.0, 0.0], [20.0, 20.0, 1e-160, 1e-160]], dtype=torch.float64, requires_grad=True)
+    box = torch.tensor(
+        [[20.0, 20.0, 7.0, 9.0], [20.0, 20.0, 0.0, 0.0], [20.0, 20.0, 1e-160, 1e-160]],
+        dtype=torch.float64,
+        requires_grad=True,
+    )
     ciou = complete_iou(box, torch.tensor([[20.0, 20.0, 7.0, 9.0]] * 3, dtype=torch.float64))
     assert ciou[0] == 1 and ciou[1:].max() < 0.01
     (gradient,) = torch.autograd.grad(ciou.sum(), box)
@@ -78,7 +93,9 @@ def test_equal_boxes_have_a_complete_iou_of_one_and_boxes_without_area_a_finite_
 
 
 def test_a_box_is_assigned_by_hand() -> None:
-    """A box of 20 x 30 pixels at column 2.75, row 1.25 of the cells of 8 pixels: its cell, the one to the right, the one above."""
+    """A box of 20 x 30 pixels at column 2.75, row 1.25 of the cells of 8 pixels: its cell, the one to the right,
+    the one above.
+    """
     level = outputs()[0]
     assert level.logits.shape[2:4] == (8, 12)
     cells = {(1, 2), (1, 3), (0, 2)}
@@ -92,9 +109,17 @@ def test_a_box_is_assigned_by_hand() -> None:
 
 def test_at_the_border_of_the_image_only_cells_that_exist_are_assigned() -> None:
     level = outputs()[0]
-    corners = {(0.0, 0.0): {(0, 0)}, (96.0, 64.0): {(7, 11)}, (95.0, 63.0): {(7, 11)}, (2.0, 63.0): {(7, 0)}, (90.0, 1.0): {(0, 11), (0, 10)}}
+    corners = {
+        (0.0, 0.0): {(0, 0)},
+        (96.0, 64.0): {(7, 11)},
+        (95.0, 63.0): {(7, 11)},
+        (2.0, 63.0): {(7, 0)},
+        (90.0, 1.0): {(0, 11), (0, 10)},
+    }
     for (x, y), cells in corners.items():
-        assert matches_of(level, [x - 8, y - 8, x + 8, y + 8]) == {(anchor, *cell) for anchor in range(3) for cell in cells}
+        assert matches_of(level, [x - 8, y - 8, x + 8, y + 8]) == {
+            (anchor, *cell) for anchor in range(3) for cell in cells
+        }
 
 
 def test_a_centre_in_the_middle_of_its_cell_has_no_nearer_neighbour() -> None:
@@ -109,7 +134,9 @@ def test_every_assigned_prediction_can_reach_the_box() -> None:
         torch.rand(300, 2, generator=generator, dtype=torch.float64) * 200,
     )
     true = torch.cat([centres, sizes], dim=1)
-    targets = Targets(box_convert(true, "cxcywh", "xyxy"), torch.zeros(300, dtype=torch.int64), torch.zeros(300, dtype=torch.int64))
+    targets = Targets(
+        box_convert(true, "cxcywh", "xyxy"), torch.zeros(300, dtype=torch.int64), torch.zeros(300, dtype=torch.int64)
+    )
     for level in outputs():
         found = assign(level, targets, max_ratio=4.0)
         assert len(found.target) > 100
@@ -122,7 +149,10 @@ def test_every_assigned_prediction_can_reach_the_box() -> None:
 
 def test_each_term_is_its_formula() -> None:
     """One box that one scale alone takes, everything else summed by hand."""
-    levels, targets = outputs(batch=1), Targets(torch.tensor([[12.0, 18.0, 22.0, 28.0]]), torch.tensor([2]), torch.tensor([0]))
+    levels, targets = (
+        outputs(batch=1),
+        Targets(torch.tensor([[12.0, 18.0, 22.0, 28.0]]), torch.tensor([2]), torch.tensor([0])),
+    )
     epsilon, obj_pw, cls_pw, balance = 0.2, 1.7, 2.5, (4.0, 1.0, 0.4)
     loss = YoloLoss(CLASSES, max_ratio=1.5, label_smoothing=epsilon, obj_pw=obj_pw, cls_pw=cls_pw, scale_gains=False)
     terms = loss.combine(loss(levels, targets))
@@ -146,20 +176,31 @@ def test_each_term_is_its_formula() -> None:
             y, q = expected.get((anchor, row, column), 0.0) if index == 0 else 0.0, p[anchor, row, column].item()
             objectness -= balance[index] * (obj_pw * y * math.log(q) + (1 - y) * math.log(1 - q)) / p.numel()
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(
-        {"loss": 0.05 * box + objectness + 0.5 * classes, "box_loss": box, "objectness_loss": objectness, "class_loss": classes}, rel=1e-9
+        {
+            "loss": 0.05 * box + objectness + 0.5 * classes,
+            "box_loss": box,
+            "objectness_loss": objectness,
+            "class_loss": classes,
+        },
+        rel=1e-9,
     )
 
 
 def slow_loss(logits: list[Tensor], targets: Targets, constants: dict[Any, float]) -> Tensor:
     """The loss of images of 64 x 96 pixels, box by box and cell by cell.
 
-    What the backward pass takes for constant, alpha of the complete IoU and the target of the objectness, is in `constants` from the first call on.
+    What the backward pass takes for constant, alpha of the complete IoU and the target of the objectness, is in
+    `constants` from the first call on.
     """
     terms = {"box": torch.zeros(()), "objectness": torch.zeros(()), "class": torch.zeros(())}
-    for level, (values, anchors, stride, balance) in enumerate(zip(logits, ANCHORS.double(), (8, 16, 32), (4.0, 1.0, 0.4), strict=True)):
+    for level, (values, anchors, stride, balance) in enumerate(
+        zip(logits, ANCHORS.double(), (8, 16, 32), (4.0, 1.0, 0.4), strict=True)
+    ):
         pairs: list[tuple[Tensor, Tensor]] = []
         goals: dict[tuple[int, ...], float] = {}
-        for number, ((left, top, right, bottom), label, image) in enumerate(zip(*(field.tolist() for field in targets), strict=True)):
+        for number, ((left, top, right, bottom), label, image) in enumerate(
+            zip(*(field.tolist() for field in targets), strict=True)
+        ):
             x, y, w, h = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
             for anchor, row, column in product(range(3), range(64 // stride), range(96 // stride)):
                 aw, ah = anchors[anchor].tolist()
@@ -172,11 +213,19 @@ def slow_loss(logits: list[Tensor], targets: Targets, constants: dict[Any, float
                 px, py = ((2 * found[i].sigmoid() - 0.5 + cell) * stride for i, cell in ((0, column), (1, row)))
                 pw, ph = ((2 * found[2 + i].sigmoid()) ** 2 * side for i, side in enumerate((aw, ah)))
                 sides = tensors(px, pw, x, w), tensors(py, ph, y, h)
-                shared = [(torch.minimum(p + ps / 2, t + ts / 2) - torch.maximum(p - ps / 2, t - ts / 2)).clamp(min=0) for p, ps, t, ts in sides]
-                whole = [torch.maximum(p + ps / 2, t + ts / 2) - torch.minimum(p - ps / 2, t - ts / 2) for p, ps, t, ts in sides]
+                shared = [
+                    (torch.minimum(p + ps / 2, t + ts / 2) - torch.maximum(p - ps / 2, t - ts / 2)).clamp(min=0)
+                    for p, ps, t, ts in sides
+                ]
+                whole = [
+                    torch.maximum(p + ps / 2, t + ts / 2) - torch.minimum(p - ps / 2, t - ts / 2)
+                    for p, ps, t, ts in sides
+                ]
                 iou = shared[0] * shared[1] / (pw * ph + w * h - shared[0] * shared[1])
                 aspect = 4 / math.pi**2 * (math.atan(w / h) - torch.atan(pw / ph)) ** 2
-                alpha = constants.setdefault(("alpha", level, number, anchor, row, column), (aspect / (1 - iou + aspect)).item())
+                alpha = constants.setdefault(
+                    ("alpha", level, number, anchor, row, column), (aspect / (1 - iou + aspect)).item()
+                )
                 ciou = iou - ((px - x) ** 2 + (py - y) ** 2) / (whole[0] ** 2 + whole[1] ** 2) - alpha * aspect
                 place = (image, anchor, row, column)
                 goals[place] = max(goals.get(place, 0.0), ciou.item())
@@ -210,7 +259,9 @@ def test_value_and_gradient_are_those_of_a_slow_reference_whose_gradient_is_that
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
     goals = [goal for (name, *_), goal in constants.items() if name == "goal" and goal]
     num_matches = sum(name == "alpha" for name, *_ in constants)
-    assert 10 < len(goals) < num_matches - 10, "some predictions answer for two boxes, or for one that they don't overlap"
+    assert 10 < len(goals) < num_matches - 10, (
+        "some predictions answer for two boxes, or for one that they don't overlap"
+    )
 
 
 def test_gains_are_for_80_classes_640_pixels_and_three_scales() -> None:
@@ -224,7 +275,9 @@ def test_gains_are_for_80_classes_640_pixels_and_three_scales() -> None:
             name: term for name, term in plain.combine(plain(used, targets)).items() if name != "loss"
         }
         gains = {"box_loss": 0.05, "objectness_loss": 64 * 96 / 640**2, "class_loss": 0.5 * classes / 80}
-        assert terms["loss"].item() == pytest.approx(sum(3 / len(used) * gain * terms[name].item() for name, gain in gains.items()), rel=1e-12)
+        assert terms["loss"].item() == pytest.approx(
+            sum(3 / len(used) * gain * terms[name].item() for name, gain in gains.items()), rel=1e-12
+        )
 
 
 def test_the_objectness_target_is_made_without_what_cuda_has_no_deterministic_version_of() -> None:
@@ -241,7 +294,11 @@ def test_the_objectness_target_is_made_without_what_cuda_has_no_deterministic_ve
     with Operations() as operations:
         torch.autograd.grad(value(loss, levels, sample()), [level.logits for level in levels])
     assert "aten::binary_cross_entropy_with_logits" in operations.names
-    assert not {name for name in operations.names if name.startswith(("aten::scatter_reduce", "aten::index_reduce", "aten::put"))}
+    assert not {
+        name
+        for name in operations.names
+        if name.startswith(("aten::scatter_reduce", "aten::index_reduce", "aten::put"))
+    }
 
 
 def test_gradient_of_objectness_and_classes_is_that_of_finite_differences() -> None:
@@ -252,7 +309,14 @@ def test_gradient_of_objectness_and_classes_is_that_of_finite_differences() -> N
     for direction in directions:
         direction[..., :4] = 0
     moved = [
-        value(loss, [level._replace(logits=level.logits + step * direction) for level, direction in zip(levels, directions, strict=True)], targets).item()
+        value(
+            loss,
+            [
+                level._replace(logits=level.logits + step * direction)
+                for level, direction in zip(levels, directions, strict=True)
+            ],
+            targets,
+        ).item()
         for step in (1e-5, -1e-5)
     ]
     gradients = torch.autograd.grad(value(loss, levels, targets), [level.logits for level in levels])
@@ -266,12 +330,17 @@ def test_the_sums_of_two_parts_have_value_and_gradient_of_the_whole() -> None:
     whole = value(loss, levels, targets)
     whole_gradients = torch.autograd.grad(whole, [level.logits for level in levels])
     parts = [range(0, 1), range(1, 3)]
-    local = [[level._replace(logits=level.logits[images.start : images.stop].detach().requires_grad_()) for level in levels] for images in parts]
+    local = [
+        [level._replace(logits=level.logits[images.start : images.stop].detach().requires_grad_()) for level in levels]
+        for images in parts
+    ]
     sums = [loss(mine, part(targets, images)) for mine, images in zip(local, parts, strict=True)]
     for images, mine, own, other in zip(parts, local, sums, reversed(sums), strict=True):
         combined = loss.combine({name: own[name] + other[name].detach() for name in own})["loss"]
         torch.testing.assert_close(combined, whole, rtol=1e-12, atol=0)
-        for gradient, expected in zip(torch.autograd.grad(combined, [level.logits for level in mine]), whole_gradients, strict=True):
+        for gradient, expected in zip(
+            torch.autograd.grad(combined, [level.logits for level in mine]), whole_gradients, strict=True
+        ):
             torch.testing.assert_close(gradient, expected[images.start : images.stop], rtol=1e-9, atol=1e-15)
 
 
@@ -283,12 +352,16 @@ def test_the_order_of_the_boxes_does_not_matter() -> None:
 
 def test_the_same_batch_has_the_same_gradient_bit_for_bit() -> None:
     loss, levels = YoloLoss(CLASSES), outputs(dtype=torch.float32)
-    first, second = (torch.autograd.grad(value(loss, levels, sample()), [level.logits for level in levels]) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(value(loss, levels, sample()), [level.logits for level in levels]) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(
-    "targets", [NO_BOXES, Targets(torch.tensor([[0.0, 0.0, 64.0, 1.0]]), torch.tensor([0]), torch.tensor([0]))], ids=["empty", "no anchor"]
+    "targets",
+    [NO_BOXES, Targets(torch.tensor([[0.0, 0.0, 64.0, 1.0]]), torch.tensor([0]), torch.tensor([0]))],
+    ids=["empty", "no anchor"],
 )
 def test_without_boxes_only_the_objectness_counts_and_every_gradient_is_finite(targets: Targets) -> None:
     loss, levels = YoloLoss(CLASSES), outputs()
@@ -324,7 +397,9 @@ def test_a_prediction_that_answers_for_two_boxes_learns_the_larger_complete_iou(
     loss, levels, targets = YoloLoss(CLASSES), outputs(), sample()
     twice = Targets(*(torch.cat([field, field]) for field in targets))
     once, again = (loss.combine(loss(levels, each)) for each in (targets, twice))
-    assert {name: term.item() for name, term in again.items()} == pytest.approx({name: term.item() for name, term in once.items()}, rel=1e-12)
+    assert {name: term.item() for name, term in again.items()} == pytest.approx(
+        {name: term.item() for name, term in once.items()}, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -18,7 +18,9 @@ ABSENT = 3  # predicted here and there, and never true
 def sample(seed: int, height: int = 20, spread: float = 3.0) -> tuple[Tensor, Tensor]:
     """Logits that lean towards the true class, as a trained model's do, and the truth with ignored pixels."""
     generator = torch.Generator().manual_seed(seed)
-    truth = torch.multinomial(torch.tensor([0.6, 0.25, 0.1, 0.0, 0.05]), 4 * height * 30, replacement=True, generator=generator).view(4, height, 30)
+    truth = torch.multinomial(
+        torch.tensor([0.6, 0.25, 0.1, 0.0, 0.05]), 4 * height * 30, replacement=True, generator=generator
+    ).view(4, height, 30)
     logits = torch.randn(4, CLASSES, height, 30, generator=generator) * spread
     logits += 1.5 * spread * torch.nn.functional.one_hot(truth, CLASSES).movedim(-1, 1)
     truth[torch.rand(truth.shape, generator=generator) < 0.2] = IGNORED
@@ -29,7 +31,9 @@ def by_scikit_learn(scores: Tensor, truth: Tensor) -> list[float]:
     """AP of each class that is there."""
     valid = truth != IGNORED
     columns = scores.double().movedim(1, 0)[:, valid].numpy()
-    return [average_precision_score(truth[valid] == index, columns[index]) for index in range(CLASSES) if index != ABSENT]
+    return [
+        average_precision_score(truth[valid] == index, columns[index]) for index in range(CLASSES) if index != ABSENT
+    ]
 
 
 def present(values: Tensor) -> list[float]:
@@ -44,13 +48,17 @@ def test_it_is_scikit_learns_on_the_rounded_scores(seed: int, dtype: torch.dtype
     logits = logits.to(dtype)
     scores = log_odds(logits).half()
     assert dtype == torch.float32 or len(scores.unique()) < scores.numel() / 2
-    assert present(average_precision(score_counts(logits, truth, IGNORED))) == pytest.approx(by_scikit_learn(scores, truth), abs=1e-9)
+    assert present(average_precision(score_counts(logits, truth, IGNORED))) == pytest.approx(
+        by_scikit_learn(scores, truth), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("spread", [1.0, 3.0, 10.0])
 def test_rounding_moves_it_by_less_than_a_ten_thousandth(spread: float) -> None:
     logits, truth = sample(1, height=200, spread=spread)
-    assert present(average_precision(score_counts(logits, truth, IGNORED))) == pytest.approx(by_scikit_learn(log_odds(logits), truth), abs=1e-4)
+    assert present(average_precision(score_counts(logits, truth, IGNORED))) == pytest.approx(
+        by_scikit_learn(log_odds(logits), truth), abs=1e-4
+    )
 
 
 def test_counts_of_parts_add_up_to_those_of_the_whole_in_the_same_memory() -> None:
@@ -58,7 +66,9 @@ def test_counts_of_parts_add_up_to_those_of_the_whole_in_the_same_memory() -> No
     whole = score_counts(logits, truth, IGNORED)
     assert whole.dtype == torch.int64 and whole.shape == (CLASSES, 2, 2**16)
     assert whole.sum() == CLASSES * (truth != IGNORED).sum() and whole[:, 1].sum() == (truth != IGNORED).sum()
-    assert torch.equal(sum(score_counts(logits[part], truth[part], IGNORED) for part in (slice(0, 1), slice(1, 4), slice(4, 4))), whole)
+    assert torch.equal(
+        sum(score_counts(logits[part], truth[part], IGNORED) for part in (slice(0, 1), slice(1, 4), slice(4, 4))), whole
+    )
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-3, 5.0, 30.0, 80.0])

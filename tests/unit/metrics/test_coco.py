@@ -22,7 +22,11 @@ def batch(first: int, last: int) -> dict[str, Any]:
     """The generated validation images with these ids, as the stream gives them."""
     scenes = [scene(TRAIN + index) for index in range(first, last)]
     height, width = (max(image.shape[side] for image, *_ in scenes) for side in (0, 1))
-    masks = [np.pad(mask, ((0, height - mask.shape[0]), (0, width - mask.shape[1]))) for _, each, *_ in scenes for mask in each]
+    masks = [
+        np.pad(mask, ((0, height - mask.shape[0]), (0, width - mask.shape[1])))
+        for _, each, *_ in scenes
+        for mask in each
+    ]
     return {
         "image": torch.zeros(len(scenes), 3, height, width, dtype=torch.uint8),
         "sample_id": torch.arange(first, last),
@@ -31,7 +35,9 @@ def batch(first: int, last: int) -> dict[str, Any]:
         "boxes": torch.tensor([box(mask) for mask in masks]).reshape(-1, 4),
         "labels": torch.tensor([label for _, _, labels, _ in scenes for label in labels], dtype=torch.int64),
         "crowd": torch.tensor([crowd for *_, crowds in scenes for crowd in crowds], dtype=torch.bool),
-        "image_index": torch.tensor([index for index, (_, each, *_) in enumerate(scenes) for _ in each], dtype=torch.int64),
+        "image_index": torch.tensor(
+            [index for index, (_, each, *_) in enumerate(scenes) for _ in each], dtype=torch.int64
+        ),
         "masks": torch.tensor(np.array(masks, dtype=np.uint8)).reshape(-1, height, width),
     }
 
@@ -50,22 +56,43 @@ def found(index: int) -> Detections:
 
 def independently(kind: str, folder: Path) -> COCOeval:
     """pycocotools as its manual says: an annotation file, a result file."""
-    truth: dict[str, Any] = {"info": {}, "images": [], "annotations": [], "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]}
+    truth: dict[str, Any] = {
+        "info": {},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
+    }
     results = []
     for index in range(VALIDATION):
         image, masks, labels, crowds = scene(TRAIN + index)
         truth["images"].append({"id": index, "height": image.shape[0], "width": image.shape[1]})
         for mask, label, crowd in zip(masks, labels, crowds, strict=True):
             left, top, right, bottom = box(mask)
-            entry = {"id": len(truth["annotations"]) + 1, "image_id": index, "category_id": label + 1, "iscrowd": int(crowd)}
+            entry = {
+                "id": len(truth["annotations"]) + 1,
+                "image_id": index,
+                "category_id": label + 1,
+                "iscrowd": int(crowd),
+            }
             counts = encode_masks(torch.tensor(mask)[None])[0].decode()
-            entry |= {"bbox": [left, top, right - left, bottom - top], "area": float(mask.sum()), "segmentation": {"size": list(mask.shape), "counts": counts}}
+            entry |= {
+                "bbox": [left, top, right - left, bottom - top],
+                "area": float(mask.sum()),
+                "segmentation": {"size": list(mask.shape), "counts": counts},
+            }
             truth["annotations"].append(entry)
         for each_box, score, label, mask in zip(*found(index), strict=True):
             left, top, right, bottom = each_box.tolist()
             result = {"image_id": index, "category_id": int(label) + 1, "score": float(score)}
             segmentation = {"size": list(mask.shape), "counts": encode_masks(mask[None])[0].decode()}
-            results.append(result | ({"bbox": [left, top, right - left, bottom - top]} if kind == "bbox" else {"segmentation": segmentation}))
+            results.append(
+                result
+                | (
+                    {"bbox": [left, top, right - left, bottom - top]}
+                    if kind == "bbox"
+                    else {"segmentation": segmentation}
+                )
+            )
     (folder / "truth.json").write_text(json.dumps(truth))
     (folder / "results.json").write_text(json.dumps(results))
     annotations = COCO(folder / "truth.json")
@@ -110,10 +137,15 @@ def test_perfect_detections_have_a_precision_of_1_and_none_has_0() -> None:
         mine = (everything["image_index"] == index) & ~everything["crowd"]
         height, width = int(everything["height"][index]), int(everything["width"][index])
         masks = everything["masks"][mine][:, :height, :width].bool()
-        perfect.append(Detections(everything["boxes"][mine], torch.ones(int(mine.sum())), everything["labels"][mine], masks))
+        perfect.append(
+            Detections(everything["boxes"][mine], torch.ones(int(mine.sum())), everything["labels"][mine], masks)
+        )
         nothing.append(Detections(*(part[:0] for part in perfect[-1])))
     for kind in ("bbox", "segm"):
-        best, worst = (coco.average_precision(*coco.as_coco(coco.rows(everything, each), CLASSES), kind) for each in (perfect, nothing))
+        best, worst = (
+            coco.average_precision(*coco.as_coco(coco.rows(everything, each), CLASSES), kind)
+            for each in (perfect, nothing)
+        )
         assert best[:3] == (1, 1, 1) and best.by_class[:2].tolist() == [1, 1]
         assert worst[:3] == (0, 0, 0) and worst.by_class[:2].tolist() == [0, 0] and np.isnan(worst.by_class[2])
 
@@ -121,7 +153,12 @@ def test_perfect_detections_have_a_precision_of_1_and_none_has_0() -> None:
 def test_without_any_object_there_is_no_precision() -> None:
     empty = batch(0, 1)
     assert not len(empty["labels"])
-    for detections in (found(0), Detections(torch.rand(1, 4), torch.ones(1), torch.zeros(1, dtype=torch.int64), torch.ones(1, 9, 9, dtype=torch.bool))):
+    for detections in (
+        found(0),
+        Detections(
+            torch.rand(1, 4), torch.ones(1), torch.zeros(1, dtype=torch.int64), torch.ones(1, 9, 9, dtype=torch.bool)
+        ),
+    ):
         precision = coco.average_precision(*coco.as_coco(coco.rows(empty, [detections]), CLASSES), "bbox")
         assert np.isnan(precision[:3]).all()
 

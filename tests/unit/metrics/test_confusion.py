@@ -16,7 +16,11 @@ CLASSES, IGNORED = 5, 255
 def sample(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     truth = torch.randint(CLASSES, (3, 11, 13), generator=generator)
-    guess = torch.where(torch.rand(truth.shape, generator=generator) < 0.6, truth, torch.randint(CLASSES, truth.shape, generator=generator))
+    guess = torch.where(
+        torch.rand(truth.shape, generator=generator) < 0.6,
+        truth,
+        torch.randint(CLASSES, truth.shape, generator=generator),
+    )
     truth[torch.rand(truth.shape, generator=generator) < 0.3] = IGNORED
     return guess, truth.to(torch.uint8)
 
@@ -28,9 +32,15 @@ def test_matrix_and_metrics_agree_with_scikit_learn(seed: int) -> None:
     expected_truth, expected_guess = truth[valid].numpy(), guess[valid].numpy()
     matrix = confusion_matrix(guess, truth, CLASSES, IGNORED)
     assert matrix.dtype == torch.int64
-    np.testing.assert_array_equal(matrix, metrics.confusion_matrix(expected_truth, expected_guess, labels=range(CLASSES)))
-    np.testing.assert_allclose(jaccard(matrix), metrics.jaccard_score(expected_truth, expected_guess, average=None), rtol=1e-12)
-    np.testing.assert_allclose(class_accuracy(matrix), metrics.recall_score(expected_truth, expected_guess, average=None), rtol=1e-12)
+    np.testing.assert_array_equal(
+        matrix, metrics.confusion_matrix(expected_truth, expected_guess, labels=range(CLASSES))
+    )
+    np.testing.assert_allclose(
+        jaccard(matrix), metrics.jaccard_score(expected_truth, expected_guess, average=None), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        class_accuracy(matrix), metrics.recall_score(expected_truth, expected_guess, average=None), rtol=1e-12
+    )
     assert float(pixel_accuracy(matrix)) == pytest.approx(metrics.accuracy_score(expected_truth, expected_guess))
 
 

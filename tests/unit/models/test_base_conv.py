@@ -47,7 +47,9 @@ def test_the_decoder_sees_every_level_with_skips_and_the_coarsest_alone_without(
     for i, level in enumerate(model.encoder):
         # The output of each level goes on to the next one without a gradient, so what is left came through a skip.
         level.register_forward_pre_hook(lambda module, inputs: inputs[0].detach())
-        level.register_forward_hook(lambda module, inputs, output, i=i: output.register_hook(lambda gradient: seen.append(i)) and None)
+        level.register_forward_hook(
+            lambda module, inputs, output, i=i: output.register_hook(lambda gradient: seen.append(i)) and None
+        )
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert sorted(seen) == ([0, 1, 2, 3, 4] if skips else [4])
 
@@ -61,7 +63,10 @@ def test_every_parameter_gets_a_gradient(skips: bool) -> None:
 
 def test_width_scales_all_layers() -> None:
     with torch.device("meta"):
-        counts = [sum(parameter.numel() for parameter in base_conv(9, width=width, skips=True).parameters()) for width in (32, 64)]
+        counts = [
+            sum(parameter.numel() for parameter in base_conv(9, width=width, skips=True).parameters())
+            for width in (32, 64)
+        ]
     assert 3.9 < counts[1] / counts[0] < 4
 
 

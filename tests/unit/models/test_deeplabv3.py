@@ -28,7 +28,9 @@ def test_logits_have_the_resolution_of_the_images(backbone: str, size: tuple[int
 def test_tensors_are_torchvisions_without_the_auxiliary_classifier(backbone: str) -> None:
     with torch.device("meta"):
         ours = deeplabv3(2, backbone=backbone, weights="none").state_dict()  # type: ignore[arg-type]
-        theirs = getattr(segmentation, f"deeplabv3_{backbone}")(weights=None, weights_backbone=None, num_classes=2, aux_loss=True).state_dict()
+        theirs = getattr(segmentation, f"deeplabv3_{backbone}")(
+            weights=None, weights_backbone=None, num_classes=2, aux_loss=True
+        ).state_dict()
     assert {name: tensor.shape for name, tensor in ours.items()} == {
         name: tensor.shape for name, tensor in theirs.items() if not name.startswith("aux_classifier.")
     }
@@ -43,16 +45,23 @@ def test_from_scratch_the_batch_norms_of_mobilenet_follow_the_data_within_a_shor
 
 def test_coco_weights_are_all_kept_but_for_a_new_last_layer(checkpoints: Path) -> None:
     torch.manual_seed(0)
-    published = segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=21, aux_loss=True).state_dict()
+    published = segmentation.deeplabv3_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=21, aux_loss=True
+    ).state_dict()
     torch.save(published, checkpoints / MOBILENET_FILE)
     torch.manual_seed(1)
     state = deeplabv3(2, backbone="mobilenet_v3_large", weights="coco").state_dict()
-    assert {name for name in state if not torch.equal(state[name], published[name])} == {"classifier.4.weight", "classifier.4.bias"}
+    assert {name for name in state if not torch.equal(state[name], published[name])} == {
+        "classifier.4.weight",
+        "classifier.4.bias",
+    }
     assert state["classifier.4.weight"].shape == (2, 256, 1, 1)
 
 
 def test_a_converted_coco_file_loads_though_it_holds_the_auxiliary_classifier(tmp_path: Path) -> None:
-    published = segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=21, aux_loss=True).state_dict()
+    published = segmentation.deeplabv3_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=21, aux_loss=True
+    ).state_dict()
     save_file(published, tmp_path / "coco.safetensors")
     model = deeplabv3(2, backbone="mobilenet_v3_large", weights="none")
     load_safetensors(model, tmp_path / "coco.safetensors", ["classifier.4"])

@@ -102,7 +102,9 @@ def test_fine_tuning_the_last_layer_leaves_every_other_tensor_bit_identical() ->
     train_only(model, ["classifier.4"])
     before = copy.deepcopy(model.state_dict())
     set_train_mode(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.1
+    )
     for _ in range(2):
         optimizer.zero_grad()
         model(torch.randn(2, 3, 33, 33)).square().mean().backward()

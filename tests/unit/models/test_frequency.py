@@ -35,7 +35,9 @@ checkpoint: {{every: 5 steps}}
 
 
 def sample(images: int = 20) -> Tensor:
-    """Random masks with a fifth of the pixels ignored, one pixel ignored everywhere and one always of the same class."""
+    """Random masks with a fifth of the pixels ignored,
+    one pixel ignored everywhere and one always of the same class.
+    """
     generator = torch.Generator().manual_seed(0)
     masks = torch.randint(CLASSES, (images, 5, 7), generator=generator)
     masks[torch.rand(masks.shape, generator=generator) < 0.2] = IGNORED
@@ -106,12 +108,19 @@ def test_single_precision_counts_are_exact_to_sixteen_million() -> None:
 
 
 def test_images_of_another_size_are_an_error_that_says_what_to_set() -> None:
-    with pytest.raises(UserError, match=r"model.size is \[5, 7\], but an image is \[5, 8\]: .* data.resize=\[5, 7\] or model.size=\[5, 8\]"):
+    with pytest.raises(
+        UserError,
+        match=r"model.size is \[5, 7\], but an image is \[5, 8\]: .* data.resize=\[5, 7\] or model.size=\[5, 8\]",
+    ):
         Frequency(CLASSES, size=[5, 7])(torch.rand(2, 3, 5, 8))
 
 
 def training_masks(data: Path) -> np.ndarray:
-    rows = [row for file in sorted((data / "tiny" / "train").glob("*.parquet")) for row in pq.read_table(file, columns=["mask"]).to_pylist()]
+    rows = [
+        row
+        for file in sorted((data / "tiny" / "train").glob("*.parquet"))
+        for row in pq.read_table(file, columns=["mask"]).to_pylist()
+    ]
     return np.stack([np.array(Image.open(io.BytesIO(row["mask"]["bytes"]))) for row in rows])
 
 
@@ -121,8 +130,12 @@ def frequencies_of(run: Path) -> np.ndarray:
     return counts / np.maximum(counts.sum(0), 1e-9)
 
 
-@pytest.mark.parametrize("options", [(), ("train.precision=bf16",), ("train.accumulate=2", "data.batch_size=8", "train.duration=13 steps")])
-def test_a_run_counts_the_training_set_on_any_number_of_processes_and_through_checkpoints(tmp_path: Path, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "options", [(), ("train.precision=bf16",), ("train.accumulate=2", "data.batch_size=8", "train.duration=13 steps")]
+)
+def test_a_run_counts_the_training_set_on_any_number_of_processes_and_through_checkpoints(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
     recipe, runs = write_recipe(tmp_path, RECIPE), tmp_path / "runs"
     run_processes(1, train, recipe, ("name=one", *options))
     run_processes(4, train, recipe, ("name=four", *options))

@@ -41,7 +41,11 @@ def sample() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Two images of different sizes, the first one with an object of the last class."""
     masks = torch.zeros(1, 64, 80, dtype=torch.uint8)
     masks[0, 10:50, 20:45] = 1
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 70, 50, dtype=torch.uint8)}
+    nothing = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, 70, 50, dtype=torch.uint8),
+    }
     return [torch.rand(3, 64, 80), torch.rand(3, 70, 50)], [
         {"boxes": torch.tensor([[20.0, 10, 45, 50]]), "labels": torch.tensor([2]), "masks": masks},
         nothing,
@@ -53,13 +57,17 @@ def test_tensors_are_torchvisions_and_from_scratch_all_learn(backbone: str) -> N
     with torch.device("meta"):
         ours = mask_rcnn(4, backbone=backbone)  # type: ignore[arg-type]
         theirs = TORCHVISION[backbone][0](weights=None, weights_backbone=None, num_classes=5).state_dict()
-    assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == {name: tensor.shape for name, tensor in theirs.items()}
+    assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == {
+        name: tensor.shape for name, tensor in theirs.items()
+    }
     assert all(parameter.requires_grad for parameter in ours.parameters())
     assert not any(isinstance(module, FrozenBatchNorm2d) for module in ours.modules())
 
 
 @pytest.mark.parametrize("backbone", TORCHVISION)
-def test_coco_weights_are_all_kept_but_for_new_predictors_and_the_first_layers_do_not_learn(backbone: str, checkpoints: Path) -> None:
+def test_coco_weights_are_all_kept_but_for_new_predictors_and_the_first_layers_do_not_learn(
+    backbone: str, checkpoints: Path
+) -> None:
     expected = published(backbone)
     torch.save(expected, checkpoints / Path(TORCHVISION[backbone][1].url).name)
     model = mask_rcnn(1, backbone=backbone, weights="coco")  # type: ignore[arg-type]
@@ -67,7 +75,9 @@ def test_coco_weights_are_all_kept_but_for_new_predictors_and_the_first_layers_d
     changed = {name for name in state if not torch.equal(state[name], expected[name])}
     assert {name.rpartition(".")[0].rpartition(".")[0] for name in changed} == set(PREDICTORS)
     assert state["roi_heads.mask_predictor.mask_fcn_logits.weight"].shape == (2, 256, 1, 1)
-    fixed = {".".join(name.split(".")[:3]) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    fixed = {
+        ".".join(name.split(".")[:3]) for name, parameter in model.named_parameters() if not parameter.requires_grad
+    }
     stem = {"backbone.body.conv1", "backbone.body.layer1"}
     assert fixed == (stem if backbone == "resnet50" else stem | {"backbone.body.bn1"})
     norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
@@ -79,12 +89,18 @@ def test_a_converted_coco_file_loads_with_frozen_norms(tmp_path: Path) -> None:
     save_file(expected, tmp_path / "coco.safetensors")
     model = mask_rcnn(1, frozen_norm=True)
     load_safetensors(model, tmp_path / "coco.safetensors", PREDICTORS)
-    assert torch.equal(model.state_dict()["backbone.body.layer4.2.bn3.running_var"], expected["backbone.body.layer4.2.bn3.running_var"])
+    assert torch.equal(
+        model.state_dict()["backbone.body.layer4.2.bn3.running_var"], expected["backbone.body.layer4.2.bn3.running_var"]
+    )
 
 
 def test_the_small_one_is_small_and_says_what_it_lacks() -> None:
     with torch.device("meta"):
-        assert 12_000_000 < sum(parameter.numel() for parameter in mask_rcnn(1, backbone="resnet18").parameters()) < 13_000_000
+        assert (
+            12_000_000
+            < sum(parameter.numel() for parameter in mask_rcnn(1, backbone="resnet18").parameters())
+            < 13_000_000
+        )
     with pytest.raises(ValueError, match="no weights coco for backbone resnet18"):
         mask_rcnn(1, backbone="resnet18", weights="coco")
     with pytest.raises(ValueError, match="frozen_norm is for backbone resnet50"):
@@ -102,7 +118,9 @@ def test_every_parameter_learns_also_from_images_of_different_sizes_and_without_
     empty = model(images[1:], [nothing])
     sum(empty.values()).backward()
     assert all(loss.isfinite() for loss in empty.values()) and empty["loss_mask"] == 0
-    assert all(parameter.grad is not None for parameter in model.parameters()), "processes would wait for the missing ones"
+    assert all(parameter.grad is not None for parameter in model.parameters()), (
+        "processes would wait for the missing ones"
+    )
 
 
 def test_frozen_layers_do_not_change_what_the_rest_returns_in_training() -> None:
@@ -123,7 +141,9 @@ def test_what_is_found_has_masks_at_the_size_of_each_image() -> None:
 
 
 def decoded(model: nn.Module, images: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of the proposals and of the final boxes: deltas, the boxes that they refer to, and what these decode to, under autocast to `dtype`."""
+    """Of the proposals and of the final boxes: deltas, the boxes that they refer to, and what these decode to,
+    under autocast to `dtype`.
+    """
     calls = []
     for part in (model.rpn, model.roi_heads):
         plain = part.box_coder.decode

@@ -39,7 +39,9 @@ def test_tensors_of_the_encoder_are_torchvisions_without_the_classifier(backbone
     with torch.device("meta"):
         ours = resnet_unet(2, backbone=backbone, weights="none").state_dict()  # type: ignore[arg-type]
         theirs = getattr(torchvision.models, backbone)(weights=None).state_dict()
-    assert {name: tensor.shape for name, tensor in encoder(ours).items()} == {name: tensor.shape for name, tensor in encoder(theirs).items()}
+    assert {name: tensor.shape for name, tensor in encoder(ours).items()} == {
+        name: tensor.shape for name, tensor in encoder(theirs).items()
+    }
     assert not any(name.startswith("fc.") for name in ours)
 
 

@@ -33,9 +33,19 @@ def test_it_learns_to_tell_apart_two_squares_that_touch() -> None:
     masks = torch.zeros(2, 32, 40, dtype=torch.uint8)
     masks[0, 6:24, 3:19] = 1
     masks[1, 8:26, 19:36] = 1
-    image = 0.3 * torch.rand(1, 3, 32, 40) + masks[0] * torch.tensor([1.0, 0, 0]).view(3, 1, 1) + masks[1] * torch.tensor([0, 1.0, 0]).view(3, 1, 1)
+    image = (
+        0.3 * torch.rand(1, 3, 32, 40)
+        + masks[0] * torch.tensor([1.0, 0, 0]).view(3, 1, 1)
+        + masks[1] * torch.tensor([0, 1.0, 0]).view(3, 1, 1)
+    )
     size = (torch.tensor([32]), torch.tensor([40]))
-    targets = watershed_targets(masks, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool), torch.zeros(2, dtype=torch.int64), *size)
+    targets = watershed_targets(
+        masks,
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.bool),
+        torch.zeros(2, dtype=torch.int64),
+        *size,
+    )
     model, loss = watershed_unet(1, width=8, depth=3), WatershedLoss(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):

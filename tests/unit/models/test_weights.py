@@ -47,19 +47,28 @@ def test_layers_that_are_reset_keep_their_initial_values_and_the_others_are_load
 def test_other_shapes_are_named_with_the_layers_to_reset_and_nothing_is_loaded(file: Path) -> None:
     model = net(classes=2)
     before = model.state_dict()["0.weight"].clone()
-    with pytest.raises(ValueError, match=r"wrong shape of 2.last.weight \(3, 4, 1, 1\) instead of \(2, 4, 1, 1\), .*set model.reset_layers=\[2.last\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"wrong shape of 2.last.weight \(3, 4, 1, 1\) instead of \(2, 4, 1, 1\), .*set "
+        r"model.reset_layers=\[2.last\]",
+    ):
         load_safetensors(model, file, [])
     assert torch.equal(model.state_dict()["0.weight"], before)
 
 
 def test_missing_and_unexpected_tensors_are_named_and_counted(file: Path) -> None:
     model = nn.Sequential(*net(), *(nn.BatchNorm2d(1) for _ in range(3)))[1:]
-    with pytest.raises(ValueError, match=r"missing 3.weight, .*3.num_batches_tracked and 10 more; unexpected 0.bias, 0.weight$"):
+    with pytest.raises(
+        ValueError, match=r"missing 3.weight, .*3.num_batches_tracked and 10 more; unexpected 0.bias, 0.weight$"
+    ):
         load_safetensors(model, file, [])
 
 
 def test_a_file_of_another_network_is_said_to_be_one_with_three_examples(tmp_path: Path) -> None:
-    save_file({f"encoder.{index}.weight": torch.zeros(2, 2) for index in range(40)} | {"0.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "x.safetensors")
+    save_file(
+        {f"encoder.{index}.weight": torch.zeros(2, 2) for index in range(40)} | {"0.weight": torch.zeros(4, 3, 3, 3)},
+        tmp_path / "x.safetensors",
+    )
     with pytest.raises(ValueError) as caught:
         load_safetensors(net(), tmp_path / "x.safetensors", [])
     assert str(caught.value).endswith(
@@ -70,7 +79,10 @@ def test_a_file_of_another_network_is_said_to_be_one_with_three_examples(tmp_pat
 
 def test_many_layers_to_reset_are_named_by_what_holds_them_or_not_at_all(file: Path) -> None:
     model = nn.Sequential(*net(), nn.ModuleDict({"head": nn.Sequential(*(nn.Linear(1, 1) for _ in range(7)))}))
-    with pytest.raises(ValueError, match=r"missing 3.head.0.weight, .* and 9 more; to start these layers new, set model.reset_layers=\[3\]$"):
+    with pytest.raises(
+        ValueError,
+        match=r"missing 3.head.0.weight, .* and 9 more; to start these layers new, set model.reset_layers=\[3\]$",
+    ):
         load_safetensors(model, file, [])
     wide = nn.Sequential(*(nn.Sequential(nn.BatchNorm2d(1), nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1)) for _ in range(7)))
     lacking = {name: tensor for name, tensor in wide.state_dict().items() if "2.bias" not in name}
@@ -88,14 +100,18 @@ def test_the_settings_that_a_file_fits_are_named_with_the_layers_to_reset(file: 
     with pytest.raises(ValueError, match=r"but fits model.size=s with model.reset_layers=\[2.last\]$"):
         load_safetensors(copy.deepcopy(other), file, [], alternatives)
     load_safetensors(net(classes=2), file, ["2.last"], alternatives)  # nothing is compared where it fits
-    with pytest.raises(ValueError, match=r"doesn't fit the model: wrong shape of .* set model.reset_layers=\[1, 2.last\]$"):
+    with pytest.raises(
+        ValueError, match=r"doesn't fit the model: wrong shape of .* set model.reset_layers=\[1, 2.last\]$"
+    ):
         reshaped = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ModuleDict({"last": nn.Conv2d(4, 2, 1)}))
         save_file(net().state_dict(), file)
         load_safetensors(reshaped, file, ["1"], alternatives[:1])
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_the_header_alone_says_whether_a_file_fits_and_what_is_wrong_with_it(file: Path, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_header_alone_says_whether_a_file_fits_and_what_is_wrong_with_it(
+    file: Path, keep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(weights, "load_file", lambda file: pytest.fail("tensors were read"))
     with torch.device("meta"):
         models = net(), net(classes=2)
@@ -152,7 +168,11 @@ def test_a_recipe_may_say_a_published_name_none_or_an_existing_file(file: Path) 
     for allowed in ("coco", "none", str(file)):
         assert schema.validate_python(allowed, strict=True) == allowed
     for wrong in ("cocoa", "net.pth", ""):
-        with pytest.raises(ValidationError, match=r"must be coco, none or an existing .safetensors file; to start from scratch, set model.weights=none \["):
+        with pytest.raises(
+            ValidationError,
+            match=r"must be coco, none or an existing .safetensors file; to start from scratch, set model.weights=none "
+            r"\[",
+        ):
             schema.validate_python(wrong, strict=True)
     with pytest.raises(ValidationError, match=r"existing .safetensors file, and there is no such file"):
         schema.validate_python("absent.safetensors", strict=True)

@@ -23,7 +23,11 @@ from trainer.models.weights import load_safetensors
 from trainer.models.yolo import C3, PUBLISHED_ANCHORS, SPPF, yolo
 
 PUBLISHED = json.loads(Path(__file__).with_name("yolo_v5n_tensors.json").read_text())
-OTHER_ANCHORS = [[[5.0, 5.0], [6.0, 9.0], [9.0, 6.0]], [[20.0, 20.0], [20.0, 30.0], [30.0, 20.0]], [[50.5, 50.5], [60.0, 90.0], [90.0, 60.0]]]
+OTHER_ANCHORS = [
+    [[5.0, 5.0], [6.0, 9.0], [9.0, 6.0]],
+    [[20.0, 20.0], [20.0, 30.0], [30.0, 20.0]],
+    [[50.5, 50.5], [60.0, 90.0], [90.0, 60.0]],
+]
 
 
 def test_tensors_of_size_n_are_the_published_ones() -> None:
@@ -53,7 +57,9 @@ def test_every_layer_is_of_the_published_kind_and_takes_what_the_published_layer
         layer.register_forward_hook(partial(remember, index))
     model(outputs[-1])
     for index, sources, kind, *_ in PUBLISHED["layers"][1:]:
-        expected = [index - 1 if source == -1 else source for source in (sources if isinstance(sources, list) else [sources])]
+        expected = [
+            index - 1 if source == -1 else source for source in (sources if isinstance(sources, list) else [sources])
+        ]
         assert type(model.model[index]).__name__ == kind.split()[0]  # type: ignore[index]
         assert [id(tensor) for tensor in taken[index]] == [id(outputs[source]) for source in expected], index
 
@@ -87,7 +93,11 @@ def test_only_the_blocks_of_the_trunk_have_shortcuts() -> None:
 
 def test_anchors_are_stored_in_cells_and_given_in_pixels() -> None:
     model = yolo(2)
-    assert model.state_dict()["model.24.anchors"][1].tolist() == [[30 / 16, 61 / 16], [62 / 16, 45 / 16], [59 / 16, 119 / 16]]
+    assert model.state_dict()["model.24.anchors"][1].tolist() == [
+        [30 / 16, 61 / 16],
+        [62 / 16, 45 / 16],
+        [59 / 16, 119 / 16],
+    ]
     assert [level.anchors.tolist() for level in model(torch.zeros(2, 3, 32, 32))] == PUBLISHED_ANCHORS
 
 
@@ -95,7 +105,11 @@ def test_anchors_are_stored_in_cells_and_given_in_pixels() -> None:
 def test_an_image_has_boxes_at_three_strides(channels_last: bool) -> None:
     images = torch.zeros(2, 3, 64, 96)
     levels = yolo(4).eval()(images.to(memory_format=torch.channels_last) if channels_last else images)
-    assert [(tuple(level.logits.shape), level.stride) for level in levels] == [((2, 3, 8, 12, 9), 8), ((2, 3, 4, 6, 9), 16), ((2, 3, 2, 3, 9), 32)]
+    assert [(tuple(level.logits.shape), level.stride) for level in levels] == [
+        ((2, 3, 8, 12, 9), 8),
+        ((2, 3, 4, 6, 9), 16),
+        ((2, 3, 2, 3, 9), 32),
+    ]
 
 
 def test_logits_keep_the_order_of_the_published_channels() -> None:
@@ -105,7 +119,8 @@ def test_logits_keep_the_order_of_the_published_channels() -> None:
         head.weight.zero_()  # type: ignore[union-attr]
         head.bias.copy_(torch.arange(3.0 * 7))  # type: ignore[union-attr]
     logits = model(torch.rand(2, 3, 64, 32))[0].logits
-    assert (logits == torch.arange(21.0).view(1, 3, 1, 1, 7)).all()  # 7 channels for the first anchor, then for the second
+    # 7 channels for the first anchor, then for the second.
+    assert (logits == torch.arange(21.0).view(1, 3, 1, 1, 7)).all()
 
 
 @pytest.mark.parametrize("size", [(64, 100), (100, 64)])
@@ -117,7 +132,9 @@ def test_images_of_another_size_are_refused_with_a_reason(size: tuple[int, int])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # published weights are stored in half precision
 def test_published_weights_load_with_no_key_missing_or_left(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    tensors = {name: torch.rand(shape).to(dtype if shape else torch.int64) for name, shape in PUBLISHED["tensors"].items()}
+    tensors = {
+        name: torch.rand(shape).to(dtype if shape else torch.int64) for name, shape in PUBLISHED["tensors"].items()
+    }
     save_file(tensors, tmp_path / "n.safetensors")
     model = yolo(80)
     load_safetensors(model, tmp_path / "n.safetensors", [])
@@ -153,7 +170,12 @@ def test_recipes_know_its_keys() -> None:
     schema = catalogue("model")["yolo"].schema
     assert schema.model_validate({}).model_dump() == {"size": "n", "anchors": None}
     assert schema.model_validate({"anchors": PUBLISHED_ANCHORS}).model_dump()["anchors"] == PUBLISHED_ANCHORS
-    for wrong in ({"size": "x"}, {"anchors": PUBLISHED_ANCHORS[:2]}, {"anchors": [[[5, 5]] * 2] * 3}, {"anchors": [[[0, 1]] * 3] * 3}):
+    for wrong in (
+        {"size": "x"},
+        {"anchors": PUBLISHED_ANCHORS[:2]},
+        {"anchors": [[[5, 5]] * 2] * 3},
+        {"anchors": [[[0, 1]] * 3] * 3},
+    ):
         with pytest.raises(ValueError):
             schema.model_validate(wrong)
 

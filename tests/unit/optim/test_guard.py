@@ -1,4 +1,6 @@
-"""What keeps a bad step from changing the weights, where a gradient scaler has its own opinion and where the host must not wait."""
+"""What keeps a bad step from changing the weights,
+where a gradient scaler has its own opinion and where the host must not wait.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,14 @@ class Scaled:
     `on_device` plays a GPU on the CPU; `device` may be a real one.
     """
 
-    def __init__(self, optimizer: type[torch.optim.Optimizer], fused: bool, skip: bool, on_device: bool = False, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        optimizer: type[torch.optim.Optimizer],
+        fused: bool,
+        skip: bool,
+        on_device: bool = False,
+        device: str = "cpu",
+    ) -> None:
         self.weight = nn.Parameter(torch.ones(3, device=device))
         self.optimizer = optimizer([self.weight], lr=0.1, fused=fused)  # type: ignore[call-arg]
         self.scaler = torch.amp.GradScaler(device)
@@ -57,11 +66,18 @@ class Scaled:
         return self.weight.tolist() != before
 
 
-KINDS = [(torch.optim.AdamW, True, True), (torch.optim.SGD, True, True), (torch.optim.AdamW, True, False), (torch.optim.AdamW, False, False)]
+KINDS = [
+    (torch.optim.AdamW, True, True),
+    (torch.optim.SGD, True, True),
+    (torch.optim.AdamW, True, False),
+    (torch.optim.AdamW, False, False),
+]
 
 
 @pytest.mark.parametrize(("optimizer", "fused", "on_device"), KINDS)
-def test_with_fp16_no_later_step_changes_the_weights_that_the_message_says_are_unchanged(optimizer: Any, fused: bool, on_device: bool) -> None:
+def test_with_fp16_no_later_step_changes_the_weights_that_the_message_says_are_unchanged(
+    optimizer: Any, fused: bool, on_device: bool
+) -> None:
     run = Scaled(optimizer, fused, skip=False, on_device=on_device)
     assert run.step(1.0, 0.5)
     assert not run.step(NAN, 0.5)  # the gradients are finite, so the scaler alone would take this step
@@ -71,7 +87,9 @@ def test_with_fp16_no_later_step_changes_the_weights_that_the_message_says_are_u
 
 
 @pytest.mark.parametrize(("optimizer", "fused", "on_device"), KINDS)
-def test_with_fp16_a_skipped_step_changes_nothing_and_training_continues(optimizer: Any, fused: bool, on_device: bool) -> None:
+def test_with_fp16_a_skipped_step_changes_nothing_and_training_continues(
+    optimizer: Any, fused: bool, on_device: bool
+) -> None:
     run = Scaled(optimizer, fused, skip=True, on_device=on_device)
     assert [run.step(*each) for each in [(1.0, 0.5), (NAN, 0.5), (1.0, INF), (3.0, 0.5)]] == [True, False, False, True]
     finding = run.guard.look()
@@ -82,7 +100,13 @@ def test_with_fp16_a_skipped_step_changes_nothing_and_training_continues(optimiz
 @pytest.mark.parametrize("skip", [True, False])
 def test_steps_that_the_scaler_skips_are_counted_and_left_out_of_the_means_without_a_message(skip: bool) -> None:
     run = Scaled(torch.optim.AdamW, fused=True, skip=skip, on_device=True)
-    assert [run.step(*each) for each in [(9.0, INF), (1.0, 0.5), (9.0, INF), (9.0, NAN), (2.0, 0.5)]] == [False, True, False, False, True]
+    assert [run.step(*each) for each in [(9.0, INF), (1.0, 0.5), (9.0, INF), (9.0, NAN), (2.0, 0.5)]] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
     finding = run.guard.look()
     assert finding and finding.count == 3 and not finding.what  # that is how a scaler finds its scale
     assert run.means.take()["loss"] == 1.5
@@ -102,7 +126,9 @@ def test_fp16_whose_gradients_are_never_finite_is_reported_with_advice(skip: boo
     assert run.step(1.0, 0.5) == skip  # the run ends with the weights of before
     finding = run.guard.look()
     assert finding and (finding.step, finding.count) == (MAX_OVERFLOWS, 1)
-    assert f"overflow fp16 in {MAX_OVERFLOWS} steps in a row" in finding.what and "train.precision=bf16" in finding.advice
+    assert (
+        f"overflow fp16 in {MAX_OVERFLOWS} steps in a row" in finding.what and "train.precision=bf16" in finding.advice
+    )
     assert run.scaler.get_scale() < 1
 
 
@@ -132,7 +158,10 @@ def test_keeping_and_putting_back_buffers_takes_as_many_calls_for_100_as_for_2(o
     for number in (2, 100):
         weight = nn.Parameter(torch.ones(3))
         optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-        buffers = [torch.full((index % 5 + 1, 2), float(index), dtype=(torch.float32, torch.float64)[index % 2]) for index in range(number)]
+        buffers = [
+            torch.full((index % 5 + 1, 2), float(index), dtype=(torch.float32, torch.float64)[index % 2])
+            for index in range(number)
+        ]
         kept = [buffer.clone() for buffer in buffers]
         guard, ok = Guard(optimizer, buffers, skip=True, scaled=False), torch.tensor(1.0)
         for step, loss in enumerate((ok, torch.tensor(NAN) if fails else ok)):
@@ -143,7 +172,9 @@ def test_keeping_and_putting_back_buffers_takes_as_many_calls_for_100_as_for_2(o
                 buffer.add_(step)
             buffers[0][0, 0] = NAN if step and fails else 0.0
             with counter:
-                passes, _ = guard.passes(step, {"loss": loss.as_subclass(OnDevice) if on_device else loss}, [loss.isfinite()])
+                passes, _ = guard.passes(
+                    step, {"loss": loss.as_subclass(OnDevice) if on_device else loss}, [loss.isfinite()]
+                )
             if passes:
                 optimizer.step()
         calls.append(counter.count)

@@ -1,4 +1,6 @@
-"""fp16's gradient scaler, on a CPU: in fp64 its powers of two are exact, so a scaled training must end with the very bits of one without."""
+"""fp16's gradient scaler, on a CPU: in fp64 its powers of two are exact,
+so a scaled training must end with the very bits of one without.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,10 @@ def scaled(initial: float, overflows: bool = False, then: Callable[[], Any] | No
 
         def with_scaler(recipe: Any) -> Any:
             accelerator = build(recipe)
-            accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=initial, growth_interval=3), True
+            accelerator.scaler, accelerator.native_amp = (
+                torch.amp.GradScaler("cpu", init_scale=initial, growth_interval=3),
+                True,
+            )
             accelerator.state._mixed_precision = "fp16"
             return accelerator
 

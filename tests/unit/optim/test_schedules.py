@@ -49,7 +49,9 @@ def test_plateau_lowers_the_rate_when_torchs_scheduler_does(metric: str, patienc
     schedule = build("plateau", best, factor=0.5, patience=patience)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     mode = "min" if metric == "loss" else "max"
-    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode, factor=0.5, patience=patience, threshold=0.0, eps=0.0)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode, factor=0.5, patience=patience, threshold=0.0, eps=0.0
+    )
     values = torch.rand(40, generator=torch.Generator().manual_seed(0)).tolist()
     for value in values:
         best.add(value, 0, best.is_improved_by(value))

@@ -34,7 +34,12 @@ def totals(model: nn.Module, *shape: int) -> dict[str, int]:
         (nn.Conv2d(2, 6, 4, stride=2, padding=1), 6 * 2 * 16 + 6, 6 * 4 * 4, 16 * 2 * 6 * 4 * 4),
         (nn.Conv2d(4, 6, 5, padding=2, groups=2, bias=False), 6 * 2 * 25, 6 * 8 * 8, 25 * 4 * 6 // 2 * 8 * 8),
         (nn.ConvTranspose2d(2, 6, 4, stride=2, padding=1), 6 * 2 * 16 + 6, 6 * 16 * 16, 16 * 2 * 6 * 8 * 8),
-        (nn.ConvTranspose2d(2, 3, 5, stride=2, padding=2, output_padding=1), 3 * 2 * 25 + 3, 3 * 16 * 16, 25 * 2 * 3 * 8 * 8),
+        (
+            nn.ConvTranspose2d(2, 3, 5, stride=2, padding=2, output_padding=1),
+            3 * 2 * 25 + 3,
+            3 * 16 * 16,
+            25 * 2 * 3 * 8 * 8,
+        ),
         (nn.MaxPool2d(2), 0, 2 * 4 * 4, 4 * 2 * 4 * 4),
         (nn.BatchNorm2d(2), 4, 2 * 8 * 8, 2 * 8 * 8),
         (nn.Upsample(scale_factor=2), 0, 2 * 16 * 16, 2 * 16 * 16),
@@ -58,7 +63,11 @@ def test_the_assignments_net_has_its_polynomial_and_grows_by_four() -> None:
 
     assert count(1, 32, 24)["weights"] == 49_728
     small, large = count(1, 32, 24), count(1, 32, 24, side=64)
-    assert large == {"weights": small["weights"], "outputs": 4 * small["outputs"], "connections": 4 * small["connections"]}
+    assert large == {
+        "weights": small["weights"],
+        "outputs": 4 * small["outputs"],
+        "connections": 4 * small["connections"],
+    }
     found = polynomial(count, {"NIC": (1, 2, 3), "NF": (2, 3, 4), "NC": (3, 4, 5)})
     assert set(found["weights"].split(" + ")) == {"36·NF²", "9·NC²", "9·NF·NC", "9·NIC·NF", "12·NF", "4·NC"}
     with pytest.raises(ValueError, match="no polynomial of degree 2"):
@@ -71,7 +80,9 @@ def test_a_layer_used_twice_has_its_weights_once() -> None:
     assert [layer.weights for layer in found] == [9, 0, 0] and [layer.connections for layer in found] == [144, 48, 144]
 
 
-def test_summary_counts_and_measures_everything_against_the_last_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_counts_and_measures_everything_against_the_last_layer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.set_num_threads(1)
     (tmp_path / "r.yaml").write_text(RECIPE)
     assert main(["summary", str(tmp_path / "r.yaml"), "--input-size", "16x16", "--json"]) == 0
@@ -79,7 +90,10 @@ def test_summary_counts_and_measures_everything_against_the_last_layer(tmp_path:
     model = catalogue("model")["unet"].build({"width": 4, "depth": 2}, num_classes=4)
     assert report["totals"]["weights"] == sum(p.numel() for p in model.parameters())
     everything, last, everything_doubled, _ = report["training"]
-    assert everything["trainable"] == report["totals"]["weights"] and last["trainable"] == report["totals"]["trainable"] == 4 * 4 + 4
+    assert (
+        everything["trainable"] == report["totals"]["weights"]
+        and last["trainable"] == report["totals"]["trainable"] == 4 * 4 + 4
+    )
     assert everything["gradient_bytes"] == 4 * everything["trainable"]
     assert last["saved_bytes"] < everything["saved_bytes"] / 3 and last["flops"] < everything["flops"]
     assert 3.5 < everything_doubled["saved_bytes"] / everything["saved_bytes"] < 4.5

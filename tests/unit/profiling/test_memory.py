@@ -20,7 +20,9 @@ from trainer.recipe.load import load_recipe
 from trainer.trainer import Trainer
 
 OPTIONS = ("data.batch_size=4", "train.threads=1")
-INFO = {RECIPE: DataInfo(("background", "square"), 255)} | dict.fromkeys(RECIPES.values(), DataInfo(("square", "disc", "nothing"), None))
+INFO = {RECIPE: DataInfo(("background", "square"), 255)} | dict.fromkeys(
+    RECIPES.values(), DataInfo(("square", "disc", "nothing"), None)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,9 @@ def _backends() -> Iterator[None]:
 
 
 def recorded(act: Callable[[], Any]) -> list[Any]:
-    """Of each layer in the order of the first forward pass: kind, mode, and dtype and memory layout of what it computes; then the loss's dtype."""
+    """Of each layer in the order of the first forward pass: kind, mode,
+    and dtype and memory layout of what it computes; then the loss's dtype.
+    """
     found: list[Any] = []
     seen: set[nn.Module] = set()
 
@@ -42,7 +46,9 @@ def recorded(act: Callable[[], Any]) -> list[Any]:
         seen.add(module)
         if isinstance(output, torch.Tensor):
             layout = output.is_contiguous(memory_format=torch.channels_last) if output.dim() == 4 else None
-            found.append([type(module).__name__, module.training, str(output.dtype), layout, torch.is_autocast_enabled("cpu")])
+            found.append(
+                [type(module).__name__, module.training, str(output.dtype), layout, torch.is_autocast_enabled("cpu")]
+            )
 
     handle = nn.modules.module.register_module_forward_hook(record)
     try:
@@ -60,7 +66,10 @@ def _train(recipe: Path, options: tuple[str, ...], out: Path) -> None:
     out.write_text(json.dumps(recorded(lambda: trainer._train_step(batches))))
 
 
-@pytest.mark.parametrize("options", [("train.precision=bf16",), ("train.precision=fp32", "train.channels_last=false"), ("train.precision=fp64",)])
+@pytest.mark.parametrize(
+    "options",
+    [("train.precision=bf16",), ("train.precision=fp32", "train.channels_last=false"), ("train.precision=fp64",)],
+)
 def test_layers_compute_as_in_training(tmp_path: Path, options: tuple[str, ...]) -> None:
     file = write_recipe(tmp_path)
     run_processes(1, _train, file, options, tmp_path / "layers.json")
@@ -72,12 +81,16 @@ def test_layers_compute_as_in_training(tmp_path: Path, options: tuple[str, ...])
 
 
 @pytest.mark.parametrize("text", [RECIPE, RECIPES["watershed"]])
-def test_the_loss_is_moved_to_the_device_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_the_loss_is_moved_to_the_device_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     moved: dict[bool, set[str]] = {True: set(), False: set()}
     to = nn.Module.to
 
     def record(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
-        moved[isinstance(module, Loss)] |= {str(argument) for argument in arguments if isinstance(argument, torch.device)}
+        moved[isinstance(module, Loss)] |= {
+            str(argument) for argument in arguments if isinstance(argument, torch.device)
+        }
         return to(module, *arguments, **keywords)
 
     monkeypatch.setattr(nn.Module, "to", record)
@@ -101,7 +114,13 @@ def test_a_step_clips_averages_and_scales_as_in_training(tmp_path: Path, monkeyp
         spy(torch.amp.GradScaler, name)
     spy(memory.Ema, "update")
     spy(memory, "clip_grad_norm_")
-    options = ("train.precision=fp16", "train.ema=0.9", "train.clip_norm=1.0", "train.accumulate=2", "loss=cross_entropy")
+    options = (
+        "train.precision=fp16",
+        "train.ema=0.9",
+        "train.clip_norm=1.0",
+        "train.accumulate=2",
+        "loss=cross_entropy",
+    )
     memory.measure(load_recipe(write_recipe(tmp_path), (*options, *OPTIONS)), INFO[RECIPE], [], 16, 16)
     step = ["scale", "scale", "unscale_", "clip_grad_norm_", "step", "update", "update"]
     assert calls[-len(step) * memory.STEPS :] == step * memory.STEPS

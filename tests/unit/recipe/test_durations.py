@@ -8,7 +8,9 @@ from trainer.recipe.durations import Clock, Span
 from trainer.recipe.settings import TrainSettings
 
 
-@pytest.mark.parametrize("text", ["500 steps", "1 step", "2 epochs", "1 epoch", "2.5 epochs", "10%", "0.5%", "30 minutes", "1 minute"])
+@pytest.mark.parametrize(
+    "text", ["500 steps", "1 step", "2 epochs", "1 epoch", "2.5 epochs", "10%", "0.5%", "30 minutes", "1 minute"]
+)
 def test_durations_read_as_they_are_written(text: str) -> None:
     assert str(Span.parse(text)) == text
 

@@ -10,8 +10,13 @@ from PIL import Image
 
 from trainer.reporting.figures import GAP, draw_confusion, draw_curves, row_shares, save_sheet
 
-TRAIN = [{"step": step, "epoch": step / 10, "split": "train", "loss": 1 / step, "learning_rate": 1e-3} for step in range(1, 30)]
-VALIDATION = [{"step": step, "epoch": step / 10, "split": "validation", "loss": 2 / step, "miou": step / 30} for step in (10, 20)]
+TRAIN = [
+    {"step": step, "epoch": step / 10, "split": "train", "loss": 1 / step, "learning_rate": 1e-3}
+    for step in range(1, 30)
+]
+VALIDATION = [
+    {"step": step, "epoch": step / 10, "split": "validation", "loss": 2 / step, "miou": step / 30} for step in (10, 20)
+]
 
 
 def size(file: Path) -> tuple[int, int]:
@@ -72,7 +77,9 @@ def test_a_confusion_matrix_is_coloured_by_the_shares_of_its_rows(tmp_path: Path
 
 def test_a_confusion_matrix_of_many_classes_has_no_figures_in_its_cells(tmp_path: Path) -> None:
     for name, diagonal in (("a.png", 5), ("b.png", 6)):
-        draw_confusion({str(row): [diagonal * (row == column) for column in range(30)] for row in range(30)}, tmp_path / name)
+        draw_confusion(
+            {str(row): [diagonal * (row == column) for column in range(30)] for row in range(30)}, tmp_path / name
+        )
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert size(tmp_path / "a.png")[0] > 1000
 
@@ -97,7 +104,9 @@ def test_samples_stand_in_rows_and_their_panels_in_columns_small_ones_enlarged(t
 def test_enlarged_samples_have_the_colours_of_the_small_ones_and_no_others(tmp_path: Path) -> None:
     pixels = torch.randint(100, (1, 3, 8, 8), dtype=torch.uint8)
     found = sheet([pixels], tmp_path / "s.png")[GAP:-GAP, GAP:-GAP]
-    assert (found[::16, ::16] == pixels[0].permute(1, 2, 0).numpy()).all() and (found == found[::16, ::16].repeat(16, 0).repeat(16, 1)).all()
+    assert (found[::16, ::16] == pixels[0].permute(1, 2, 0).numpy()).all() and (
+        found == found[::16, ::16].repeat(16, 0).repeat(16, 1)
+    ).all()
 
 
 def test_a_sheet_says_what_its_panels_and_colours_are(tmp_path: Path) -> None:

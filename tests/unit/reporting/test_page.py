@@ -41,7 +41,17 @@ def runs(tmp_path: Path) -> list[RunFolder]:
         run.write_recipe(load_recipe(tmp_path / "r.yaml", [f"optimizer.lr={lr}"]).resolved())
         for step in range(1, 6):
             run.log({"step": step, "epoch": step / 2, "split": "train", "loss": 1 / step, "learning_rate": lr})
-            run.log({"step": step, "epoch": step / 2, "split": "validation", "loss": 1.1 / step, "miou": step / 6, "iou/square": 0.5} | confusion(name, step))
+            run.log(
+                {
+                    "step": step,
+                    "epoch": step / 2,
+                    "split": "validation",
+                    "loss": 1.1 / step,
+                    "miou": step / 6,
+                    "iou/square": 0.5,
+                }
+                | confusion(name, step)
+            )
         run.write_summary("finished", step=5, seconds=3.25, samples_per_second=10.0)
         run.write_environment({"python": "3.11"})
         Image.new("RGB", (90, 30), "tomato").save(run.pictures / "validation_step_00000005.png")
@@ -54,11 +64,20 @@ def page(runs: list[RunFolder], out: Path) -> str:
     return out.read_text(encoding="utf-8")
 
 
-def test_it_has_the_figures_beside_the_reference_and_the_keys_that_differ(runs: list[RunFolder], tmp_path: Path) -> None:
+def test_it_has_the_figures_beside_the_reference_and_the_keys_that_differ(
+    runs: list[RunFolder], tmp_path: Path
+) -> None:
     text = page(runs, tmp_path / "report.html")
     assert text.count('class="number better" title="step 5">0.8333 (0.7500)') == 2
-    assert "<td>optimizer.lr</td><td class=number>0.001</td><td class=number>0.002</td>" in text and "<td>optimizer.name</td>" not in text
-    assert text.count('5" src="data:image/png;base64,') == 2 and "&lt;b&gt;second&amp;" in text and "<td><b>second" not in text
+    assert (
+        "<td>optimizer.lr</td><td class=number>0.001</td><td class=number>0.002</td>" in text
+        and "<td>optimizer.name</td>" not in text
+    )
+    assert (
+        text.count('5" src="data:image/png;base64,') == 2
+        and "&lt;b&gt;second&amp;" in text
+        and "<td><b>second" not in text
+    )
 
 
 def test_it_has_the_confusion_matrix_of_the_best_step(runs: list[RunFolder], tmp_path: Path) -> None:
@@ -85,9 +104,19 @@ def test_a_run_that_is_not_there_or_a_page_that_cannot_be_written_is_one_message
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
 def test_a_browser_draws_the_plots_without_an_error(runs: list[RunFolder], tmp_path: Path) -> None:
     page(runs, tmp_path / "report.html")
-    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000"]
+    browser = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=8000",
+    ]
     done = subprocess.run(
-        [*browser, "--enable-logging=stderr", "--v=0", "--dump-dom", (tmp_path / "report.html").as_uri()], capture_output=True, text=True, timeout=120
+        [*browser, "--enable-logging=stderr", "--v=0", "--dump-dom", (tmp_path / "report.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -14,10 +14,14 @@ from trainer.runs.folder import RunFolder
 ADVICE = "everything is a flower: lower optimizer.lr"
 
 
-def reported(folder: Path, capsys: pytest.CaptureFixture[str], *advice: str | None, status: str | None = None) -> list[str]:
+def reported(
+    folder: Path, capsys: pytest.CaptureFixture[str], *advice: str | None, status: str | None = None
+) -> list[str]:
     """Lines printed for a run with one evaluation for each advice, that ends with this status, or goes on."""
     (folder / "runs" / "run").mkdir(parents=True)
-    reporter = Reporter(RunFolder(folder / "runs" / "run"), load_recipe(write_recipe(folder), ["track=[]"]), enabled=True)
+    reporter = Reporter(
+        RunFolder(folder / "runs" / "run"), load_recipe(write_recipe(folder), ["track=[]"]), enabled=True
+    )
     reporter.begin(0, None, {})
     for step, each in enumerate(advice):
         reporter.validation({"step": step, "epoch": 0.0, "split": "validation", "miou": 0.2}, ["miou"], False, each)
@@ -26,7 +30,10 @@ def reported(folder: Path, capsys: pytest.CaptureFixture[str], *advice: str | No
     return capsys.readouterr().err.splitlines()
 
 
-@pytest.mark.parametrize(("advice", "after"), [([ADVICE] * 5, 2), ([None, ADVICE, ADVICE, None, ADVICE, ADVICE], 3), ([ADVICE, None, ADVICE, ADVICE], 4)])
+@pytest.mark.parametrize(
+    ("advice", "after"),
+    [([ADVICE] * 5, 2), ([None, ADVICE, ADVICE, None, ADVICE, ADVICE], 3), ([ADVICE, None, ADVICE, ADVICE], 4)],
+)
 def test_advice_is_reported_once_when_two_evaluations_in_a_row_call_for_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], advice: list[str | None], after: int
 ) -> None:
@@ -34,8 +41,12 @@ def test_advice_is_reported_once_when_two_evaluations_in_a_row_call_for_it(
     assert [number for number, line in enumerate(lines) if ADVICE in line] == [after]
 
 
-def test_advice_that_a_single_evaluation_calls_for_is_noise_unless_the_run_ends_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not any(ADVICE in line for line in reported(tmp_path / "a", capsys, ADVICE, None, ADVICE, None, status="finished"))
+def test_advice_that_a_single_evaluation_calls_for_is_noise_unless_the_run_ends_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not any(
+        ADVICE in line for line in reported(tmp_path / "a", capsys, ADVICE, None, ADVICE, None, status="finished")
+    )
     assert not any(ADVICE in line for line in reported(tmp_path / "b", capsys, ADVICE))
     assert not any(ADVICE in line for line in reported(tmp_path / "c", capsys, ADVICE, status="stopped"))
     lines = reported(tmp_path / "d", capsys, None, ADVICE, status="finished")

@@ -62,7 +62,14 @@ def mirrors(folder: RunFolder, *names: str, **settings: Any) -> Mirrors:
 def train(mirror: Mirrors, folder: RunFolder, steps: range) -> None:
     """Logs like a Trainer."""
     for step in steps:
-        line = {"step": step, "epoch": step / 10, "split": "train", "loss": 1 / step, "data_fingerprint": "0f", "accuracy": None}
+        line = {
+            "step": step,
+            "epoch": step / 10,
+            "split": "train",
+            "loss": 1 / step,
+            "data_fingerprint": "0f",
+            "accuracy": None,
+        }
         folder.log(line)
         mirror.log(line, step, "train")
 
@@ -81,7 +88,9 @@ def draw(folder: RunFolder, step: int = 0) -> Path:
 
 
 def records(folder: RunFolder) -> list[Any]:
-    """What the offline runs of a folder recorded: a LevelDB log in blocks of 32 KiB, each file after a header of 7 bytes."""
+    """What the offline runs of a folder recorded: a LevelDB log in blocks of 32 KiB,
+    each file after a header of 7 bytes.
+    """
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -137,13 +146,17 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> type[Broken]:
     return tracker()(Broken)
 
 
-def test_a_tracker_that_fails_is_named_once_and_switched_off(folder: RunFolder, broken: type[Broken], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tracker_that_fails_is_named_once_and_switched_off(
+    folder: RunFolder, broken: type[Broken], capsys: pytest.CaptureFixture[str]
+) -> None:
     mirror = mirrors(folder, "broken", "tensorboard")
     train(mirror, folder, range(1, 4))
     mirror.pictures([draw(folder)], 3)
     mirror.finish(SUMMARY)
     assert broken.calls == 1
-    assert capsys.readouterr().err == "broken: switched off, the run isn't affected: ConnectionError: server went away\n"
+    assert (
+        capsys.readouterr().err == "broken: switched off, the run isn't affected: ConnectionError: server went away\n"
+    )
     assert len(scalars(folder, "train/loss")) == 3, "the others go on"
 
 
@@ -158,13 +171,20 @@ def test_nothing_heavy_is_imported_for_a_recipe_check() -> None:
     heavy = {"wandb", "tensorboard", "matplotlib", "datasets", "accelerate"}
     modules = "trainer.reporting.trackers.wandb, trainer.reporting.trackers.tensorboard"
     code = f"import sys, {modules}; sys.exit(' '.join({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[3], capture_output=True, text=True).stderr.strip() == ""
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[3], capture_output=True, text=True
+        ).stderr.strip()
+        == ""
+    )
 
 
 # ---------------------------------------------------------------- Weights & Biases
 
 
-def test_wandb_offline_holds_config_history_pictures_and_summary_under_one_id(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wandb_offline_holds_config_history_pictures_and_summary_under_one_id(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
     mirror = mirrors(folder, "wandb", tags=["night"])
     train(mirror, folder, range(1, 6))
     validate(mirror, folder, 5)
@@ -176,7 +196,9 @@ def test_wandb_offline_holds_config_history_pictures_and_summary_under_one_id(fo
     assert (run.display_name, run.project, list(run.tags)) == ("demo", "trainer", ["night"])
     assert {item.key: json.loads(item.value_json) for item in run.config.update}["optimizer"] == CONFIG["optimizer"]
     rows = history(folder)
-    assert [(row["_step"], row["step"], row["train/loss"]) for row in rows[:5]] == [(step - 1, step, 1 / step) for step in range(1, 6)]
+    assert [(row["_step"], row["step"], row["train/loss"]) for row in rows[:5]] == [
+        (step - 1, step, 1 / step) for step in range(1, 6)
+    ]
     assert [rows[5][key] for key in ("_step", "step", "validation/miou", "pictures/count")] == [5, 5, 0.9, 1]
     assert "train/accuracy" not in rows[0]
     summary = {item.key: json.loads(item.value_json) for record in records(folder) for item in record.summary.update}
@@ -220,7 +242,9 @@ def test_an_unreachable_server_delays_nothing_and_the_run_is_kept_offline(
     assert not [file for file in folder.path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
 
 
-def test_a_stop_does_not_wait_for_a_server(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_does_not_wait_for_a_server(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(trackers, "STOP_TIMEOUT_S", 0.1)
     answered = threading.Event()
     monkeypatch.setattr(trackers.Wandb, "_work", lambda self: answered.wait())
@@ -230,7 +254,9 @@ def test_a_stop_does_not_wait_for_a_server(folder: RunFolder, monkeypatch: pytes
     assert "TimeoutError" in capsys.readouterr().err
 
 
-def test_disabled_by_the_environment_wins_over_the_recipe(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_disabled_by_the_environment_wins_over_the_recipe(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     mirror = mirrors(folder, "wandb", mode="online")
     train(mirror, folder, range(1, 3))
@@ -240,7 +266,9 @@ def test_disabled_by_the_environment_wins_over_the_recipe(folder: RunFolder, mon
 
 
 @pytest.mark.parametrize("mode", ["auto", "online"])
-def test_without_a_key_nobody_is_asked_for_one(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_key_nobody_is_asked_for_one(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(trackers.Wandb, "_work", lambda self: asked.append(self._online))
     mirrors(folder, "wandb", mode=mode)._trackers["wandb"]._thread.join()
@@ -248,7 +276,9 @@ def test_without_a_key_nobody_is_asked_for_one(folder: RunFolder, monkeypatch: p
     assert "no API key" in capsys.readouterr().out
 
 
-def test_a_key_is_found_in_the_environment_or_in_netrc_for_that_server_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_found_in_the_environment_or_in_netrc_for_that_server_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
     assert not trackers.has_key()
     home = tmp_path / "home"
@@ -267,7 +297,11 @@ def test_a_key_is_found_in_the_environment_or_in_netrc_for_that_server_only(tmp_
 
 @pytest.mark.parametrize("trouble", ["answers 500", "never answers", "is gone"])
 def test_a_server_that_fails_in_mid_run_delays_nothing_and_one_line_says_how_to_send_it_later(
-    folder: RunFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch, trouble: str, capfd: pytest.CaptureFixture[str]
+    folder: RunFolder,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(trackers, "UPLOAD_TIMEOUT_S", 0.5)
     mirror = mirrors(folder, "wandb")
@@ -285,7 +319,9 @@ def test_a_server_that_fails_in_mid_run_delays_nothing_and_one_line_says_how_to_
     assert said.count("\n") == 1 and f"trainer sync {folder.path}" in said
 
 
-def test_rows_that_a_killed_run_left_unsent_are_sent_when_it_goes_on_and_none_comes_twice(folder: RunFolder, server: WandbServer) -> None:
+def test_rows_that_a_killed_run_left_unsent_are_sent_when_it_goes_on_and_none_comes_twice(
+    folder: RunFolder, server: WandbServer
+) -> None:
     mirror = mirrors(folder, "wandb")
     train(mirror, folder, range(1, 6))
     validate(mirror, folder, 5)
@@ -303,7 +339,8 @@ def test_rows_that_a_killed_run_left_unsent_are_sent_when_it_goes_on_and_none_co
     back.finish(SUMMARY)
     (run,) = server.runs.values()
     assert [(row["_step"], row["step"], row.get("train/loss")) for row in run.history] == [
-        (row, line["step"], line["loss"] if line["split"] == "train" else None) for row, line in enumerate(folder.read_metrics())
+        (row, line["step"], line["loss"] if line["split"] == "train" else None)
+        for row, line in enumerate(folder.read_metrics())
     ]
     (picture,) = run.history[5]["pictures"]["filenames"]
     assert [file for file in run.files if file.endswith(".png")] == [picture]

@@ -44,7 +44,13 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     loaded = checkpoints.load(folder)
     assert loaded.step == 7 and loaded.counters["best"] == 0.25
     assert torch.equal(loaded.model["layer.weight"], torch.full((3, 4), 0.1)) and loaded.ema is not None
-    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "trainer.json", "manifest.json"}
+    assert {p.name for p in folder.iterdir()} == {
+        "model.safetensors",
+        "ema.safetensors",
+        "optimizer.safetensors",
+        "trainer.json",
+        "manifest.json",
+    }
     assert (tmp_path / "last").resolve() == folder
 
 
@@ -101,7 +107,9 @@ def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path: Path) -> N
 
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_flipped_byte_or_truncation_is_detected_and_the_one_before_is_used(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_any_flipped_byte_or_truncation_is_detected_and_the_one_before_is_used(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     root = tmp_path_factory.mktemp("c")
     checkpoints.save(root, make(1), keep=2, best=False)
     newest = checkpoints.save(root, make(2), keep=2, best=False)
@@ -166,7 +174,9 @@ class OnGpu(torch.Tensor):
 
 
 class Transfers(TorchDispatchMode):
-    """Plays the GPU's part: pinned memory, copies that nobody waits for; counts the blocks of pinned memory, the copies and the waits."""
+    """Plays the GPU's part: pinned memory, copies that nobody waits for; counts the blocks of pinned memory,
+    the copies and the waits.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -181,31 +191,51 @@ class Transfers(TorchDispatchMode):
         self.blocks += bool(kwargs.pop("pin_memory", False))
         name = func.overloadpacket.__name__
         self.copies += name == "copy_"
-        self.blocking += name == "_to_copy" or (name == "copy_" and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")))
+        self.blocking += name == "_to_copy" or (
+            name == "copy_" and not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+        )
         return func(*args, **kwargs)
 
 
-def test_a_copy_of_a_state_on_a_gpu_takes_one_block_of_memory_for_each_dtype_and_one_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)))).to(memory_format=torch.channels_last)
+def test_a_copy_of_a_state_on_a_gpu_takes_one_block_of_memory_for_each_dtype_and_one_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)))).to(
+        memory_format=torch.channels_last
+    )
     expected = {key: value.clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
     monkeypatch.setattr(model, "state_dict", lambda: {key: value.as_subclass(OnGpu) for key, value in expected.items()})
     parameter = next(model.parameters())
     optimizer = torch.optim.AdamW([parameter], fused=True)
-    optimizer.state[parameter] = {"step": torch.tensor(3.0).as_subclass(OnGpu), "exp_avg": parameter.detach().as_subclass(OnGpu), "none": None, "own": 2}
+    optimizer.state[parameter] = {
+        "step": torch.tensor(3.0).as_subclass(OnGpu),
+        "exp_avg": parameter.detach().as_subclass(OnGpu),
+        "none": None,
+        "own": 2,
+    }
     with Transfers(monkeypatch) as transfers:
         copied = checkpoints.snapshot(model)
-    assert (transfers.blocks, transfers.copies, transfers.waits, transfers.blocking) == (2, len(expected), 1, 0)  # of float32 and int64
+    # Of float32 and int64.
+    assert (transfers.blocks, transfers.copies, transfers.waits, transfers.blocking) == (2, len(expected), 1, 0)
     with Transfers(monkeypatch) as transfers:
         states = checkpoints.optimizer_tensors(optimizer, {parameter: "weight"})
     assert (transfers.blocks, transfers.waits) == (1, 1)
-    assert {key: float(value.sum()) for key, value in states.items() if value.numel() == 1} == {"weight/step": 3.0, "weight/own": 2.0}
+    assert {key: float(value.sum()) for key, value in states.items() if value.numel() == 1} == {
+        "weight/step": 3.0,
+        "weight/own": 2.0,
+    }
     assert torch.equal(states["weight/exp_avg"], parameter) and states["weight/exp_avg"].is_contiguous()
     assert list(copied) == list(expected)
     with torch.no_grad():
         for value in expected.values():
             value.fill_(9)  # training continues while the copy is written
-    file = checkpoints.save(tmp_path, replace(make(1), model=copied, optimizer=states), keep=2, best=False) / "model.safetensors"
-    assert all(torch.equal(value, copied[key]) for key, value in load_file(file).items()) and not torch.equal(copied["0.weight"], expected["0.weight"])
+    file = (
+        checkpoints.save(tmp_path, replace(make(1), model=copied, optimizer=states), keep=2, best=False)
+        / "model.safetensors"
+    )
+    assert all(torch.equal(value, copied[key]) for key, value in load_file(file).items()) and not torch.equal(
+        copied["0.weight"], expected["0.weight"]
+    )
 
 
 def test_a_copy_of_a_state_on_a_cpu_is_a_copy_of_each_tensor_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

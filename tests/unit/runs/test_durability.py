@@ -1,4 +1,6 @@
-"""What is reported as saved survives a power cut: files, and the folders that name them, are on disk before what refers to them."""
+"""What is reported as saved survives a power cut: files, and the folders that name them,
+are on disk before what refers to them.
+"""
 
 from __future__ import annotations
 
@@ -53,19 +55,35 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
 def flushed(events: list[Event], path: Path) -> bool:
     """Whether a file or folder, all of it, is on disk by these events."""
     status = path.stat()
-    return any(event.kind == "flush" and event.inode == status.st_ino and (path.is_dir() or event.size == status.st_size) for event in events)
+    return any(
+        event.kind == "flush" and event.inode == status.st_ino and (path.is_dir() or event.size == status.st_size)
+        for event in events
+    )
 
 
 def renamed(events: list[Event], path: Path) -> int:
     """Where in the events something was renamed to `path`."""
-    return next(number for number, event in enumerate(events) if event.kind == "rename" and event.target == os.fspath(path))
+    return next(
+        number for number, event in enumerate(events) if event.kind == "rename" and event.target == os.fspath(path)
+    )
 
 
-def test_a_checkpoint_is_on_disk_before_it_is_there_and_before_links_point_to_it(tmp_path: Path, events: list[Event]) -> None:
+def test_a_checkpoint_is_on_disk_before_it_is_there_and_before_links_point_to_it(
+    tmp_path: Path, events: list[Event]
+) -> None:
     folder = checkpoints.save(tmp_path, make(7), keep=3, best=True)
-    before, after = events[: renamed(events, folder)], events[renamed(events, folder) : renamed(events, tmp_path / "last")]
+    before, after = (
+        events[: renamed(events, folder)],
+        events[renamed(events, folder) : renamed(events, tmp_path / "last")],
+    )
     files = sorted(folder.iterdir())
-    assert [file.name for file in files] == ["ema.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "trainer.json"]
+    assert [file.name for file in files] == [
+        "ema.safetensors",
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "trainer.json",
+    ]
     for path in (*files, folder):
         assert flushed(before, path), f"{path.name} is not on disk when the checkpoint gets its name"
     assert flushed(after, tmp_path), "the checkpoint's name is not on disk when `last` points to it"
@@ -81,7 +99,9 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_resumes_after_them(tmp_p
     assert flushed(events[: renamed(events, run.checkpoints / "step_00000007")], run.metrics)
 
 
-def test_a_file_that_is_replaced_is_on_disk_before_it_has_its_name_and_so_is_the_name_afterwards(tmp_path: Path, events: list[Event]) -> None:
+def test_a_file_that_is_replaced_is_on_disk_before_it_has_its_name_and_so_is_the_name_afterwards(
+    tmp_path: Path, events: list[Event]
+) -> None:
     file = tmp_path / "summary.json"
     for text in ("old", json.dumps({"status": "running"})):
         events.clear()

@@ -29,7 +29,14 @@ def validation(step: int, **metrics: float) -> dict:
 
 
 def test_a_line_comes_back_with_every_bit(folder: RunFolder) -> None:
-    line = {"step": 3, "epoch": 0.1 + 0.2, "split": "train", "loss": 5e-324, "learning_rate": 1 / 3, "data_fingerprint": "0f"}
+    line = {
+        "step": 3,
+        "epoch": 0.1 + 0.2,
+        "split": "train",
+        "loss": 5e-324,
+        "learning_rate": 1 / 3,
+        "data_fingerprint": "0f",
+    }
     folder.log(line)
     assert folder.read_metrics() == [line]
 
@@ -90,13 +97,44 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
 def test_the_summary_has_each_metric_at_its_own_best(folder: RunFolder) -> None:
     folder.log({"step": 5, "epoch": 0.5, "split": "train", "loss": 0.001})
-    folder.log(validation(10, loss=0.5, box_loss=0.1, miou=0.8, samples=7, num_classes_present=2, seconds=1.0, samples_per_second=99.0))
-    folder.log(validation(20, loss=0.3, box_loss=0.1, miou=0.9, samples=7, num_classes_present=2, seconds=1.0, samples_per_second=98.0))
-    folder.log(validation(30, loss=0.4, box_loss=0.3, miou=0.9, samples=7, num_classes_present=2, seconds=1.0, samples_per_second=97.0))
-    folder.log(validation(40, loss=math.nan, box_loss=0.4, miou=0.7, samples=7, num_classes_present=2, seconds=1.0, samples_per_second=96.0))
+    folder.log(
+        validation(
+            10, loss=0.5, box_loss=0.1, miou=0.8, samples=7, num_classes_present=2, seconds=1.0, samples_per_second=99.0
+        )
+    )
+    folder.log(
+        validation(
+            20, loss=0.3, box_loss=0.1, miou=0.9, samples=7, num_classes_present=2, seconds=1.0, samples_per_second=98.0
+        )
+    )
+    folder.log(
+        validation(
+            30, loss=0.4, box_loss=0.3, miou=0.9, samples=7, num_classes_present=2, seconds=1.0, samples_per_second=97.0
+        )
+    )
+    folder.log(
+        validation(
+            40,
+            loss=math.nan,
+            box_loss=0.4,
+            miou=0.7,
+            samples=7,
+            num_classes_present=2,
+            seconds=1.0,
+            samples_per_second=96.0,
+        )
+    )
     summary = folder.write_summary("finished", seconds=12.5, samples_per_second=80.0, world_size=2)
-    assert summary["best"] == {"loss": {"value": 0.3, "step": 20}, "box_loss": {"value": 0.1, "step": 10}, "miou": {"value": 0.9, "step": 20}}
-    assert summary["final"] == {"loss": {"value": 0.4, "step": 30}, "box_loss": {"value": 0.4, "step": 40}, "miou": {"value": 0.7, "step": 40}}
+    assert summary["best"] == {
+        "loss": {"value": 0.3, "step": 20},
+        "box_loss": {"value": 0.1, "step": 10},
+        "miou": {"value": 0.9, "step": 20},
+    }
+    assert summary["final"] == {
+        "loss": {"value": 0.4, "step": 30},
+        "box_loss": {"value": 0.4, "step": 40},
+        "miou": {"value": 0.7, "step": 40},
+    }
     assert {key: summary[key] for key in ("status", "seconds", "samples_per_second", "world_size")} == {
         "status": "finished",
         "seconds": 12.5,
@@ -110,7 +148,9 @@ def test_a_best_value_beyond_the_checkpoint_is_forgotten_by_a_resume(folder: Run
     folder.log(validation(10, miou=0.5))
     folder.log(validation(20, miou=0.9))
     folder.truncate_metrics(10)
-    assert folder.write_summary("running", seconds=1.0, samples_per_second=1.0, world_size=1)["best"] == {"miou": {"value": 0.5, "step": 10}}
+    assert folder.write_summary("running", seconds=1.0, samples_per_second=1.0, world_size=1)["best"] == {
+        "miou": {"value": 0.5, "step": 10}
+    }
 
 
 def test_a_run_without_a_summary_has_an_empty_one(folder: RunFolder) -> None:
@@ -145,7 +185,9 @@ def test_old_runs_are_moved_to_the_first_free_number(tmp_path: Path) -> None:
     assert (tmp_path / "run.v2.1" / "mark").read_text() == "1"
 
 
-def test_the_environment_names_versions_and_machine_but_no_secret(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_versions_and_machine_but_no_secret(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "s3cret-value")
     folder.write_environment(environment())
     text = (folder.path / "environment.json").read_text()
@@ -158,7 +200,9 @@ def test_the_environment_names_versions_and_machine_but_no_secret(folder: RunFol
 def test_the_commit_of_a_checkout_is_known_and_whether_it_is_dirty(tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
-        return subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     assert environment_module._git(tmp_path) is None
     git("init", "--quiet")

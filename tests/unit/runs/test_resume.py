@@ -52,7 +52,9 @@ def test_the_newest_checkpoint_is_taken_and_the_metrics_go_back_to_it(run: RunFo
     assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_damaged_one_is_named_and_the_one_before_taken(run: RunFolder, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_one_is_named_and_the_one_before_taken(
+    run: RunFolder, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run.checkpoints / "step_00000006" / "model.safetensors").write_bytes(b"half")
     assert open_run(run, recipe, "auto", print) == run.checkpoints / "step_00000004"
     assert "step_00000006 is not intact: model.safetensors" in capsys.readouterr().out
@@ -101,7 +103,9 @@ def improve(run: RunFolder, step: int, best_step: int | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["r", "other"])
-def test_a_run_that_resumes_from_a_given_checkpoint_keeps_the_best_so_far(run: RunFolder, recipe: Recipe, name: str) -> None:
+def test_a_run_that_resumes_from_a_given_checkpoint_keeps_the_best_so_far(
+    run: RunFolder, recipe: Recipe, name: str
+) -> None:
     """The folder of step 8 itself is pruned."""
     for step in (8, 9, 10):
         improve(run, step, 8)
@@ -113,7 +117,9 @@ def test_a_run_that_resumes_from_a_given_checkpoint_keeps_the_best_so_far(run: R
     assert checkpoints.steps(resumed.checkpoints) == [9]
 
 
-def test_a_better_checkpoint_after_the_given_one_is_not_its_best(run: RunFolder, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_better_checkpoint_after_the_given_one_is_not_its_best(
+    run: RunFolder, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
     """That of step 8 gave way to that of step 10, so its weights are gone."""
     for step, best_step in ((8, 8), (9, 8), (10, 10), (11, 10)):
         improve(run, step, best_step)
@@ -172,7 +178,9 @@ def test_a_kill_at_any_rename_or_link_of_resume_path_leaves_the_old_run_or_the_n
         assert checkpoints.load(run.checkpoints / "best").step == 8
         assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4, 5, 6, 7]
         assert run.read_recipe() == recipe.resolved()
-        (old,) = [path for path in runs.iterdir() if path.is_dir() and (path / "checkpoints" / "step_00000010").exists()]
+        (old,) = [
+            path for path in runs.iterdir() if path.is_dir() and (path / "checkpoints" / "step_00000010").exists()
+        ]
         assert old.name in ("r", "r.1")  # nothing of the old run is lost
         assert not list(runs.glob(".r.*"))
         shutil.rmtree(runs)
@@ -197,10 +205,12 @@ def test_a_checkpoint_that_was_unreadable_for_a_moment_never_comes_back(
         assert checkpoints.steps(run.checkpoints) == [2, 4, 6, 8]  # whoever only reads moves nothing
         open_run(run, recipe, "auto", print)
     assert capsys.readouterr().out.splitlines() == [
-        f"step_0000000{step} is not intact: model.safetensors: missing; moved to .invalid-step_0000000{step}" for step in (8, 6)
+        f"step_0000000{step} is not intact: model.safetensors: missing; moved to .invalid-step_0000000{step}"
+        for step in (8, 6)
     ]
     assert (run.checkpoints / "last").resolve().name == "step_00000004"
-    assert open_run(run, recipe, "auto", print) == run.checkpoints / "step_00000004"  # killed before its next checkpoint
+    # Killed before its next checkpoint.
+    assert open_run(run, recipe, "auto", print) == run.checkpoints / "step_00000004"
     improve(run, 5, None)
     assert open_run(run, recipe, "auto", print) == run.checkpoints / "step_00000005"
     assert len(list(run.checkpoints.glob(".invalid-*"))) == 2
@@ -208,7 +218,9 @@ def test_a_checkpoint_that_was_unreadable_for_a_moment_never_comes_back(
     assert [path.name for path in run.checkpoints.glob(".invalid-*")] == [".invalid-step_00000008"]
 
 
-def test_no_checkpoint_is_moved_while_none_is_intact(run: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_checkpoint_is_moved_while_none_is_intact(
+    run: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file system may be back a moment later."""
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "read_counters", lambda folder: {}["step"])

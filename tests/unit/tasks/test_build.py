@@ -69,7 +69,9 @@ def test_a_file_gives_all_layers_but_those_that_start_new(tmp_path: Path) -> Non
         (["task.exclude=[background]", "evaluate.best=miou_without_flower"], "did you mean 'miou_without_background'"),
     ],
 )
-def test_what_the_task_of_this_data_set_cannot_measure_is_a_mistake_in_the_recipe(tmp_path: Path, overrides: list[str], expected: str) -> None:
+def test_what_the_task_of_this_data_set_cannot_measure_is_a_mistake_in_the_recipe(
+    tmp_path: Path, overrides: list[str], expected: str
+) -> None:
     (tmp_path / "r.yaml").write_text(TEXT, encoding="utf-8")
     with pytest.raises(RecipeError, match=expected):
         load_recipe(tmp_path / "r.yaml", overrides, TASK_CHECKS)
@@ -78,7 +80,11 @@ def test_what_the_task_of_this_data_set_cannot_measure_is_a_mistake_in_the_recip
 def test_the_best_checkpoint_may_be_that_of_any_metric_that_the_recipe_asks_for(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(TEXT, encoding="utf-8")
     for metric in ("map", "map_without_flower", "class_accuracy_without_flower"):
-        load_recipe(tmp_path / "r.yaml", ["task.average_precision=true", "task.exclude=[flower]", f"evaluate.best={metric}"], TASK_CHECKS)
+        load_recipe(
+            tmp_path / "r.yaml",
+            ["task.average_precision=true", "task.exclude=[flower]", f"evaluate.best={metric}"],
+            TASK_CHECKS,
+        )
 
 
 def mistakes(folder: Path, text: str, *overrides: str, processes: int = 1) -> list[str]:
@@ -93,7 +99,11 @@ def mistakes(folder: Path, text: str, *overrides: str, processes: int = 1) -> li
 
 def empty(model: torch.nn.Module, *lacking: str) -> dict[str, torch.Tensor]:
     """Tensors of the names and shapes of a model's on the meta device, but for those whose names end so."""
-    return {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items() if not name.endswith(lacking or ("\0",))}
+    return {
+        name: torch.zeros(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(lacking or ("\0",))
+    }
 
 
 def on_meta(factory: object, *arguments: object, **settings: object) -> torch.nn.Module:
@@ -101,7 +111,9 @@ def on_meta(factory: object, *arguments: object, **settings: object) -> torch.nn
         return factory(*arguments, **settings)  # type: ignore[operator, no-any-return]
 
 
-PREDICTORS = "roi_heads.box_predictor.cls_score, roi_heads.box_predictor.bbox_pred, roi_heads.mask_predictor.mask_fcn_logits"
+PREDICTORS = (
+    "roi_heads.box_predictor.cls_score, roi_heads.box_predictor.bbox_pred, roi_heads.mask_predictor.mask_fcn_logits"
+)
 
 
 @pytest.mark.parametrize(
@@ -114,18 +126,34 @@ PREDICTORS = "roi_heads.box_predictor.cls_score, roi_heads.box_predictor.bbox_pr
             [],
             "but fits model.size=m with model.reset_layers=[model.24.m.0, model.24.m.1, model.24.m.2]",
         ),
-        (RECIPES["detection"], lambda: empty(on_meta(yolo, 80, size="m")), ["model.reset_layers=[model.24.m]"], "but fits model.size=m"),
+        (
+            RECIPES["detection"],
+            lambda: empty(on_meta(yolo, 80, size="m")),
+            ["model.reset_layers=[model.24.m]"],
+            "but fits model.size=m",
+        ),
         (
             RECIPES["detection"],
             lambda: empty(on_meta(yolo, 1)),
             [],
-            "model: wrong shape of model.24.m.0.weight (18, 64, 1, 1) instead of (24, 64, 1, 1), model.24.m.0.bias (18,) instead of (24,), "
+            "model: wrong shape of model.24.m.0.weight (18, 64, 1, 1) instead of (24, 64, 1, 1), model.24.m.0.bias "
+            "(18,) instead of (24,), "
             "model.24.m.1.weight (18, 128, 1, 1) instead of (24, 128, 1, 1), model.24.m.1.bias (18,) instead of (24,), "
             "model.24.m.2.weight (18, 256, 1, 1) instead of (24, 256, 1, 1) and 1 more; "
             "to start these layers new, set model.reset_layers=[model.24.m.0, model.24.m.1, model.24.m.2]",
         ),
-        (TEXT, lambda: empty(on_meta(deeplabv3, 21, backbone="resnet50", weights="none")), [], "resnet50 with model.reset_layers=[classifier.4]"),
-        (TEXT, lambda: empty(on_meta(deeplabv3, 2, backbone="resnet101", weights="none")), [], "but fits model.backbone=resnet101"),
+        (
+            TEXT,
+            lambda: empty(on_meta(deeplabv3, 21, backbone="resnet50", weights="none")),
+            [],
+            "resnet50 with model.reset_layers=[classifier.4]",
+        ),
+        (
+            TEXT,
+            lambda: empty(on_meta(deeplabv3, 2, backbone="resnet101", weights="none")),
+            [],
+            "but fits model.backbone=resnet101",
+        ),
         (
             TEXT,
             lambda: empty(on_meta(resnet_unet, 2, backbone="resnet34", weights="none", skips=False)),
@@ -149,7 +177,8 @@ PREDICTORS = "roi_heads.box_predictor.cls_score, roi_heads.box_predictor.bbox_pr
             lambda: empty(on_meta(mask_rcnn, 3, backbone="resnet18")),
             [],
             "doesn't fit the model: it is a file of another network "
-            "(0 of its 162 tensors fit; e.g. missing model.0.conv.weight, unexpected backbone.body.bn1.bias, missing model.0.bn.weight)",
+            "(0 of its 162 tensors fit; e.g. missing model.0.conv.weight, unexpected backbone.body.bn1.bias, missing "
+            "model.0.bn.weight)",
         ),
     ],
 )
@@ -159,7 +188,11 @@ def test_a_file_of_another_size_or_backbone_names_the_settings_that_it_fits(
     file = tmp_path / "x.safetensors"
     save_file(tensors(), file)  # type: ignore[operator]
     found = mistakes(tmp_path, text, *overrides, f"model.weights={file}")
-    assert len(found) == 1 and found[0].startswith(f"model.weights: {file} doesn't fit the model") and found[0].endswith(expected)
+    assert (
+        len(found) == 1
+        and found[0].startswith(f"model.weights: {file} doesn't fit the model")
+        and found[0].endswith(expected)
+    )
 
 
 def test_the_check_of_a_file_and_training_say_the_same(tmp_path: Path) -> None:
@@ -173,9 +206,13 @@ def test_the_check_of_a_file_and_training_say_the_same(tmp_path: Path) -> None:
         assert found == [str(caught.value)]
 
 
-def test_published_weights_that_there_are_not_are_found_without_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_that_there_are_not_are_found_without_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("a download"))
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("a download"))
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("a download")
+    )
     settings = "model={name: mask_rcnn, backbone: %s, weights: coco}"
     assert mistakes(tmp_path, RECIPES["mask_rcnn"], settings % "resnet18") == [
         "model: there are no weights coco for backbone resnet18; set model.weights=none, or model.backbone=resnet50"
@@ -193,12 +230,19 @@ def test_published_weights_that_there_are_not_are_found_without_a_download(tmp_p
     ("overrides", "expected"),
     [
         (["data.resize=[100,128]", "data.augment=[horizontal_flip]"], "data.resize: {} validation split are 100 x 128"),
-        (["data.resize=[128,96]", "data.augment=[{name: random_crop, size: [32,33]}, vertical_flip]"], "data.augment: {} train split are 32 x 33"),
-        (["data.augment=[{name: mosaic, p: 0.5, size: [64,65]}]", "data.batch_size=1"], "data.augment: {} train split are 64 x 65"),
+        (
+            ["data.resize=[128,96]", "data.augment=[{name: random_crop, size: [32,33]}, vertical_flip]"],
+            "data.augment: {} train split are 32 x 33",
+        ),
+        (
+            ["data.augment=[{name: mosaic, p: 0.5, size: [64,65]}]", "data.batch_size=1"],
+            "data.augment: {} train split are 64 x 65",
+        ),
         (["data.augment=[{name: random_resized_crop, size: [16,64]}]"], "data.augment: {} train split are 16 x 64"),
         (["data.augment=[{name: mosaic, size: [100,100]}, {name: random_crop, size: [64,64]}]"], ""),
         (["data.augment=[{name: mosaic, p: 0, size: [100,100]}]"], ""),
-        (["data.resize=null", "data.resize_mode=stretch", "data.augment=[]"], ""),  # of a set that isn't prepared nothing is known
+        # Of a set that isn't prepared nothing is known.
+        (["data.resize=null", "data.resize_mode=stretch", "data.augment=[]"], ""),
         (["data.resize=[64,96]", "data.augment=[]"], ""),
     ],
 )
@@ -211,14 +255,24 @@ def test_sides_that_the_model_cannot_take_are_a_mistake_in_the_recipe(
     assert mistakes(tmp_path, RECIPES["detection"], *overrides) == ([said] if expected else [])
 
 
-def test_sizes_that_are_known_once_a_set_is_prepared_are_checked_at_the_start_of_training_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_are_known_once_a_set_is_prepared_are_checked_at_the_start_of_training_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
-    native = ["data.resize=null", "data.resize_mode=stretch", "data.batch_size=1", "evaluate.batch_size=1", "data.augment=[]"]
+    native = [
+        "data.resize=null",
+        "data.resize_mode=stretch",
+        "data.batch_size=1",
+        "evaluate.batch_size=1",
+        "data.augment=[]",
+    ]
     (tmp_path / "r.yaml").write_text(RECIPES["detection"], encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", native, TASK_CHECKS)
     prepare(recipe.build("data"), data_dir(), None)
     with pytest.raises(
-        UserError, match=r"^data.resize: the model takes images whose sides are divisible by 32, and those of the validation split are \d+ x \d+: "
+        UserError,
+        match=r"^data.resize: the model takes images whose sides are divisible by 32, and those of the "
+        r"validation split are \d+ x \d+: ",
     ):
         check_sizes(recipe, on_meta(yolo, 3))
     assert len(mistakes(tmp_path, RECIPES["detection"], *native)) == 1
@@ -238,10 +292,21 @@ def test_a_number_of_processes_that_is_none_is_left_to_the_launcher(tmp_path: Pa
             "detection",
             ["data.augment=[]"],
             1,
-            r"scenes \(train and validation\) differ .* batches: set data.resize=\[H,W\], with data.resize_mode=letterbox to",
+            r"scenes \(train and validation\) differ .* batches: set data.resize=\[H,W\], with "
+            r"data.resize_mode=letterbox to",
         ),
-        ("watershed", ["data.augment=[vertical_flip]"], 1, r"scenes \(train and validation\) differ in size \(48 x 64, 51 x 51, …\), so"),
-        ("watershed", ["data.augment=[{name: random_crop, size: [32,32]}]"], 1, r"scenes \(validation\) differ .* or evaluate.batch_size=1$"),
+        (
+            "watershed",
+            ["data.augment=[vertical_flip]"],
+            1,
+            r"scenes \(train and validation\) differ in size \(48 x 64, 51 x 51, …\), so",
+        ),
+        (
+            "watershed",
+            ["data.augment=[{name: random_crop, size: [32,32]}]"],
+            1,
+            r"scenes \(validation\) differ .* or evaluate.batch_size=1$",
+        ),
         ("watershed", ["data.augment=[{name: random_crop, size: [32,32]}]", "evaluate.batch_size=1"], 1, ""),
         ("watershed", ["evaluate.batch_size=2"], 2, r"scenes \(train\) differ .* batches: set data.resize"),
         (
@@ -263,7 +328,9 @@ def test_images_of_several_sizes_are_a_mistake_where_batches_need_one(
     text = RECIPES[task]
     native = ["data.resize=null", "data.resize_mode=stretch", *overrides] if task != "mask_rcnn" else overrides
     if "data.resize=[64,64]" not in overrides:
-        assert not [each for each in mistakes(tmp_path, text, *native, processes=processes) if "differ in size" in each], "nothing is known before"
+        assert not [
+            each for each in mistakes(tmp_path, text, *native, processes=processes) if "differ in size" in each
+        ], "nothing is known before"
     (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", native)
     prepare(recipe.build("data"), data_dir(), None)

@@ -38,7 +38,10 @@ def task() -> Colorization:
 @torch.no_grad()
 def test_accuracy_and_loss_are_those_of_all_pixels_of_the_set() -> None:
     colorization, data = task(), batch()
-    parts = [colorization.evaluation_sums(colorization.model, {name: field[part] for name, field in data.items()}) for part in (slice(0, 1), slice(1, 2))]
+    parts = [
+        colorization.evaluation_sums(colorization.model, {name: field[part] for name, field in data.items()})
+        for part in (slice(0, 1), slice(1, 2))
+    ]
     sums = {name: parts[0][name] + parts[1][name] for name in parts[0]}
     metrics = colorization.metrics(sums)
     assert sums["samples"] == 2

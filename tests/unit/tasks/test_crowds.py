@@ -51,7 +51,10 @@ def test_mask_rcnn_is_given_boxes_classes_and_masks_of_all_others_counted_from_1
     assert [each["boxes"].tolist() for each in given] == [[BOXES[0]], [BOXES[2], BOXES[3]]]
     assert [each["labels"].tolist() for each in given] == [[1], [2, 3]]
     masks = batch()["masks"]
-    assert [torch.equal(each["masks"], masks[kept]) for each, kept in zip(given, ([0], [2, 3]), strict=True)] == [True, True]
+    assert [torch.equal(each["masks"], masks[kept]) for each, kept in zip(given, ([0], [2, 3]), strict=True)] == [
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("image", [0, 1])

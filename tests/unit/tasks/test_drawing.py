@@ -14,9 +14,19 @@ def oklab(colors: list[tuple[int, int, int]]) -> Tensor:
     """Colours of sRGB in OKLab (Ottosson, "A perceptual color space for image processing", 2020), float64 (N, 3)."""
     rgb = torch.tensor(colors, dtype=torch.float64) / 255
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    cones = [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005]]
-    opponents = [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]]
-    found: Tensor = (linear @ torch.tensor(cones, dtype=torch.float64).T) ** (1 / 3) @ torch.tensor(opponents, dtype=torch.float64).T
+    cones = [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+    opponents = [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+    found: Tensor = (linear @ torch.tensor(cones, dtype=torch.float64).T) ** (1 / 3) @ torch.tensor(
+        opponents, dtype=torch.float64
+    ).T
     return found
 
 
@@ -61,12 +71,16 @@ def test_names_of_boxes_contrast_with_their_background(label: int) -> None:
     colors, counts = filled.unique(dim=0, return_counts=True)
     background = tuple(colors[counts.argmax()].tolist())
     assert background == class_colors(13)[1 + label]
-    text = max((tuple(color) for color in colors.tolist()), key=lambda color: abs(luminance(color) - luminance(background)))
+    text = max(
+        (tuple(color) for color in colors.tolist()), key=lambda color: abs(luminance(color) - luminance(background))
+    )
     dark, light = sorted((luminance(text), luminance(background)))
     assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
-@pytest.mark.parametrize("box", [[0.0, 0, 40, 40], [560, 0, 600, 30], [590, 390, 600, 400], [0, 100, 3, 103], [0, 0, 600, 400]])
+@pytest.mark.parametrize(
+    "box", [[0.0, 0, 40, 40], [560, 0, 600, 30], [590, 390, 600, 400], [0, 100, 3, 103], [0, 0, 600, 400]]
+)
 def test_names_stay_within_the_image(box: list[float]) -> None:
     """As many pixels of the background's colour as where there is room, but for those of the box."""
     image = torch.zeros(3, 400, 600, dtype=torch.uint8)

@@ -48,23 +48,37 @@ def test_freeze_names_the_layers_that_learn(tmp_path: Path) -> None:
 
 
 def test_a_freeze_that_leaves_nothing_or_contradicts_is_refused(tmp_path: Path) -> None:
-    assert "train.freeze: the model has 25 layers, so at most 24 can be frozen (got 25)" in problems(tmp_path, "train.freeze=25")
-    assert "train.freeze: says what learns, and so does model.train_only" in problems(tmp_path, "train.freeze=3", "model.train_only=[model.24]")
+    assert "train.freeze: the model has 25 layers, so at most 24 can be frozen (got 25)" in problems(
+        tmp_path, "train.freeze=25"
+    )
+    assert "train.freeze: says what learns, and so does model.train_only" in problems(
+        tmp_path, "train.freeze=3", "model.train_only=[model.24]"
+    )
 
 
 def test_a_task_without_a_validation_loss_says_so(tmp_path: Path) -> None:
-    found = problems(tmp_path, "task=mask_rcnn", "model={name: mask_rcnn, backbone: resnet18}", "loss=mask_rcnn", "evaluate.best=loss")
+    found = problems(
+        tmp_path,
+        "task=mask_rcnn",
+        "model={name: mask_rcnn, backbone: resnet18}",
+        "loss=mask_rcnn",
+        "evaluate.best=loss",
+    )
     assert "evaluate.best: unknown metric" in found and "mask_map" in found
 
 
-def test_a_set_of_ones_own_without_masks_doesnt_fit_a_task_that_needs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_of_ones_own_without_masks_doesnt_fit_a_task_that_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dataclasses import replace
 
     from trainer.components import catalogue
 
     component = catalogue("dataset")["scenes"]
     source = scenes()
-    monkeypatch.setitem(component.__dict__, "factory", lambda: replace(source, columns={"image": "image", "objects": "boxes"}))
+    monkeypatch.setitem(
+        component.__dict__, "factory", lambda: replace(source, columns={"image": "image", "objects": "boxes"})
+    )
     found = problems(tmp_path, "task=watershed", "model=watershed_unet", "loss=watershed", "evaluate.best=mask_map")
     assert "data: task watershed needs masks, and this set has only boxes (got scenes)" in found
 
@@ -92,7 +106,11 @@ def test_boxes_end_where_the_letterboxed_image_does(tmp_path: Path) -> None:
 
 def test_a_batch_whose_sizes_were_not_known_before_is_refused_where_padding_would_count() -> None:
     task = Detection(torch.nn.Identity(), YoloLoss(3), CLASSES)
-    batch = {"image": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "height": torch.tensor([64, 64]), "width": torch.tensor([64, 32])}
+    batch = {
+        "image": torch.zeros(2, 3, 64, 64, dtype=torch.uint8),
+        "height": torch.tensor([64, 64]),
+        "width": torch.tensor([64, 32]),
+    }
     with pytest.raises(UserError, match=r"images of a batch differ in width \(32 to 64\): set data.resize=\[H,W\]"):
         task.images_of_one_size(batch)
 
@@ -111,19 +129,30 @@ def test_objects_are_drawn_with_boxes_masks_and_names() -> None:
     assert not drawn[:, 57 * factor, 40 * factor].any()
     alone = draw_objects(image, Detections(*(part[[1, 0]] for part in found)), CLASSES, with_scores=True)
     assert torch.equal(alone, drawn)  # colours go from left to right
-    nothing = draw_objects(image, Detections(boxes[:0], torch.zeros(0), torch.zeros(0, dtype=torch.int64)), CLASSES, with_scores=True)
+    nothing = draw_objects(
+        image, Detections(boxes[:0], torch.zeros(0), torch.zeros(0, dtype=torch.int64)), CLASSES, with_scores=True
+    )
     assert not nothing.any()
 
 
-def test_check_compares_anchors_and_draws_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_compares_anchors_and_draws_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TRAINER_DATA", str(tmp_path / "data"))
     prepare(scenes(), tmp_path / "data", None, lambda line: None)
     (tmp_path / "r.yaml").write_text(RECIPE, encoding="utf-8")
     assert main(["check", str(tmp_path / "r.yaml"), "--anchors", "--show-samples", str(tmp_path / "samples.png")]) == 0
     said = capsys.readouterr().err
-    assert "the model's anchors fit" in said and "re-estimated anchors fit 100.00%" in said and "model.anchors=[[[" in said
+    assert (
+        "the model's anchors fit" in said and "re-estimated anchors fit 100.00%" in said and "model.anchors=[[[" in said
+    )
     assert (tmp_path / "samples.png").stat().st_size > 10_000
-    replaced = {"detection": "watershed", "model: yolo": "model: watershed_unet", "loss: yolo": "loss: watershed", "best: map": "best: mask_map"}
+    replaced = {
+        "detection": "watershed",
+        "model: yolo": "model: watershed_unet",
+        "loss: yolo": "loss: watershed",
+        "best: map": "best: mask_map",
+    }
     text = RECIPE
     for before, after in replaced.items():
         text = text.replace(before, after)

@@ -106,7 +106,15 @@ def test_metrics_of_a_known_answer() -> None:
 
 @torch.no_grad()
 def test_average_precision_and_means_without_some_classes_are_measured_where_asked_for() -> None:
-    task = Segmentation(Oracle(), CrossEntropy(3, IGNORED, {}), 3, IGNORED, CLASSES, average_precision=True, exclude=["background", "leaf"])
+    task = Segmentation(
+        Oracle(),
+        CrossEntropy(3, IGNORED, {}),
+        3,
+        IGNORED,
+        CLASSES,
+        average_precision=True,
+        exclude=["background", "leaf"],
+    )
     image = torch.tensor([9, 8, 7, 6, 5, 4], dtype=torch.uint8).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     mask = torch.tensor([1, 0, 1, 0, 0, IGNORED], dtype=torch.uint8).view(1, 1, 1, 6)
     metrics = task.metrics(task.evaluation_sums(task.model, {"image": image, "mask": mask}))
@@ -124,7 +132,10 @@ def test_metrics_under_autocast_are_those_of_the_logits_as_they_are() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits = task.model(task.inputs(data["image"]))
     assert logits.dtype == torch.bfloat16
-    found, expected = (task.metrics(task.evaluation_sums(lambda _, dtype=dtype: logits.to(dtype), data)) for dtype in (torch.float32, torch.float64))
+    found, expected = (
+        task.metrics(task.evaluation_sums(lambda _, dtype=dtype: logits.to(dtype), data))
+        for dtype in (torch.float32, torch.float64)
+    )
     assert found.pop("confusion") == expected.pop("confusion")
     assert found == pytest.approx(expected, rel=1e-6)
 
@@ -144,7 +155,9 @@ def advice(rows: dict[str, list[int]]) -> str | None:
 
 def test_a_model_that_predicts_one_class_everywhere_gets_advice() -> None:
     found = advice({"background": [70_000, 3, 0], "flower": [20_000, 2, 0], "leaf": [10_000, 0, 0]})
-    assert found and found.startswith("the model predicts background for 100.0% of the validation pixels, of which 70.0% are background:")
+    assert found and found.startswith(
+        "the model predicts background for 100.0% of the validation pixels, of which 70.0% are background:"
+    )
     for key in ("optimizer.lr", "loss=cross_entropy", "loss.class_weights", "model.train_only"):
         assert key in found
     assert advice({"background": [0, 70_000, 0], "flower": [0, 20_000, 0], "leaf": [0, 0, 0]})

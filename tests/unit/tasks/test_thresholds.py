@@ -16,7 +16,9 @@ SIDE, STRIDE = 64, 8
 
 
 def found(**settings: Any) -> list[tuple[float, float]]:
-    """Left border and score of what is found among four boxes of 16 x 16 pixels of one class: three in a row, each 4 pixels from the next, and one far away."""
+    """Left border and score of what is found among four boxes of 16 x 16 pixels of one class: three in a row,
+    each 4 pixels from the next, and one far away.
+    """
     logits = torch.full((1, 4, 8, 8, 7), -20.0)
     logits[..., :4] = 0
     scores = {(0, 2): 0.9, (1, 2): 0.8, (2, 2): 0.7, (3, 6): 0.3}  # by anchor and column
@@ -26,7 +28,9 @@ def found(**settings: Any) -> list[tuple[float, float]]:
         logits[0, anchor, 4, 2, 0] = torch.tensor(0.5 + anchor / 4 - 1e-7).logit()
     level = Level(logits, torch.full((4, 2), 16.0), STRIDE)
     component = catalogue("task")["detection"]
-    task = component.build(dict(component.schema(**settings)), model=nn.Conv2d(3, 1, 1), loss=YoloLoss(2), classes=("a", "b"))
+    task = component.build(
+        dict(component.schema(**settings)), model=nn.Conv2d(3, 1, 1), loss=YoloLoss(2), classes=("a", "b")
+    )
     batch: dict[str, Tensor] = {
         "image": torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8),
         "height": torch.tensor([SIDE]),
@@ -45,7 +49,9 @@ def found(**settings: Any) -> list[tuple[float, float]]:
         (0.2, [(12, 0.9), (44, 0.3)]),
     ],
 )
-def test_of_boxes_that_overlap_by_more_than_iou_threshold_the_best_is_found(threshold: float, kept: list[tuple[float, float]]) -> None:
+def test_of_boxes_that_overlap_by_more_than_iou_threshold_the_best_is_found(
+    threshold: float, kept: list[tuple[float, float]]
+) -> None:
     assert found(iou_threshold=threshold) == kept
 
 

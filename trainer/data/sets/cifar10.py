@@ -1,7 +1,8 @@
 """CIFAR-10 for colourisation: images of one class, and for each pixel the nearest of a few colours.
 
-A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The labels are made once, when a set is prepared: made on
-the fly they took 34 ms of each training step of 637 ms (a batch of 100 on one busy CPU core), reading them takes 0.4 ms.
+A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The labels are made once, when a set is
+prepared: made on the fly they took 34 ms of each training step of 637 ms (a batch of 100 on one busy CPU core), reading
+them takes 0.4 ms.
 """
 
 from __future__ import annotations
@@ -53,12 +54,21 @@ def cifar10_horses(*, centres: Literal["course", "kmeans"] = "course", num_colou
 @dataset(fields=("image", "mask", "colour_centres"))
 def cifar10(*, category: Literal[CLASSES] = "horse", num_colours: NumColours = 24) -> Source:  # type: ignore[valid-type]
     """One class of the official archive, with `num_colours` colour centres of its own."""
-    return _source(f"cifar10_{category}_kmeans{num_colours}", (OFFICIAL,), num_colours, category, f"cifar10 category={category} num_colours={num_colours}")
+    return _source(
+        f"cifar10_{category}_kmeans{num_colours}",
+        (OFFICIAL,),
+        num_colours,
+        category,
+        f"cifar10 category={category} num_colours={num_colours}",
+    )
 
 
 def _source(name: str, archives: tuple[Archive, ...], num_colours: int, category: str, command: str) -> Source:
     info = DataInfo(tuple(f"colour {index}" for index in range(num_colours)))
-    rows, statistics = partial(_rows, num_colours=num_colours, category=category), partial(_statistics, num_colours=num_colours, category=category)
+    rows, statistics = (
+        partial(_rows, num_colours=num_colours, category=category),
+        partial(_statistics, num_colours=num_colours, category=category),
+    )
     rows.__doc__ = _rows.__doc__
     return Source(name, info, {"image": "image", "mask": "mask"}, rows, archives, statistics, command)
 
@@ -83,13 +93,21 @@ def _images(archives: Mapping[str, Path], category: str) -> Iterator[tuple[Split
         for member in members(archives[HORSES.name], (".jpg",)):
             yield "train" if "train/" in member.name else "validation", member.name, member.data
         return
-    for batch in members(archives[OFFICIAL.name], tuple(f"/{name}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"))):
+    for batch in members(
+        archives[OFFICIAL.name], tuple(f"/{name}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"))
+    ):
         try:
             images, labels = read_batch(batch.data)
         except ValueError as error:
-            raise UserError(f"{archives[OFFICIAL.name]}: {batch.name}: {error}; replace it by the official archive") from error
+            raise UserError(
+                f"{archives[OFFICIAL.name]}: {batch.name}: {error}; replace it by the official archive"
+            ) from error
         for index in np.flatnonzero(np.array(labels) == CLASSES.index(category)):
-            yield "validation" if "test" in batch.name else "train", f"{batch.name}/{index}.png", encode_png(images[index])
+            yield (
+                "validation" if "test" in batch.name else "train",
+                f"{batch.name}/{index}.png",
+                encode_png(images[index]),
+            )
 
 
 @cache
@@ -103,10 +121,16 @@ def _centres(archives: tuple[tuple[str, Path], ...], num_colours: int, category:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} can't be read: {error}; replace it, or set data.centres=kmeans") from error
         if centres.shape != (num_colours, 3) or not np.isfinite(centres).all():
-            found = "numbers that aren't finite" if centres.shape == (num_colours, 3) else f"an array of shape {centres.shape}, not ({num_colours}, 3)"
+            found = (
+                "numbers that aren't finite"
+                if centres.shape == (num_colours, 3)
+                else f"an array of shape {centres.shape}, not ({num_colours}, 3)"
+            )
             raise UserError(f"{path} holds {found}; replace it, or set data.centres=kmeans")
         return centres
-    pixels = np.concatenate([_decode(name, data).reshape(-1, 3) for split, name, data in _images(paths, category) if split == "train"])
+    pixels = np.concatenate(
+        [_decode(name, data).reshape(-1, 3) for split, name, data in _images(paths, category) if split == "train"]
+    )
     return _kmeans(pixels, num_colours)
 
 
@@ -117,7 +141,9 @@ def _kmeans(pixels: Pixels, num_colours: int) -> npt.NDArray[np.float64]:
     except ImportError:
         raise UserError("colour centres by k-means need scikit-learn: pip install scikit-learn") from None
     chosen = np.random.default_rng(0).choice(len(pixels), min(KMEANS_PIXELS, len(pixels)), replace=False)
-    return np.asarray(KMeans(num_colours, n_init=4, random_state=0).fit(pixels[chosen] / SCALE).cluster_centers_, np.float64)
+    return np.asarray(
+        KMeans(num_colours, n_init=4, random_state=0).fit(pixels[chosen] / SCALE).cluster_centers_, np.float64
+    )
 
 
 def nearest_centre(image: Pixels, centres: npt.NDArray[np.float64]) -> Pixels:

@@ -2,7 +2,8 @@
 
 data: {name: coco, set: my_cells, batch_size: 4}
 
-The format: T.-Y. Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014; https://cocodataset.org/#format-data.
+The format: T.-Y. Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014;
+https://cocodataset.org/#format-data.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from trainer.data.source import DataInfo, Instance, Role, Row, Source
 from trainer.errors import UserError
 
 USAGE = (
-    "coco --name NAME --images DIR --annotations FILE [--validation SHARE | --validation FILE [--validation-images DIR]] "
+    "coco --name NAME --images DIR --annotations FILE [--validation SHARE | --validation FILE [--validation-images "
+    "DIR]] "
     "[--test FILE [--test-images DIR]] [--invalid refuse|drop]"
 )
 CORNERS = 3  # a polygon has at least
@@ -96,7 +98,9 @@ def _read(file: Path) -> _Content:
         raise UserError(f"{file} can't be read: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise UserError(f"{file} is no COCO file of instances: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UserError(
+            f"{file} is no COCO file of instances: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from error
     unique: dict[str, list[Id]] = {
         "images have the same id": [image.id for image in content.images],
         "categories have the same id": [category.id for category in content.categories],
@@ -121,11 +125,13 @@ def from_coco(
     test_images: Path | None = None,
     invalid: Literal["refuse", "drop"] = "refuse",
 ) -> Source:
-    """The set of the images that a COCO file lists, with masks where each of its annotations has one, else with boxes only.
+    """The set of the images that a COCO file lists, with masks where each of its annotations has one, else with boxes
+    only.
 
     Args:
         name: of the set.
-        images: holds them, in this folder and below; a file is one that the COCO file lists where its path ends in `file_name`.
+        images: holds them, in this folder and below; a file is one that the COCO file lists where its path ends in
+            `file_name`.
         annotations: the COCO file; the order of its categories is that of the classes.
         validation: the share of the images that validate; or a COCO file of those that do, with the same categories.
         validation_images: holds the images of that file, where `images` doesn't.
@@ -141,12 +147,16 @@ def from_coco(
         if value is not None and share_of(value, split) is None:
             files[split], folders[split] = Path(value).resolve(), folder or images
         elif folder:
-            raise UserError(f"{flag(f'{split}_images')} {folder} holds the images of a COCO file; name it by --{split} FILE")
+            raise UserError(
+                f"{flag(f'{split}_images')} {folder} holds the images of a COCO file; name it by --{split} FILE"
+            )
     contents = {split: _read(file) for split, file in files.items()}
     categories = contents["train"].categories
     for split, content in contents.items():
         if content.categories != categories:
-            raise UserError(f"{annotations} and {files[split]} list other categories; they must be the same, in the same order")
+            raise UserError(
+                f"{annotations} and {files[split]} list other categories; they must be the same, in the same order"
+            )
     if not categories:
         raise UserError(f"{annotations} lists no categories")
     labels = {category.id: label for label, category in enumerate(categories)}
@@ -157,12 +167,20 @@ def from_coco(
     def row(image: Member, described: tuple[_Image, list[_Annotation]]) -> Row:
         listed, found = described
         if (size := size_of(image, REMEDY_OF_OBJECTS)) != (listed.width, listed.height):
-            raise UserError(f"{image.name} is {size[0]} x {size[1]}, but listed with {listed.width} x {listed.height}; correct it or take it away")
-        return {"image": image, "objects": [_instance(annotation, labels, size, role == "instances") for annotation in found]}
+            raise UserError(
+                f"{image.name} is {size[0]} x {size[1]}, but listed with {listed.width} x {listed.height}; correct it "
+                "or take it away"
+            )
+        return {
+            "image": image,
+            "objects": [_instance(annotation, labels, size, role == "instances") for annotation in found],
+        }
 
     below = {folder: image_files(folder) for folder in dict.fromkeys(folders.values())}
     samples = [
-        sample for split, content in contents.items() for sample in _samples(split, files[split], content, folders[split], below[folders[split]].values())
+        sample
+        for split, content in contents.items()
+        for sample in _samples(split, files[split], content, folders[split], below[folders[split]].values())
     ]
     return source_of_files(
         "coco",
@@ -182,18 +200,24 @@ def from_coco(
         row,
         read=[*(File(file, split) for split, file in files.items()), *(sample.image for sample in samples)],
         remedy=REMEDY_OF_OBJECTS,
-        note=f"Boxes only: {without_mask} of {len(all_annotations)} annotations have no segmentation." if without_mask else "",
+        note=f"Boxes only: {without_mask} of {len(all_annotations)} annotations have no segmentation."
+        if without_mask
+        else "",
     )
 
 
-def _samples(split: str, file: Path, content: _Content, images: Path, below: Iterable[File]) -> list[Sample[tuple[_Image, list[_Annotation]]]]:
+def _samples(
+    split: str, file: Path, content: _Content, images: Path, below: Iterable[File]
+) -> list[Sample[tuple[_Image, list[_Annotation]]]]:
     """The images that a file lists, each with its annotations."""
     if not content.images:
         raise UserError(f"{file} lists no images")
     annotations: dict[Id, list[_Annotation]] = {image.id: [] for image in content.images}
     for place, annotation in enumerate(content.annotations):
         if annotation.image_id not in annotations:
-            raise UserError(f"{file}: annotations.{place}.image_id: no image has the id {annotation.image_id!r}; correct it")
+            raise UserError(
+                f"{file}: annotations.{place}.image_id: no image has the id {annotation.image_id!r}; correct it"
+            )
         annotations[annotation.image_id].append(annotation)
     by_name: dict[str, list[File]] = {}
     for found in below:
@@ -205,7 +229,9 @@ def _samples(split: str, file: Path, content: _Content, images: Path, below: Ite
         if len(matching) == 1:
             samples.append(Sample(split, matching[0], (image, annotations[image.id])))
         else:
-            problems.append(f"{path} {'matches ' + ' and '.join(found.name for found in matching) if matching else 'is missing'}")
+            problems.append(
+                f"{path} {'matches ' + ' and '.join(found.name for found in matching) if matching else 'is missing'}"
+            )
     refuse(f"{file} lists images that {images} must hold, once; of {len(problems)} this is not so:", problems)
     return samples
 
@@ -213,7 +239,9 @@ def _samples(split: str, file: Path, content: _Content, images: Path, below: Ite
 def _instance(annotation: _Annotation, labels: Mapping[Id, int], size: tuple[int, int], has_mask: bool) -> Instance:
     left, top, width, height = annotation.bbox
     mask = _counts(annotation.segmentation, *size) if has_mask else b""
-    return Instance((left, top, left + width, top + height), labels.get(annotation.category_id, UNKNOWN), mask, annotation.iscrowd)
+    return Instance(
+        (left, top, left + width, top + height), labels.get(annotation.category_id, UNKNOWN), mask, annotation.iscrowd
+    )
 
 
 def _counts(segmentation: list[list[float]] | _Runs | None, width: int, height: int) -> bytes:
@@ -225,9 +253,15 @@ def _counts(segmentation: list[list[float]] | _Runs | None, width: int, height: 
             return b""
         if isinstance(segmentation.counts, str):
             return segmentation.counts.encode()
-        runs: bytes = codec().frPyObjects({"size": segmentation.size, "counts": segmentation.counts}, height, width)["counts"]
+        runs: bytes = codec().frPyObjects({"size": segmentation.size, "counts": segmentation.counts}, height, width)[
+            "counts"
+        ]
         return runs
-    corners = [np.reshape(polygon, (-1, 2)) for polygon in segmentation or [] if len(polygon) >= 2 * CORNERS and len(polygon) % 2 == 0]
+    corners = [
+        np.reshape(polygon, (-1, 2))
+        for polygon in segmentation or []
+        if len(polygon) >= 2 * CORNERS and len(polygon) % 2 == 0
+    ]
     # The memory that pycocotools takes for a polygon grows with its size, whatever that of the image is.
     polygons = [np.clip(each, 0, (width, height)).ravel().tolist() for each in corners]
     union: bytes = codec().merge(codec().frPyObjects(polygons, height, width))["counts"] if polygons else b""

@@ -16,11 +16,13 @@ from trainer.data.source import Archive, DataInfo, Row, Source
 HOST = "https://github.com/ultralytics/assets/releases/download/v0.0.0/"
 COCO128, COCO8 = (Archive(name, (HOST + name,)) for name in ("coco128.zip", "coco8.zip"))
 NAMES = """
-person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter, bench, bird, cat,
-dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball,
-kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple,
-sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse,
-remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
+tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
+tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote,
+keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
+hair drier, toothbrush
 """
 CLASSES = tuple(name.strip() for name in NAMES.split(","))
 
@@ -38,8 +40,8 @@ def coco8() -> Source:
 
 
 def _rows_of_128(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-    """Split: none. The set's own description, coco128.yaml, has all 128 images train and validate: what is measured is how well they are
-    learnt by heart. An image without a label file has no objects.
+    """Split: none. The set's own description, coco128.yaml, has all 128 images train and validate: what is measured is
+    how well they are learnt by heart. An image without a label file has no objects.
     """
     for split in ("train", "validation"):
         for _, row in _samples(archives[COCO128.name]):
@@ -62,4 +64,10 @@ def _samples(archive: Path) -> Iterator[tuple[str, Row]]:
         if kind is not None:  # not a readme
             kind[path.parent.name, path.stem] = member
     for key in sorted(images):
-        yield key[0], {"image": images[key], "objects": read_objects(labels.get(key), images[key], f"replace {archive} by the official archive")}
+        yield (
+            key[0],
+            {
+                "image": images[key],
+                "objects": read_objects(labels.get(key), images[key], f"replace {archive} by the official archive"),
+            },
+        )

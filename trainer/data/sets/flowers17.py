@@ -1,4 +1,6 @@
-"""Oxford Flowers-17: flowers against background (Nilsback & Zisserman, "A Visual Vocabulary for Flower Classification", CVPR 2006)."""
+"""Oxford Flowers-17: flowers against background (Nilsback & Zisserman,
+"A Visual Vocabulary for Flower Classification", CVPR 2006).
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,12 @@ VALIDATION_SHARE = 0.2
 # The same photograph twice (the hash finds these too): in one split, or the validation figure is learnt by heart.
 DUPLICATES = ((1214, 1245), (1226, 1248))
 HASH_SIDE = 16
-# Bits of 256 in which two hashes may differ. Measured: 48 pairs of re-encoded photographs differ in 0 to 24, no others in less than 62.
+# Bits of 256 in which two hashes may differ. Measured: 48 pairs of re-encoded photographs differ in 0 to 24, no others
+# in less than 62.
 HASH_DISTANCE = 32
 
-# Trimap index -> class: 1 flower; 2 leaves and grass, 3 background, 4 sky are background; 0 (unlabelled) and strays are ignored.
+# Trimap index -> class: 1 flower; 2 leaves and grass, 3 background, 4 sky are background; 0 (unlabelled) and strays are
+# ignored.
 CLASS_OF_INDEX = np.full(256, IGNORE, np.uint8)
 CLASS_OF_INDEX[[2, 3, 4]] = 0
 CLASS_OF_INDEX[1] = 1
@@ -38,7 +42,9 @@ CLASS_OF_INDEX[1] = 1
 def flowers17() -> Source:
     """The photographs that have a trimap, flower against background; the border bands of the trimaps are ignored."""
     archives = tuple(Archive(name, (HOST + name,)) for name in (IMAGES, TRIMAPS))
-    return Source("flowers17", DataInfo(("background", "flower"), IGNORE), {"image": "image", "mask": "mask"}, _rows, archives)
+    return Source(
+        "flowers17", DataInfo(("background", "flower"), IGNORE), {"image": "image", "mask": "mask"}, _rows, archives
+    )
 
 
 def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
@@ -49,7 +55,9 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
     images = {number: member for number, member in _numbered(members(archives[IMAGES], (".jpg",))) if number in trimaps}
     absent = sorted(set(trimaps) - set(images))
     if absent:
-        raise UserError(f"{archives[IMAGES]} lacks images that have a trimap: {absent[:10]}; replace it by the official archive")
+        raise UserError(
+            f"{archives[IMAGES]} lacks images that have a trimap: {absent[:10]}; replace it by the official archive"
+        )
     hashes = {number: _perceptual_hash(images[number]) for number in sorted(images)}
     validation = choose_validation(group_duplicates(hashes))
     for number in sorted(images, key=_draw):  # species mixed, so that neighbours in a file are not alike
@@ -57,8 +65,13 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
         try:
             mask = CLASS_OF_INDEX[read_indices(data)]
         except Exception as error:  # decoders raise all kinds of errors on damaged data
-            raise UserError(f"{archives[TRIMAPS]}: {name} can't be read as a trimap ({error}); replace it by the official archive") from error
-        yield "validation" if number in validation else "train", {"image": images[number], "mask": Member(name, encode_png(mask))}
+            raise UserError(
+                f"{archives[TRIMAPS]}: {name} can't be read as a trimap ({error}); replace it by the official archive"
+            ) from error
+        yield (
+            "validation" if number in validation else "train",
+            {"image": images[number], "mask": Member(name, encode_png(mask))},
+        )
 
 
 def _trimaps(archive: Path) -> dict[int, Member]:
@@ -74,7 +87,9 @@ def _trimaps(archive: Path) -> dict[int, Member]:
     except ValueError as error:
         raise UserError(f"{archive}: {listed[0].name} must hold image numbers ({error})") from error
     except KeyError as error:
-        raise UserError(f"{archive}: {listed[0].name} lists image {error}, which has no trimap; replace it by the official archive") from error
+        raise UserError(
+            f"{archive}: {listed[0].name} lists image {error}, which has no trimap; replace it by the official archive"
+        ) from error
 
 
 def _numbered(found: Iterable[Member]) -> Iterator[tuple[int, Member]]:
@@ -86,13 +101,15 @@ def _numbered(found: Iterable[Member]) -> Iterator[tuple[int, Member]]:
 
 
 def _perceptual_hash(image: Member) -> np.ndarray:
-    """Whether brightness rises from each pixel of a 17 x 16 thumbnail to its right neighbour: bool (256,), little changed by re-encoding.
+    """Whether brightness rises from each pixel of a 17 x 16 thumbnail to its right neighbour: bool (256,), little
+    changed by re-encoding.
 
     Source: N. Krawetz, "Kind of Like That" (difference hash), 2013.
     """
     try:
         with Image.open(io.BytesIO(image.data)) as picture:
-            picture.draft("L", (4 * HASH_SIDE, 4 * HASH_SIDE))  # JPEG decodes to a fraction of its size at a fraction of the time
+            # JPEG decodes to a fraction of its size at a fraction of the time.
+            picture.draft("L", (4 * HASH_SIDE, 4 * HASH_SIDE))
             small = picture.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
     except Exception as error:  # decoders raise all kinds of errors on damaged data
         raise UserError(f"{image.name} can't be decoded ({error}); replace {IMAGES} by the official archive") from error

@@ -26,7 +26,8 @@ from trainer.errors import UserError
 
 USAGE = (
     "folder --name NAME --images DIR --masks DIR --classes FILE [--ignore LABEL] "
-    "[--validation SHARE|DIR | --validation-images DIR --validation-masks DIR] [--test DIR | --test-images DIR --test-masks DIR]"
+    "[--validation SHARE|DIR | --validation-images DIR --validation-masks DIR] [--test DIR | --test-images DIR "
+    "--test-masks DIR]"
 )
 MAX_LABELS = 256  # a mask has 8 bits
 
@@ -58,7 +59,8 @@ def from_files(
         masks: holds an index or palette PNG for each, e.g. `a/b.png`.
         classes: a text file with the name of a class in each line, in the order of their index.
         ignore: the label that counts nowhere, or None.
-        validation: the share of the images that validate, 0.2 unless something says otherwise; or the folders that do, see `split_folders`.
+        validation: the share of the images that validate, 0.2 unless something says otherwise; or the folders that do,
+            see `split_folders`.
         validation_images: images that validate.
         validation_masks: their masks.
         test: the folders of the test split, see `split_folders`.
@@ -66,7 +68,8 @@ def from_files(
         test_masks: their masks.
 
     Raises:
-        UserError: one of these is invalid, an image has no mask, a mask no image, or an image is in more than one split.
+        UserError: one of these is invalid, an image has no mask, a mask no image, or an image is in more than one
+            split.
     """
     if ignore is not None and not 0 <= ignore < MAX_LABELS:
         raise UserError(f"--ignore {ignore}: labels are 0 to {MAX_LABELS - 1}")

@@ -56,13 +56,23 @@ def hub(
 ) -> Source:
     """Two columns of the repository `path`: encoded images, and masks, which may be lists of lists of labels as well.
 
-    Without `classes` they are those that the features of the column `mask` name. `validation` is the name of a split, or a
-    share of `train`. What a branch such as `main` is, is looked up when the set is prepared, and then no more.
+    Without `classes` they are those that the features of the column `mask` name. `validation` is the name of a split,
+    or a share of `train`. What a branch such as `main` is, is looked up when the set is prepared, and then no more.
     """
-    keys: dict[str, Any] = {"path": path, "image": image, "mask": mask, "classes": classes, "ignore_index": ignore_index}
+    keys: dict[str, Any] = {
+        "path": path,
+        "image": image,
+        "mask": mask,
+        "classes": classes,
+        "ignore_index": ignore_index,
+    }
     keys |= {"config": config, "revision": revision, "train": train, "validation": validation}
     name = f"hub--{path.replace('/', '--')}--{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]}"
-    words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items() if value is not None]
+    words = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in keys.items()
+        if value is not None
+    ]
     repository = _Repository(path, config, revision)
     share = validation if isinstance(validation, float) else 0.0
 
@@ -76,7 +86,9 @@ def hub(
     rows.__doc__ = f"Read from {path} on the Hugging Face Hub; its commit is `revision` of the card's statistics."
     return Source(
         name,
-        DataInfo(tuple(classes) if classes else _known_classes(name) or repository.class_names(train, mask), ignore_index),
+        DataInfo(
+            tuple(classes) if classes else _known_classes(name) or repository.class_names(train, mask), ignore_index
+        ),
         {"image": "image", "mask": "mask"},
         rows,
         statistics=lambda paths: {"revision": repository.commit},
@@ -107,9 +119,13 @@ class _Repository:
 
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
         with self._errors_told():
-            builder = datasets.load_dataset_builder(f"hf://datasets/{self.path}", self.config, revision=self.revision)  # hf: never a folder of that name
+            # Hf: never a folder of that name.
+            builder = datasets.load_dataset_builder(f"hf://datasets/{self.path}", self.config, revision=self.revision)
         if builder.name != "parquet":  # `datasets` reads other formats too, not all of which are mere data
-            raise UserError(f"{self.path} is not in Parquet but {builder.name}; many sets have a copy that is: revision=refs/convert/parquet")
+            raise UserError(
+                f"{self.path} is not in Parquet but {builder.name}; many sets have a copy that is: "
+                "revision=refs/convert/parquet"
+            )
         return builder
 
     @property
@@ -123,7 +139,10 @@ class _Repository:
         while hasattr(feature, "feature"):  # of a list's entries
             feature = feature.feature
         if not hasattr(feature, "names"):
-            raise UserError(f"{self.path}: the features of column {column} name no classes; list them, e.g. data.classes=[road, sky]")
+            raise UserError(
+                f"{self.path}: the features of column {column} name no classes; list them, e.g. data.classes=[road, "
+                "sky]"
+            )
         return tuple(feature.names)
 
     def read(self, split: str, *columns: str) -> Iterator[list[Any]]:
@@ -148,7 +167,10 @@ class _Repository:
             yield
         except Exception as error:  # of datasets, huggingface_hub, httpx and Arrow, which have no base in common
             reason = str(error).partition("\n")[0].rstrip(".")
-            raise UserError(f"{self.path} can't be read from the Hugging Face Hub: {reason} (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say how)") from error
+            raise UserError(
+                f"{self.path} can't be read from the Hugging Face Hub: {reason} (HF_ENDPOINT, HF_TOKEN and "
+                "HF_HUB_OFFLINE say how)"
+            ) from error
 
 
 def _encoded(place: str, cell: Any) -> Member:
@@ -160,6 +182,8 @@ def _encoded(place: str, cell: Any) -> Member:
             if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 255:
                 raise ValueError
         except ValueError:  # numpy's own, where rows differ in length
-            raise UserError(f"{place}: neither an encoded image nor a list of lists of labels from 0 to 255; choose another column") from None
+            raise UserError(
+                f"{place}: neither an encoded image nor a list of lists of labels from 0 to 255; choose another column"
+            ) from None
         data = encode_png(labels.astype(np.uint8))
     return Member(place, data)

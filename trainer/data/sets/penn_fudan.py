@@ -1,4 +1,6 @@
-"""Penn-Fudan: pedestrians in the street, each with a mask (Wang, Shi, Song & Shen, "Object Detection Combining Recognition and Segmentation", ACCV 2007)."""
+"""Penn-Fudan: pedestrians in the street, each with a mask (Wang, Shi, Song & Shen,
+"Object Detection Combining Recognition and Segmentation", ACCV 2007).
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,17 @@ from trainer.errors import UserError
 
 ARCHIVE = Archive("PennFudanPed.zip", ("https://www.cis.upenn.edu/~jshi/ped_html/PennFudanPed.zip",))
 NUM_VALIDATION = 50
-IMAGES, MASKS, OF_MASK = "PNGImages", "PedMasks", "_mask"  # PNGImages/FudanPed00001.png, PedMasks/FudanPed00001_mask.png
+# PNGImages/FudanPed00001.png, PedMasks/FudanPed00001_mask.png.
+IMAGES, MASKS, OF_MASK = "PNGImages", "PedMasks", "_mask"
 REMEDY = "replace it by the official archive"
 
 
 @dataset(fields=("image", "boxes", "masks"))
 def penn_fudan() -> Source:
     """All 170 images; boxes are those that just hold a mask."""
-    return Source("penn_fudan", DataInfo(("pedestrian",)), {"image": "image", "objects": "instances"}, _rows, (ARCHIVE,))
+    return Source(
+        "penn_fudan", DataInfo(("pedestrian",)), {"image": "image", "objects": "instances"}, _rows, (ARCHIVE,)
+    )
 
 
 def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
@@ -38,9 +43,15 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
         elif path.parent.name == MASKS:
             masks[path.stem.removesuffix(OF_MASK)] = member
     if images.keys() != masks.keys():
-        raise UserError(f"{archive} holds images without masks, or masks without image: {sorted(images.keys() ^ masks.keys())[:10]}; {REMEDY}")
+        raise UserError(
+            f"{archive} holds images without masks, or masks without image: "
+            f"{sorted(images.keys() ^ masks.keys())[:10]}; {REMEDY}"
+        )
     for place, name in enumerate(sorted(images, key=_draw)):
-        yield "validation" if place < NUM_VALIDATION else "train", {"image": images[name], "objects": _pedestrians(archive, masks[name])}
+        yield (
+            "validation" if place < NUM_VALIDATION else "train",
+            {"image": images[name], "objects": _pedestrians(archive, masks[name])},
+        )
 
 
 def _pedestrians(archive: Path, mask: Member) -> list[Instance]:
@@ -55,7 +66,10 @@ def _pedestrians(archive: Path, mask: Member) -> list[Instance]:
         raise UserError(f"{archive}: {mask.name} can't be read as a mask ({error}); {REMEDY}") from error
     values = np.unique(indices[indices > 0])
     pixels = indices == values[:, None, None]
-    return [Instance(_box(each), 0, counts) for each, counts in zip(pixels, encode_masks(torch.from_numpy(pixels)), strict=True)]
+    return [
+        Instance(_box(each), 0, counts)
+        for each, counts in zip(pixels, encode_masks(torch.from_numpy(pixels)), strict=True)
+    ]
 
 
 def _box(pixels: np.ndarray) -> tuple[float, float, float, float]:

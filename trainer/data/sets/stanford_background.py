@@ -1,5 +1,5 @@
-"""Stanford Background: outdoor scenes in nine classes (Gould, Fulton & Koller, "Decomposing a Scene into Geometric and Semantically
-Consistent Regions", ICCV 2009).
+"""Stanford Background: outdoor scenes in nine classes (Gould, Fulton & Koller, "Decomposing a Scene into Geometric and
+Semantically Consistent Regions", ICCV 2009).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from trainer.data.images import encode_png
 from trainer.data.source import Archive, DataInfo, Row, Source, in_validation
 from trainer.errors import UserError
 
-ARCHIVE = Archive("iccv09Data.tar.gz", tuple(f"{scheme}://dags.stanford.edu/data/iccv09Data.tar.gz" for scheme in ("https", "http")))
+ARCHIVE = Archive(
+    "iccv09Data.tar.gz", tuple(f"{scheme}://dags.stanford.edu/data/iccv09Data.tar.gz" for scheme in ("https", "http"))
+)
 CLASSES = ("sky", "tree", "road", "grass", "water", "building", "mountain", "foreground", "misc")
 UNKNOWN = -1  # in the label files; the ninth class
 VALIDATION_SHARE = 0.2
@@ -27,13 +29,15 @@ REMEDY = "replace it by the official archive"
 
 @dataset(fields=("image", "mask"))
 def stanford_background() -> Source:
-    """All images that the archive holds, 715 in the official one; pixels of no class are the class `misc`, so none is ignored."""
+    """All images that the archive holds, 715 in the official one; pixels of no class are the class `misc`,
+    so none is ignored.
+    """
     return Source("stanford_background", DataInfo(CLASSES), {"image": "image", "mask": "mask"}, _rows, (ARCHIVE,))
 
 
 def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-    """Split: fixed, by a hash of the image's name: 80 % train and 20 % validation, give or take; an image stays where it is
-    whatever others the archive holds. Byte-equal images are on one side.
+    """Split: fixed, by a hash of the image's name: 80 % train and 20 % validation, give or take; an image stays where
+    it is whatever others the archive holds. Byte-equal images are on one side.
     """
     archive = archives[ARCHIVE.name]
     images: dict[str, Member] = {}
@@ -45,7 +49,10 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
         else:
             masks[number] = _mask(archive, member)
     if images.keys() != masks.keys():
-        raise UserError(f"{archive} holds images without labels, or labels without image: {sorted(images.keys() ^ masks.keys())[:10]}; {REMEDY}")
+        raise UserError(
+            f"{archive} holds images without labels, or labels without image: "
+            f"{sorted(images.keys() ^ masks.keys())[:10]}; {REMEDY}"
+        )
     first: dict[bytes, str] = {}
     for number in sorted(images):
         first.setdefault(images[number].data, number)
@@ -62,7 +69,9 @@ def _mask(archive: Path, labels: Member) -> Member:
             raise ValueError("labels are -1 to 7")
     except ValueError as error:
         raise UserError(f"{archive}: {labels.name} can't be read as labels ({error}); {REMEDY}") from error
-    return Member(labels.name, encode_png(np.where(indices == UNKNOWN, CLASSES.index("misc"), indices).astype(np.uint8)))
+    return Member(
+        labels.name, encode_png(np.where(indices == UNKNOWN, CLASSES.index("misc"), indices).astype(np.uint8))
+    )
 
 
 def _draw(number: str) -> bytes:

@@ -30,7 +30,8 @@ from trainer.data.source import DataInfo, Instance, Source
 from trainer.errors import UserError
 
 USAGE = (
-    "yolo --name NAME --images DIR --labels DIR --classes FILE [--validation SHARE|DIR | --validation-images DIR --validation-labels DIR] "
+    "yolo --name NAME --images DIR --labels DIR --classes FILE [--validation SHARE|DIR | --validation-images DIR "
+    "--validation-labels DIR] "
     "[--test DIR | --test-images DIR --test-labels DIR] [--invalid refuse|drop]"
 )
 MAX_CLASSES = 65_536
@@ -63,7 +64,8 @@ def from_yolo(
         images: holds images in any format that Pillow reads, e.g. `a/b.jpg`.
         labels: holds a text file for each that has objects, e.g. `a/b.txt`; see `read_objects`.
         classes: a text file with the name of a class in each line, in the order of their index.
-        validation: the share of the images that validate, 0.2 unless something says otherwise; or the folders that do, see `split_folders`.
+        validation: the share of the images that validate, 0.2 unless something says otherwise; or the folders that do,
+            see `split_folders`.
         validation_images: images that validate.
         validation_labels: their label files.
         test: the folders of the test split, see `split_folders`.
@@ -86,7 +88,10 @@ def from_yolo(
         info,
         {"image": "image", "objects": "boxes"},
         samples,
-        lambda image, found: {"image": image, "objects": read_objects(found and found.read(), image, REMEDY_OF_OBJECTS)},
+        lambda image, found: {
+            "image": image,
+            "objects": read_objects(found and found.read(), image, REMEDY_OF_OBJECTS),
+        },
         read=[file for sample in samples for file in (sample.image, sample.labels) if file],
         remedy=REMEDY_OF_OBJECTS,
     )
@@ -103,8 +108,8 @@ def _pairs(split: str, images: Path, labels: Path) -> list[Sample[File | None]]:
 def read_objects(labels: Member | None, image: Member, remedy: str) -> list[Instance]:
     """The objects of an image in YOLO's text format; none where there is no file.
 
-    A line has a class and the centre, width and height of a box, or a class and the corners of a polygon, whose box counts; all as shares
-    of the width and height of the image.
+    A line has a class and the centre, width and height of a box, or a class and the corners of a polygon, whose box
+    counts; all as shares of the width and height of the image.
 
     Args:
         labels: the text file.
@@ -127,7 +132,10 @@ def read_objects(labels: Member | None, image: Member, remedy: str) -> list[Inst
             if len(values) != 4 and (len(values) < 6 or len(values) % 2):
                 raise ValueError(f"it has {len(words)} words")
         except ValueError as error:
-            raise UserError(f"{labels.name}:{number}: a line is `class x y width height` or `class x1 y1 x2 y2 x3 y3 …` ({error}); {remedy}") from error
+            raise UserError(
+                f"{labels.name}:{number}: a line is `class x y width height` or `class x1 y1 x2 y2 x3 y3 …` "
+                f"({error}); {remedy}"
+            ) from error
         if len(values) == 4:
             centre, size = values[:2], values[2:]
             low, high = centre - size / 2, centre + size / 2

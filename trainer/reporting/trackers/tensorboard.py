@@ -32,7 +32,9 @@ class TensorBoard:
 
         # After a resume what was shown beyond the checkpoint is hidden: it comes again.
         lines = RunFolder(folder).read_metrics()
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=lines[-1]["step"] + 1 if lines else 0, flush_secs=10)
+        self._writer = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=lines[-1]["step"] + 1 if lines else 0, flush_secs=10
+        )
         self._writer.add_text("recipe", _as_code(config))
 
     def log(self, metrics: dict[str, Any], step: int, split: str) -> None:

@@ -42,7 +42,9 @@ class Mirrors:
         self._trackers: dict[str, Tracker] = {}
         for component, settings in choices:
             try:
-                self._trackers[component.name] = build(component, settings, folder=folder, run_name=run_name, config=config)
+                self._trackers[component.name] = build(
+                    component, settings, folder=folder, run_name=run_name, config=config
+                )
             except Exception as error:
                 _report(component.name, error)
 
@@ -78,4 +80,8 @@ def one_line(error: Exception) -> str:
 
 def scalars(metrics: dict[str, Any], split: str) -> dict[str, float]:
     """The numbers of a line, by the names that trackers show: `train/loss`."""
-    return {f"{split}/{name}": value for name, value in metrics.items() if name != "step" and isinstance(value, int | float) and math.isfinite(value)}
+    return {
+        f"{split}/{name}": value
+        for name, value in metrics.items()
+        if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+    }

@@ -39,8 +39,9 @@ OFFLINE = ("offline", "dryrun")  # what W&B takes for it in WANDB_MODE
 class WandbRun:
     """The one run of W&B that mirrors a run folder, for training and for `trainer sync`.
 
-    Line n of `metrics.jsonl` is row n there, with `step` as the x-axis. Rows can only be appended, and those that the server has are
-    not sent again, so a line that comes twice, after a resume or by another `trainer sync`, changes nothing.
+    Line n of `metrics.jsonl` is row n there, with `step` as the x-axis. Rows can only be appended, and those that the
+    server has are not sent again, so a line that comes twice, after a resume or by another `trainer sync`, changes
+    nothing.
 
     Args:
         folder: the run folder; the run's id is kept there, in `tracking.json`.
@@ -54,11 +55,20 @@ class WandbRun:
         num_rows: how many rows the server had when the run was opened; 0 offline.
     """
 
-    def __init__(self, folder: Path, run_name: str, config: dict[str, Any], project: str, entity: str | None, tags: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, run_name: str, config: dict[str, Any], project: str, entity: str | None, tags: Sequence[str]
+    ) -> None:
         # wandb's reports about itself would hold up the end by 20 s where a server accepts them and never answers.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self._folder = RunFolder(folder)
-        self._about: dict[str, Any] = {"id": _run_id(folder), "name": run_name, "config": config, "project": project, "entity": entity, "tags": list(tags)}
+        self._about: dict[str, Any] = {
+            "id": _run_id(folder),
+            "name": run_name,
+            "config": config,
+            "project": project,
+            "entity": entity,
+            "tags": list(tags),
+        }
         self.num_rows = 0
 
     def open(self, online: bool, files: Path, finish_timeout: float, **settings: Any) -> None:
@@ -104,14 +114,19 @@ class WandbRun:
             self._run.log({**scalars(metrics, split), "step": step}, step=row)
 
     def pictures(self, files: Sequence[Path], row: int) -> None:
-        """Sends images with the row that was logged last. For a row that the server has only the files go, which may be missing there."""
+        """Sends images with the row that was logged last. For a row that the server has only the files go,
+        which may be missing there.
+        """
         import wandb
 
         if row >= self.num_rows:
             self._run.log({"pictures": [wandb.Image(str(file), caption=file.stem) for file in files]}, step=row)
             return
         for file in files:
-            copy = Path(self._run.dir, "media", "images", f"pictures_{row}_{sha256(file.read_bytes()).hexdigest()[:20]}.png")  # wandb's name for it
+            # Wandb's name for it.
+            copy = Path(
+                self._run.dir, "media", "images", f"pictures_{row}_{sha256(file.read_bytes()).hexdigest()[:20]}.png"
+            )
             copy.parent.mkdir(parents=True, exist_ok=True)
             copyfile(file, copy)
             self._run.save(str(copy), base_path=self._run.dir, policy="now")
@@ -132,7 +147,9 @@ class WandbRun:
         import wandb
 
         status = summary.get("status", "running")
-        self._run.summary.update({key: value for key, value in summary.items() if key not in ("best", "final", "error")})
+        self._run.summary.update(
+            {key: value for key, value in summary.items() if key not in ("best", "final", "error")}
+        )
         for name, best in summary.get("best", {}).items():
             self._run.summary.update({f"best/{name}": best["value"], f"best/{name}_step": best["step"]})
         if (curves := self._folder.pictures / "curves.png").exists():
@@ -144,13 +161,15 @@ class WandbRun:
 class Wandb:
     """Weights & Biases, one run however often training is interrupted.
 
-    A thread does all the talking, so that training never waits for a server. W&B's own files are in `wandb/` in the run folder.
+    A thread does all the talking, so that training never waits for a server. W&B's own files are in `wandb/` in the run
+    folder.
 
     Args:
         folder: the run folder.
         run_name: the run's display name.
         config: the resolved recipe.
-        mode: `auto` is online where an API key is found, else offline; so is `online`, since nobody is ever asked for a key. WANDB_MODE wins.
+        mode: `auto` is online where an API key is found, else offline; so is `online`, since nobody is ever asked for a
+            key. WANDB_MODE wins.
         project: W&B project.
         entity: user or team; None is the key's default.
         tags: labels to filter runs by.
@@ -177,7 +196,8 @@ class Wandb:
         self._row = len(self._lines_before) - 1  # of the last line
         if mode_wanted == "disabled":
             return
-        # Imported here and not by the thread, where it would slow the first steps down, and where a loader worker that is forked in
+        # Imported here and not by the thread, where it would slow the first steps down, and where a loader worker that
+        # is forked in
         # the middle of an import would wait for its lock for ever. The second is what every `wandb.init` imports.
         import wandb
         import wandb.sdk.launch  # noqa: F401
@@ -242,7 +262,8 @@ class Wandb:
                     raise
                 print(f"wandb: {one_line(error)}; kept offline, {self._how_to_send}", file=sys.stderr, flush=True)
             else:
-                # What an interrupted run had written and not yet sent: rows can only be appended, so later would be too late.
+                # What an interrupted run had written and not yet sent: rows can only be appended, so later would be too
+                # late.
                 self._run.replay(self._lines_before)
                 return
             wandb.teardown()  # the failed attempt's service holds the id
@@ -262,7 +283,9 @@ def has_key() -> bool:
     server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     if os.environ.get("WANDB_API_KEY"):
         return True
-    candidates = [Path(os.environ["NETRC"])] if os.environ.get("NETRC") else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    candidates = (
+        [Path(os.environ["NETRC"])] if os.environ.get("NETRC") else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    )
     for file in candidates:
         try:
             entry = netrc.netrc(file.expanduser()).authenticators(urlsplit(server).netloc)
