@@ -67,7 +67,7 @@ class StopRequest:
         if os.getpid() != self._pid:
             return  # a loader worker: the process that started it decides
         if number == signal.SIGINT and self.signal_name == "SIGINT":
-            # Print() may be in the middle of another line.
+            # print() may be in the middle of another line.
             os.write(2, b"\nsecond Ctrl-C: ending at once; the last checkpoint stays\n")
             os._exit(130)
         if number == signal.SIGHUP:

@@ -119,7 +119,7 @@ class _Repository:
 
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
         with self._errors_told():
-            # Hf: never a folder of that name.
+            # With hf: it is never a folder of that name.
             builder = datasets.load_dataset_builder(f"hf://datasets/{self.path}", self.config, revision=self.revision)
         if builder.name != "parquet":  # `datasets` reads other formats too, not all of which are mere data
             raise UserError(

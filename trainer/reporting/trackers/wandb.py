@@ -123,7 +123,7 @@ class WandbRun:
             self._run.log({"pictures": [wandb.Image(str(file), caption=file.stem) for file in files]}, step=row)
             return
         for file in files:
-            # Wandb's name for it.
+            # W&B's name for it.
             copy = Path(
                 self._run.dir, "media", "images", f"pictures_{row}_{sha256(file.read_bytes()).hexdigest()[:20]}.png"
             )
