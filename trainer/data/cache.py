@@ -24,7 +24,7 @@ from torch import Tensor
 Bytes = npt.NDArray[np.uint8]
 
 SPARE_BYTES = 2**30  # left free on the disk
-# macOS has none.
+# macOS has no posix_fallocate.
 _allocate = getattr(os, "posix_fallocate", None) or (lambda descriptor, start, size: os.ftruncate(descriptor, size))
 
 
