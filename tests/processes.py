@@ -25,6 +25,7 @@ import matplotlib.figure  # noqa: F401
 import torch
 import torch._dynamo
 import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState
 
 from trainer.distributed.launch import Launch
 from trainer.recipe.load import load_recipe
@@ -52,6 +53,7 @@ checkpoint: {{every: 5 steps}}
 
 def _enter(rank: int, world_size: int, port: int) -> None:
     torch.set_num_threads(1)  # a forked child hangs in OpenMP otherwise
+    AcceleratorState._reset_state(reset_partial_state=True)  # a test may have built an Accelerator in this process
     if world_size > 1:
         os.environ |= {
             "RANK": str(rank),

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, create_model
 
 # Where the components of each kind live: a package's modules, or one module.
 CATALOGUE = {
@@ -34,6 +35,8 @@ CATALOGUE = {
     "schedule": "trainer.optim.schedules",
     "tracker": "trainer.reporting.trackers",
 }
+
+SUFFIX = ".safetensors"  # of a file of weights
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -123,6 +126,24 @@ augmentation = _decorator("augmentation")
 optimizer = _decorator("optimizer")
 schedule = _decorator("schedule")
 tracker = _decorator("tracker")
+
+
+def weights_field(*names: str) -> AfterValidator:
+    """Validates a recipe's `model.weights`; to be used as `Annotated[str, weights_field("coco")]`.
+
+    Allowed are `names`, `none`, and the path of a .safetensors file that exists.
+    """
+    allowed = f"must be {', '.join((*names, 'none'))} or an existing {SUFFIX} file"
+
+    def check(weights: str) -> str:
+        # Path.is_file() raises where the name can't be one.
+        if weights.endswith(SUFFIX) and not os.path.isfile(weights):
+            raise ValueError(f"{allowed}, and there is no such file")
+        if not weights.endswith(SUFFIX) and weights not in (*names, "none"):
+            raise ValueError(f"{allowed}; to start from scratch, set model.weights=none")
+        return weights
+
+    return AfterValidator(check)
 
 
 def catalogue(kind: str) -> dict[str, Component]:

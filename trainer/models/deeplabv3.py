@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from torch import Tensor, nn
 from torchvision.models import segmentation
 
-from trainer.components import model
-from trainer.models.weights import load_published, weights_field
+from trainer.components import model, weights_field
+from trainer.models.weights import load_published
 
 BACKBONES = {
     "resnet50": (segmentation.deeplabv3_resnet50, segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1),

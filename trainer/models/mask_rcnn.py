@@ -21,8 +21,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d
 
-from trainer.components import model
-from trainer.models.weights import load_published, weights_field
+from trainer.components import model, weights_field
+from trainer.models.weights import load_published
 
 COCO_CLASSES = 91  # of the published weights, with background
 ROI_SIZE = 7  # cells along the side of what the box head sees of a region

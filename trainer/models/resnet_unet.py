@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, ResNet34_Weights, ResNet50_Weights
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from trainer.components import model
+from trainer.components import model, weights_field
 from trainer.models.base_conv import Decoder
-from trainer.models.weights import load_published, weights_field
+from trainer.models.weights import load_published
 
 # Kind of block, how many of them at each level, published weights.
 BACKBONES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,15 +10,14 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from pydantic import AfterValidator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import WeightsEnum
 
+from trainer.components import SUFFIX
 from trainer.models.layers import check_layers, is_below
 
-SUFFIX = ".safetensors"
 MAX_NAMED = 5  # tensors listed in an error; a wrong file differs in hundreds
 NUM_EXAMPLES = 3  # tensors that show whose network a file is of
 
@@ -27,24 +25,6 @@ Shapes = dict[str, tuple[int, ...]]
 """Of tensors, by name."""
 Alternatives = Iterable[tuple[str, nn.Module]]
 """Models by the settings (`key.path=value`) that make them."""
-
-
-def weights_field(*names: str) -> AfterValidator:
-    """Validates a recipe's `model.weights`; to be used as `Annotated[str, weights_field("coco")]`.
-
-    Allowed are `names`, `none`, and the path of a .safetensors file that exists.
-    """
-    allowed = f"must be {', '.join((*names, 'none'))} or an existing {SUFFIX} file"
-
-    def check(weights: str) -> str:
-        # Path.is_file() raises where the name can't be one.
-        if weights.endswith(SUFFIX) and not os.path.isfile(weights):
-            raise ValueError(f"{allowed}, and there is no such file")
-        if not weights.endswith(SUFFIX) and weights not in (*names, "none"):
-            raise ValueError(f"{allowed}; to start from scratch, set model.weights=none")
-        return weights
-
-    return AfterValidator(check)
 
 
 def load_safetensors(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
-from trainer.components import Settings
+from trainer.components import Settings, weights_field
 from trainer.recipe.durations import Duration, Span
 
 
@@ -31,20 +31,13 @@ class DataSettings(Settings):
     overfit: PositiveInt | None = None
 
 
-def _weights(weights: str) -> str:
-    from trainer.models.weights import weights_field
-
-    checked: str = weights_field().func(weights)  # type: ignore[call-arg]
-    return checked
-
-
 class ModelSettings(Settings):
     """Keys of `model:` that every model has: what it starts from, what starts new and what learns.
     Some know published weights by name.
     """
 
     name: str
-    weights: Annotated[str, AfterValidator(_weights)] = "none"
+    weights: Annotated[str, weights_field()] = "none"
     reset_layers: list[str] = []
     train_only: list[str] = []
 

@@ -11,13 +11,14 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import nn
 
+from trainer.components import SUFFIX
 from trainer.data.seeds import Use, mix
 from trainer.data.sizes import check_one_size, sizes_fed
 from trainer.data.source import DataInfo
 from trainer.errors import UserError
 from trainer.models.freeze import layers_after, train_only
 from trainer.models.layers import check_layers, check_sides, is_below
-from trainer.models.weights import SUFFIX, check_safetensors, load_safetensors
+from trainer.models.weights import check_safetensors, load_safetensors
 from trainer.recipe.file import Problem, nearest
 from trainer.recipe.recipe import Recipe
 from trainer.tasks.task import Task

@@ -11,8 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
+from trainer.components import weights_field
 from trainer.models import weights
-from trainer.models.weights import check_safetensors, load_safetensors, weights_field
+from trainer.models.weights import check_safetensors, load_safetensors
 
 
 def net(classes: int = 3) -> nn.Sequential:
