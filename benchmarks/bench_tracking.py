@@ -44,13 +44,13 @@ def train_side(recipe: Path, steps: int, url: str) -> None:
     os.environ["WANDB_BASE_URL"] = url
     trackers.INIT_TIMEOUT_S = START_S
     ends: list[float] = []
-    step = Trainer._train_step
+    step = Trainer.train_step
 
-    def timed(self: Trainer, batches: Any) -> None:
-        step(self, batches)
+    def timed(self: Trainer) -> None:
+        step(self)
         ends.append(time.perf_counter())
 
-    Trainer._train_step = timed  # type: ignore[method-assign]
+    Trainer.train_step = timed  # type: ignore[method-assign]
     track = "[wandb]" if url else "[]"
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         train(recipe, (*OVERRIDES, f"train.duration={steps} steps", f"track={track}"), resume="never")

@@ -187,14 +187,14 @@ def train(recipe: Path, overrides: tuple[str, ...] = (), stop_after: int | None 
     loaded = load_recipe(recipe, overrides, [*Launch.read(file=Path("none")).checks(), *TASK_CHECKS])
     trainer = Trainer(loaded, resume)
     if stop_after is not None and trainer.rank == trainer.world_size - 1:
-        step = trainer._train_step
+        step = trainer.train_step
 
-        def stopping(batches: Any) -> None:
-            step(batches)
-            if trainer.step == stop_after:
+        def stopping() -> None:
+            step()
+            if trainer.state.step == stop_after:
                 STOP.signal_name = "SIGTERM"
 
-        trainer._train_step = stopping  # type: ignore[method-assign]
+        trainer.train_step = stopping  # type: ignore[method-assign]
     trainer.fit()
     trainer.accelerator.end_training()
 

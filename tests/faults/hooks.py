@@ -54,14 +54,14 @@ def before_step(step: int, act: Callable[[Any], Any]) -> None:
     """Calls `act(trainer)` when so many steps are done, and another is about to begin."""
     from trainer.trainer import Trainer
 
-    train_step = Trainer._train_step
+    train_step = Trainer.train_step
 
-    def stepping(trainer: Trainer, batches: Iterator[Any]) -> None:
-        if trainer.step == step:
+    def stepping(trainer: Trainer) -> None:
+        if trainer.state.step == step:
             act(trainer)
-        train_step(trainer, batches)
+        train_step(trainer)
 
-    Trainer._train_step = stepping  # type: ignore[method-assign]
+    Trainer.train_step = stepping  # type: ignore[method-assign]
 
 
 def in_reading(step: int, act: Callable[[], Any]) -> None:
@@ -70,14 +70,18 @@ def in_reading(step: int, act: Callable[[], Any]) -> None:
     """
     from trainer.trainer import Trainer
 
-    train_step = Trainer._train_step
+    train_step = Trainer.train_step
 
-    def stepping(trainer: Trainer, batches: Iterator[Any]) -> None:
+    def stepping(trainer: Trainer) -> None:
+        batches = trainer.batches
+
         def reading() -> Iterator[Any]:
             trainer.watchdog._tell("training")
             act()
             yield from batches
 
-        train_step(trainer, reading() if trainer.step == step else batches)
+        if trainer.state.step == step:
+            trainer.batches = reading()
+        train_step(trainer)
 
-    Trainer._train_step = stepping  # type: ignore[method-assign]
+    Trainer.train_step = stepping  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from tests.faults.hooks import before_call, before_step
 from tests.processes import Job, lines, weights, write_recipe
 from trainer.data.order import Order
 from trainer.data.parquet import RowGroups
-from trainer.optim.guard import Guard
+from trainer.optim.guard import Finding, Guard
 from trainer.runs import checkpoint as checkpoints
 from trainer.tasks.segmentation import Segmentation
 
@@ -99,7 +99,7 @@ def test_on_a_device_the_fused_optimizer_leaves_out_a_bad_step_without_the_host_
     for step, loss in enumerate([1.0, float("nan"), 1.0]):
         weight.grad = torch.full((3,), loss)
         guard.begin_step()
-        passes, counts = guard.passes(
+        passes, counts = guard.judge(
             step, {"loss": torch.tensor(loss).as_subclass(OnDevice)}, [torch.tensor(loss == loss)]
         )
         assert passes  # the host never waits: the optimizer is called, and reads the flag
@@ -111,7 +111,7 @@ def test_on_a_device_the_fused_optimizer_leaves_out_a_bad_step_without_the_host_
     assert (third != fourth) == skip  # later ones do only where bad steps are skipped
     assert counted == [True, False, skip]
     finding = guard.look()
-    assert finding and (finding.step, finding.what, finding.count) == (1, "loss is nan", 1) and guard.look() is None
+    assert (finding.step, finding.what, finding.num_skipped) == (1, "loss is nan", 1) and guard.look() == Finding()
 
 
 def test_without_room_in_memory_the_message_says_the_batch_size_and_what_to_do(tmp_path: Path, tally: Tally) -> None:

@@ -19,6 +19,7 @@ from tests.processes import Job, write_recipe
 from tests.reference_order import stream_of
 from trainer import trainer as loop
 from trainer.losses.soft_iou import SoftIoU
+from trainer.reporting import stopwatch
 from trainer.runs import checkpoint as checkpoints
 from trainer.tasks.segmentation import Segmentation
 
@@ -70,19 +71,19 @@ def ticking(then: Callable[[], Any] | None = None, evaluation_s: float = 0.0) ->
     """A clock on which every optimizer step takes ten seconds, and each batch of an evaluation so many."""
 
     def fault(rank: int) -> None:
-        train_step, evaluation_sums, now = loop.Trainer._train_step, Segmentation.evaluation_sums, [1000.0]
+        train_step, evaluation_sums, now = loop.Trainer.train_step, Segmentation.evaluation_sums, [1000.0]
 
         def evaluating(task: Segmentation, model: Any, batch: Any) -> Any:
             now[0] += evaluation_s
             return evaluation_sums(task, model, batch)
 
-        def step(trainer: Any, batches: Any) -> None:
+        def step(trainer: Any) -> None:
             now[0] += 10
-            train_step(trainer, batches)
+            train_step(trainer)
 
-        loop.Trainer._train_step = step  # type: ignore[method-assign]
+        loop.Trainer.train_step = step  # type: ignore[method-assign]
         Segmentation.evaluation_sums = evaluating  # type: ignore[method-assign]
-        loop.time = SimpleNamespace(monotonic=lambda: now[0])  # type: ignore[attr-defined]
+        stopwatch.time = SimpleNamespace(monotonic=lambda: now[0])  # type: ignore[attr-defined]
         if then:
             then()
 

@@ -37,7 +37,8 @@ class Data:
         UserError: the set isn't there, or its images can't be joined into batches.
     """
 
-    def __init__(self, recipe: Recipe, rank: int, world_size: int) -> None:
+    def __init__(self, recipe: Recipe, rank: int, world_size: int, device: Any = "cpu") -> None:
+        self.device = device
         settings = recipe.data
         self.rank, self.world_size = rank, world_size
         self.batch_size, self.accumulate = settings.batch_size, recipe.train.accumulate
@@ -69,10 +70,17 @@ class Data:
         self.validation_batches = Batches(self.validation, shards[rank], self.workers)
         self.validation_rounds = max(len(shard) for shard in shards)
 
+    def validation_batch(self, ids: list[int]) -> dict[str, Any]:
+        return self._to_device(self.validation.__getitems__(ids))
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        stay = ("sample_id", "epoch", "unreadable", "height", "width")
+        return {k: v.to(self.device, non_blocking=True) if k not in stay else v for k, v in batch.items()}
+
     def train_batches(self, first_step: int) -> Iterator[dict[str, Any]]:
         """This process's micro-batches from a step on, without end."""
         slices = Slices(self.batch_size, self.accumulate, self.rank, self.world_size, first_step)
-        return iter(Batches(self.train, slices, self.workers))
+        return map(self._to_device, Batches(self.train, slices, self.workers))
 
     def check_unchanged(self, identity: str | None) -> None:
         """Compares the set with the one that a run began with; None is unknown, as in checkpoints of older versions.

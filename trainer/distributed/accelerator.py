@@ -19,12 +19,9 @@ from trainer.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# A collective of the model's gives up so much later than train.timeout: the watchdog, which names the rank, comes
+# A collective of the model times out this much later than train.timeout: the watchdog, which names the rank, comes
 # first.
 AFTER_WATCHDOG = timedelta(minutes=1)
-
-# Of a process that waits for a decision: rank 0 may be preparing a data set; the watchdog ends what hangs.
-CONTROL_TIMEOUT = timedelta(days=7)
 
 
 def resolve_precision(precision: str) -> str:
@@ -118,7 +115,7 @@ def configure_backends(recipe: Recipe) -> None:
 
 
 def why_bits_may_differ(saved: Mapping[str, Any], world_size: int, device: torch.device) -> Iterator[str]:
-    """Sentences for a run that is resumed: why it may not end with the bits of one that was never interrupted.
+    """Reasons why a resumed run may not end with the same bits as an uninterrupted one.
 
     Args:
         saved: the counters of the checkpoint.
@@ -128,20 +125,20 @@ def why_bits_may_differ(saved: Mapping[str, Any], world_size: int, device: torch
     before, now = (saved["world_size"], saved["threads"]), (world_size, torch.get_num_threads())
     if before != now:
         yield (
-            f"saved by {before[0]} processes of {before[1]} threads, going on with {now[0]} of {now[1]}: the same "
-            "batches, but roundings may differ"
+            f"saved by {before[0]} processes of {before[1]} threads, resumed by {now[0]} of {now[1]}: the batches are "
+            "the same, but floating-point results may differ slightly"
         )
     if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
         yield (
-            "this GPU computes without deterministic kernels: the same batches, but floating-point results may differ "
-            "slightly from those of "
-            "an uninterrupted run; with train.deterministic=true from the start they are equal to the bit"
+            "this GPU computes without deterministic kernels: the batches are the same, but floating-point results may "
+            "differ slightly from those of an uninterrupted run; with train.deterministic=true from the start they are "
+            "equal bit for bit"
         )
 
 
 def leave_processes(failed: bool) -> None:
-    """Ends this process's part of the group; after a failure without waiting for a rank that may be gone,
-    as NCCL would (gloo doesn't).
+    """Leaves the process group; after a failure without waiting for a rank that may be gone, as NCCL would (gloo
+    doesn't).
     """
     if not dist.is_initialized():
         return
@@ -152,8 +149,8 @@ def leave_processes(failed: bool) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Has the C library keep what a step frees: else it goes back to the system and comes again page by page,
-    in every step on a CPU.
+    """Makes the C library keep the memory that a step frees. Otherwise it goes back to the system and returns page by
+    page, in every step on a CPU.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
     with suppress(OSError, AttributeError):  # another C library

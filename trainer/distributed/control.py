@@ -14,12 +14,15 @@ from trainer.distributed.reduce import world_size
 from trainer.errors import UserError
 from trainer.signals import STOP, Stopped
 
+# Of a process that waits for a decision: rank 0 may be preparing a data set; the watchdog ends what hangs.
+TIMEOUT = timedelta(days=7)
+
 
 class Control:
     """Small messages between processes about the run itself, over CPU tensors: they never wait for a GPU."""
 
-    def __init__(self, timeout: timedelta) -> None:
-        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
 
     def maximum(self, values: list[float]) -> list[float]:
         """The largest of each value over all processes."""
@@ -37,8 +40,8 @@ class Control:
         return tensor.tolist()
 
     def on_main(self, decide: Callable[[], Any]) -> str:
-        """Rank 0 decides and tells the others; where it can't, all end with its error. A stop signal to it interrupts
-        it.
+        """Rank 0 decides and sends its answer to the others; if it fails, all raise its error. A stop signal
+        interrupts it.
 
         Raises:
             UserError: rank 0's, or that it can't use a file.
@@ -68,15 +71,20 @@ class Control:
         (length,) = self.from_main([len(encoded)])
         return bytes(self.from_main((encoded + [0] * length)[:length])).decode() if length else ""
 
-    def union(self, values: list[int]) -> list[int]:
-        """Every value that some process has, in order; values are at least 0."""
+    def gather(self, values: list[int]) -> list[list[int]]:
+        """The values of each process, by rank; each has as many."""
+        mine = torch.tensor(values, dtype=torch.int64)
         if world_size() == 1:
-            return sorted(set(values))
-        (longest,) = self.maximum([float(len(values))])
-        mine = torch.tensor([*values, *[-1] * (int(longest) - len(values))], dtype=torch.int64)
+            return [values]
         gathered = [torch.empty_like(mine) for _ in range(world_size())]
         dist.all_gather(gathered, mine, group=self._group)
-        return sorted({value for each in gathered for value in each.tolist()} - {-1})
+        return [each.tolist() for each in gathered]
+
+    def union(self, values: list[int]) -> list[int]:
+        """Every value that some process has, in order; values are at least 0."""
+        (longest,) = self.maximum([float(len(values))])
+        padded = [*values, *[-1] * (int(longest) - len(values))]
+        return sorted({value for each in self.gather(padded) for value in each} - {-1})
 
     def _reduce(self, tensor: Tensor, operation: Any) -> Any:
         if world_size() > 1:

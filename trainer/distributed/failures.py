@@ -1,4 +1,4 @@
-"""Errors of libraries and of the system that mean a failed training, in this project's words."""
+"""Errors of libraries and of the system that end a training, turned into messages that say what to do."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.
 
 @contextmanager
 def reported_to_peers(watchdog: Watchdog, world_size: int) -> Iterator[None]:
-    """Inside, an error is reported to the other processes before it is raised; where one of them is to blame,
-    it ends this process.
+    """Reports an error inside to the other processes before it is raised. If another process caused it, this one
+    ends here.
     """
     try:
         yield
@@ -30,17 +30,17 @@ def reported_to_peers(watchdog: Watchdog, world_size: int) -> Iterator[None]:
         raise
     except BaseException as error:
         if world_size > 1 and _lost_connection(error):
-            watchdog.cut_off()  # another rank is to blame; this ends the process when it is known which
+            watchdog.cut_off()  # another rank failed; this ends the process as soon as it is known which one
         watchdog.failed(error)
         raise
 
 
 @contextmanager
-def failures_told(
+def failures_reported(
     watchdog: Watchdog, fail: Callable[[BaseException], None], recipe: Recipe, world_size: int, folder: Path
 ) -> Iterator[None]:
-    """Inside, whatever goes wrong is reported to the other processes and by `fail`,
-    then raised in this project's words.
+    """Reports whatever goes wrong inside to the other processes and to `fail`, and raises it as an error of this
+    package where it is a known one.
     """
     try:
         with reported_to_peers(watchdog, world_size):
@@ -50,7 +50,7 @@ def failures_told(
         raise
     except BaseException as error:
         failure = _as_training_failure(error, recipe, world_size, folder)
-        with suppress(Exception):  # what went wrong first is what is reported
+        with suppress(Exception):  # the first error is the one to report
             fail(failure or error)
         if failure:
             raise failure from error
@@ -63,7 +63,7 @@ def _lost_connection(error: BaseException) -> bool:
 
 
 def _as_training_failure(error: BaseException, recipe: Recipe, world_size: int, folder: Path) -> TrainingFailed | None:
-    """The failure that an error stands for, to be told in one message; None where it is itself what people must see."""
+    """The failure behind an error of a library or of the system, in one message; None for any other error."""
     message = ""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         samples = recipe.data.batch_size // (world_size * recipe.train.accumulate)
@@ -76,8 +76,8 @@ def _as_training_failure(error: BaseException, recipe: Recipe, world_size: int, 
     elif isinstance(error, OSError) and error.errno in DISK:
         free = f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free)" if error.errno == errno.ENOSPC else ""
         message = (
-            f"{error.filename or folder} can't be written: {error.strerror}{free}; the checkpoints are whole: mend "
-            "it, then the same command goes on"
+            f"{error.filename or folder} can't be written: {error.strerror}{free}; the checkpoints are intact: fix "
+            "this and rerun the same command to resume"
         )
     elif "Expected more than 1 value per channel when training" in str(error):
         message = (

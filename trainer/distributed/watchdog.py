@@ -107,7 +107,7 @@ class Watchdog:
 
     # ------------------------------------------------------------ called by the training
 
-    def at(self, place: str, step: int = 0, patient: bool = False) -> None:
+    def enter(self, place: str, step: int = 0, patient: bool = False) -> None:
         """Says what comes next, on every rank alike; `patient` for what may take any time."""
         self._here = (self._here[0] + 1, place, step, None if patient else time.monotonic())
 

@@ -1,16 +1,15 @@
-"""Steps whose loss or gradients are not finite: noticed before the optimizer steps, without waiting for a GPU."""
+"""Steps whose loss or gradients are not finite: detected before the optimizer steps, without waiting for a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainer.data.build import Data
 from trainer.distributed.control import Control
 
 GRADIENTS = "gradient_norm"
@@ -25,56 +24,67 @@ ADVICE = (
 # Steps in a row: a gradient scaler halves its scale in each, and starts at 2**16; below 1 it is of no use.
 MAX_OVERFLOWS = 20
 
+SampleIds = Callable[[int, int, int], list[int]]
+"""From step, micro-batch and rank to the ids of the samples there."""
+
+
+class Verdict(NamedTuple):
+    """The guard's decision on a step.
+
+    Attributes:
+        call_optimizer: whether the host calls the optimizer, which may still have been told to change nothing.
+        is_good: bool scalar on the device: whether the step changes the weights.
+    """
+
+    call_optimizer: bool
+    is_good: Tensor
+
 
 @dataclass(frozen=True)
 class Finding:
-    """The steps skipped since the guard was last looked at, and the first bad one of them.
+    """The steps skipped since the last look, and the first bad one of them.
 
     Attributes:
-        step: its number, from 0.
-        what: what was not finite, e.g. `loss is nan`; empty where gradients overflowed fp16 and nothing else happened:
-            a gradient scaler finds its scale that way.
-        micro_batches: for each micro-batch of this process, whether its own share of the loss was not finite.
-        count: steps skipped since the last look.
+        num_skipped: steps skipped since the last look.
+        what: what was not finite, e.g. `loss is nan`; empty where no step was bad. Gradients that overflow fp16 now and
+            then aren't: a gradient scaler finds its scale that way.
+        step: the bad step's number, from 0.
+        micro_batches: for each micro-batch of this process, 1 if its own share of the loss was not finite.
         advice: what a user can do about it; empty where bad steps are skipped anyway.
     """
 
-    step: int
-    what: str
-    micro_batches: list[bool]
-    count: int
-    advice: str
+    num_skipped: int = 0
+    what: str = ""
+    step: int = 0
+    micro_batches: list[int] = field(default_factory=list)
+    advice: str = ""
 
-    def describe(self, data: Data, control: Control) -> str:
-        """What was not finite in which step, and in which samples; to be called by all processes."""
-        accumulate = len(self.micro_batches)
-        marked = [0.0] * (data.world_size * accumulate)
-        marked[data.rank * accumulate : (data.rank + 1) * accumulate] = map(float, self.micro_batches)
-        ids: list[int] = []
-        for index, is_marked in enumerate(control.maximum(marked)):
-            if is_marked:
-                rank, micro_batch = divmod(index, accumulate)
-                ids += data.sample_ids(self.step, micro_batch, rank)
-        listed = (
-            f"among samples {', '.join(map(str, ids[:MAX_IDS]))}{', …' if len(ids) > MAX_IDS else ''}"
-            if ids
-            else "each sample's loss is finite"
-        )
-        return f"step {self.step + 1}: {self.what} ({listed})"
+    def describe(self, sample_ids: SampleIds, control: Control) -> str:
+        """Says what was not finite in which step, and in which samples; to be called by all processes."""
+        ids = [
+            sample_id
+            for rank, marks in enumerate(control.gather(self.micro_batches))
+            for micro_batch, is_marked in enumerate(marks)
+            if is_marked
+            for sample_id in sample_ids(self.step, micro_batch, rank)
+        ]
+        listed = ", ".join(map(str, ids[:MAX_IDS])) + ", …" * (len(ids) > MAX_IDS)
+        where = f"among samples {listed}" if ids else "each sample's loss is finite"
+        return f"step {self.step + 1}: {self.what} ({where})"
 
 
 class Guard:
     """Keeps a bad step from changing the weights.
 
-    On CPUs the host looks at every step. On GPUs the flag stays on the device, where the fused optimizer reads it as
-    the one a gradient scaler would set (`found_inf`), and the host learns of it when it waits for the device anyway.
-    Loss terms and gradients are sums over all processes, so all come to the same judgement.
+    On CPUs the host reads the decision on every step. On GPUs it stays on the device, where the fused optimizer reads
+    it as the flag that a gradient scaler would set (`found_inf`), and the host learns of it when it waits for the
+    device anyway. Loss terms and gradients are sums over all processes, so all processes decide alike.
 
     A gradient scaler of fp16 tries scales that make gradients overflow; such steps are skipped and not bad, unless
     there are `MAX_OVERFLOWS` in a row.
 
     Args:
-        optimizer: the torch optimizer; one that isn't fused makes the host look at every step.
+        optimizer: the torch optimizer; with one that isn't fused the host decides on every step.
         buffers: of the model; a skipped step leaves them as they were.
         skip: whether training continues after a bad step. Otherwise no later step changes the weights either.
         scaled: whether there is a gradient scaler, which calls the optimizer.
@@ -82,102 +92,121 @@ class Guard:
 
     def __init__(self, optimizer: torch.optim.Optimizer, buffers: Iterable[Tensor], skip: bool, scaled: bool) -> None:
         self.optimizer, self.skip, self.scaled = optimizer, skip, scaled
-        self._buffers = (
-            [_Kept(group) for group in _by_dtype(buffer for buffer in buffers if buffer.is_floating_point())]
-            if skip
-            else []
-        )
-        self._state: Tensor | None = None  # bad steps so far, skipped ones, overflows in a row; float64, on the device
-        # Of the bad ones since the last look: step, overflows, values, flags of the micro-batches.
-        self._first: Tensor | None = None
-        self._names: list[str] = []
-        self._seen_bad, self._seen_skipped, self._has_stepped = 0.0, 0.0, False
-        self._flag: Tensor | None = None  # for the fused optimizer: 1 where it is to change nothing
+        floating = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self._backups = [_Backup(group) for group in _by_dtype(floating)] if skip else []
+        self._record: _Record | None = None
+        self._has_stepped = False
+        self._found_inf: Tensor | None = None  # for the fused optimizer: 1 where it is to change nothing
         optimizer.register_step_pre_hook(self._hand_over_flag)
 
     def begin_step(self) -> None:
-        """Remembers what a bad forward pass would spoil."""
-        for buffers in self._buffers:
-            buffers.keep()
+        """Backs up what a bad forward pass would spoil."""
+        for backup in self._backups:
+            backup.save()
 
-    def passes(self, step: int, values: dict[str, Tensor], finite_shares: list[Tensor]) -> tuple[bool, Tensor]:
-        """Judges a step after its backward pass.
+    def judge(self, step: int, values: dict[str, Tensor], finite_shares: list[Tensor]) -> Verdict:
+        """Decides on a step after its backward pass.
 
         Args:
             step: its number, from 0.
             values: the terms of the loss over all processes, and `gradient_norm`; scalars.
             finite_shares: for each micro-batch a bool scalar, whether this process's sums are finite.
-
-        Returns:
-            Whether the host is to call the optimizer, and a bool scalar on the device: whether the step counts.
         """
-        self._names = list(values)
-        found = torch.stack([value.detach().double() for value in values.values()])
-        if self._state is None or self._first is None:
-            self._state = torch.zeros(3, dtype=found.dtype, device=found.device)
-            self._first = torch.zeros(2 + len(found) + len(finite_shares), dtype=found.dtype, device=found.device)
-        finite = found.isfinite()
-        broken = ~finite.all()
-        bad, overflows = broken, torch.zeros_like(found[:1])
-        if self.scaled:
-            overflow = (
-                broken & torch.stack([ok for ok, name in zip(finite, values, strict=True) if name != GRADIENTS]).all()
-            )
-            overflows = (self._state[2:] + 1) * overflow
-            bad = broken & ~(overflow & (overflows < MAX_OVERFLOWS).all())
-        report = torch.cat([torch.full_like(overflows, step), overflows, found, (~torch.stack(finite_shares)).double()])
-        self._first = torch.where(bad & (self._state[0] == self._seen_bad), report, self._first)
-        self._state = torch.cat([self._state[:2] + torch.stack([bad, broken]), overflows])
-        stop = broken if self.skip else broken | (self._state[0] > 0)
-        # The host looks until a step has passed, which creates the optimizer's state.
-        if (
-            stop.device.type == "cpu"
-            or not self._has_stepped
-            or not getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        ):
-            self._flag = None
-            passes = not bool(stop)
-            self._has_stepped |= passes
-            if not passes:
-                for buffers in self._buffers:
-                    buffers.put_back()
-                # A scaler has to be called in any case, and calls an optimizer with nothing to do.
-                self.optimizer.zero_grad()
-            return passes or self.scaled, ~stop
-        for buffers in self._buffers:
-            buffers.put_back_where(stop)
-        self._flag = stop.float()
-        return True, ~stop
+        if self._record is None:
+            self._record = _Record(list(values), len(finite_shares), self.scaled, next(iter(values.values())).device)
+        broken, ever_bad = self._record.add(step, values, finite_shares)
+        veto = broken if self.skip else broken | ever_bad
+        decide = self._decide_on_device if self._device_can_decide(veto.device) else self._decide_on_host
+        return Verdict(decide(veto), ~veto)
+
+    def look(self) -> Finding:
+        """What was skipped since the last look; waits for the device."""
+        return self._record.take("" if self.skip else ADVICE) if self._record else Finding()
+
+    def _device_can_decide(self, device: torch.device) -> bool:
+        """Whether the optimizer takes a flag. Before its first step it has no state, and would make it where
+        nothing may change.
+        """
+        is_fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return device.type != "cpu" and self._has_stepped and is_fused
+
+    def _decide_on_host(self, veto: Tensor) -> bool:
+        self._found_inf = None
+        if not bool(veto):
+            self._has_stepped = True
+            return True
+        for backup in self._backups:
+            backup.restore()
+        # A scaler has to be called in any case, and then calls an optimizer that has nothing to do.
+        self.optimizer.zero_grad()
+        return self.scaled
+
+    def _decide_on_device(self, veto: Tensor) -> bool:
+        for backup in self._backups:
+            backup.restore_where(veto)
+        self._found_inf = veto.float()
+        return True
 
     def _hand_over_flag(self, optimizer: Any, arguments: Any, keywords: Any) -> None:
-        """Called when the optimizer begins to step: a scaler has set its own flag before,
-        which knows of overflows alone.
+        """Called when the optimizer begins to step: a scaler has set its own flag before, which knows of overflows
+        alone.
         """
-        if self._flag is not None:
-            optimizer.found_inf = self._flag
+        if self._found_inf is not None:
+            optimizer.found_inf = self._found_inf
 
-    def look(self) -> Finding | None:
-        """What was skipped since the last look; waits for the device."""
-        if self._state is None or self._first is None:
-            return None
-        bad, skipped, _, step, overflows, *rest = torch.cat([self._state, self._first]).tolist()
-        count, is_bad = int(skipped - self._seen_skipped), bad > self._seen_bad
+
+class _Record:
+    """What happened in all steps, on the device and in float64: nothing waits for it before `take`.
+
+    Args:
+        names: of the values that are looked at.
+        micro_batches: in a step, of this process.
+        scaled: whether gradients alone may overflow.
+        device: of the values.
+    """
+
+    def __init__(self, names: list[str], micro_batches: int, scaled: bool, device: torch.device) -> None:
+        self.names, self.scaled = names, scaled
+
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=device)
+
+        self._bad, self._skipped, self._overflows = zeros(1), zeros(1), zeros(1)  # steps; the last: in a row, until now
+        # Of the first bad step since the last look: its number, overflows until then, values, marked micro-batches.
+        self._first_bad = zeros(2 + len(names) + micro_batches)
+        self._seen_bad = self._seen_skipped = 0.0
+
+    def add(self, step: int, values: Mapping[str, Tensor], finite_shares: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Adds a step; returns two bool scalars: whether it is broken, and whether any step so far was bad."""
+        found = torch.stack([value.detach().double() for value in values.values()])
+        finite = found.isfinite()
+        broken = ~finite.all()
+        bad = broken
+        if self.scaled:
+            losses = torch.stack([ok for ok, name in zip(finite, values, strict=True) if name != GRADIENTS])
+            overflow = broken & losses.all()
+            self._overflows = (self._overflows + 1) * overflow
+            bad = broken & ~(overflow & (self._overflows < MAX_OVERFLOWS).all())
+        marked = (~torch.stack(finite_shares)).double()
+        this_step = torch.cat([torch.full_like(found[:1], step), self._overflows, found, marked])
+        self._first_bad = torch.where(bad & (self._bad == self._seen_bad), this_step, self._first_bad)
+        self._bad, self._skipped = self._bad + bad, self._skipped + broken
+        return broken, (self._bad > 0).squeeze()
+
+    def take(self, advice: str) -> Finding:
+        """What is new since it was last taken; waits for the device."""
+        bad, skipped, step, overflows, *rest = torch.cat([self._bad, self._skipped, self._first_bad]).tolist()
+        num_skipped, is_bad = int(skipped - self._seen_skipped), bad > self._seen_bad
         self._seen_bad, self._seen_skipped = bad, skipped
-        if not count:
-            return None
-        values, flags = rest[: len(self._names)], rest[len(self._names) :]
-        what = (
-            ", ".join(
-                f"{name} is {value}" for name, value in zip(self._names, values, strict=True) if not isfinite(value)
-            )
-            if is_bad
-            else ""
-        )
-        advice = "" if self.skip else ADVICE
-        if is_bad and overflows:
+        if not is_bad:
+            return Finding(num_skipped)
+        values, marked = rest[: len(self.names)], rest[len(self.names) :]
+        broken = [f"{name} is {value}" for name, value in zip(self.names, values, strict=True) if not isfinite(value)]
+        what = ", ".join(broken)
+        if overflows:
             what = f"the gradients overflow fp16 in {overflows:.0f} steps in a row, at every scale"
             advice = "set train.precision=bf16 or fp32, whose range is wider"
-        return Finding(int(step), what, [bool(flag) for flag in flags], count, advice)
+        return Finding(num_skipped, what, int(step), [int(mark) for mark in marked], advice)
 
 
 def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -187,32 +216,31 @@ def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
-class _Kept:
-    """A copy of tensors of one dtype, in one block of memory:
-    it takes as many calls to make or to use as for a single tensor.
-    """
+class _Backup:
+    """A copy of tensors of one dtype in one block of memory, so that each operation on all of them is one call."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors
-        self._copy, self._copies = self._block()
-        self._current, self._currents = self._block()
+        self._saved, self._saved_parts = self._block()
+        self._current, self._current_parts = self._block()
 
     def _block(self) -> tuple[Tensor, list[Tensor]]:
-        block = self._tensors[0].new_empty(sum(tensor.numel() for tensor in self._tensors))
-        parts = block.split([tensor.numel() for tensor in self._tensors])
-        return block, [part.view(tensor.shape) for part, tensor in zip(parts, self._tensors, strict=True)]
+        sizes = [tensor.numel() for tensor in self._tensors]
+        block = self._tensors[0].new_empty(sum(sizes))
+        parts = zip(block.split(sizes), self._tensors, strict=True)
+        return block, [part.view(tensor.shape) for part, tensor in parts]
 
     @torch.no_grad()
-    def keep(self) -> None:
-        torch._foreach_copy_(self._copies, self._tensors)
+    def save(self) -> None:
+        torch._foreach_copy_(self._saved_parts, self._tensors)
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        torch._foreach_copy_(self._tensors, self._copies)
+    def restore(self) -> None:
+        torch._foreach_copy_(self._tensors, self._saved_parts)
 
     @torch.no_grad()
-    def put_back_where(self, condition: Tensor) -> None:
+    def restore_where(self, condition: Tensor) -> None:
         """Decided on the device, by a bool scalar there."""
-        torch._foreach_copy_(self._currents, self._tensors)
-        torch.where(condition, self._copy, self._current, out=self._current)
-        torch._foreach_copy_(self._tensors, self._currents)
+        torch._foreach_copy_(self._current_parts, self._tensors)
+        torch.where(condition, self._saved, self._current, out=self._current)
+        torch._foreach_copy_(self._tensors, self._current_parts)

@@ -1,14 +1,16 @@
-"""What a run tells: its folder, W&B and TensorBoard, and the terminal. Rank 0 alone tells anything."""
+"""What a run reports: to its folder, to W&B and TensorBoard, and to the terminal. Only rank 0 reports anything."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from trainer.distributed.accelerator import resolve_precision
 from trainer.errors import TrainingFailed, UserError, one_line
 from trainer.recipe.recipe import Recipe
 from trainer.reporting.figures import draw_confusion, draw_curves, draw_precision_recall, save_sheet
@@ -16,13 +18,16 @@ from trainer.reporting.progress import Progress
 from trainer.reporting.trackers.tracker import Mirrors
 from trainer.runs.environment import environment
 from trainer.runs.folder import Line, RunFolder, Status
-from trainer.tasks.task import Color
+from trainer.signals import STOP
 
 CURVES_EVERY_S = 60.0
 
+Color = tuple[int, int, int]
+"""RGB, 0 to 255."""
+
 
 class Reporter:
-    """Tells people and files how a run goes; silent on all ranks but 0.
+    """Reports how a run goes, to people and to files; silent on all ranks but 0.
 
     Args:
         folder: the run folder.
@@ -33,7 +38,7 @@ class Reporter:
     def __init__(self, folder: RunFolder, recipe: Recipe, enabled: bool) -> None:
         self.folder, self.recipe, self.enabled = folder, recipe, enabled
         self.display = Progress(enabled)
-        self.say = self.display.say
+        self.say, self.step = self.display.say, self.display.step
         self.mirrors: Mirrors | None = None  # once the run has begun
         self._curves_drawn = 0.0
         self._advice: str | None = None  # of the last evaluation
@@ -44,25 +49,54 @@ class Reporter:
         """Whether the run has begun, on this rank."""
         return self.mirrors is not None
 
-    def begin(self, step: int, total_steps: int | None, facts: dict[str, Any]) -> None:
+    # ------------------------------------------------------------ before the first step
+
+    def already_finished(self, step: int) -> None:
+        """Says that there is nothing left to train."""
+        self.say(
+            f"{self.recipe.name} is already finished, at step {step}; to continue, give it a longer train.duration (or "
+            "another evaluate.stop_after)"
+        )
+
+    def resumed(self, step: int, caveats: Iterable[str]) -> None:
+        """Says where the run resumes, and why it may differ from an uninterrupted one."""
+        self.say(f"resumed {self.recipe.name} from step {step}")
+        for caveat in caveats:
+            self.say(caveat)
+
+    def begin(self, step: int, total_steps: int | None, device: torch.device) -> None:
         """Writes environment.json, and opens trackers and progress bar."""
         if self.enabled:
-            self.folder.write_environment(environment() | facts)
+            precision = resolve_precision(self.recipe.train.precision)
+            self.folder.write_environment(environment() | {"precision": precision, "device": str(device)})
             self.mirrors = Mirrors(self.recipe.trackers, self.folder.path, self.recipe.name, self.recipe.resolved())
         self.display.start(total_steps, step)
         self._curves_drawn = time.monotonic()
 
+    # ------------------------------------------------------------ while training
+
     def train(self, line: Line) -> None:
-        """A train line of the metrics."""
+        """Reports a train line of the metrics."""
         self._log(line)
         if self.enabled:
             self.display.train(line)
 
-    def validation(self, line: Line, names: Sequence[str], improved: bool, advice: str | None = None) -> None:
-        """A validation line; `names` are the metrics for the terminal. A confusion matrix and curves in it are drawn,
-        for `pictures` to show.
+    def skipped(self, description: str, total: int, advice: str) -> None:
+        """Says which step was skipped, and why."""
+        self.say(f"{description}; skipped, {total} so far" + (f": {advice}" if advice else ""))
 
-        `advice` is printed once, when two evaluations in a row have some, or the last one of a finished run.
+    def time_limit_near(self, step: int) -> None:
+        """Says why a checkpoint is saved now."""
+        self.say(f"the time limit of this job is near: saving a checkpoint at step {step}")
+
+    def validation(self, line: Line, names: Sequence[str], improved: bool, advice: str | None = None) -> None:
+        """Reports a validation line of the metrics.
+
+        Args:
+            line: all metrics.
+            names: those for the terminal.
+            improved: whether the evaluation is the best so far.
+            advice: printed once, when two evaluations in a row have some, or the last one of a finished run.
         """
         self._log(line)
         figures = "  ".join(f"{name} {line[name]:.4f}" for name in names if name in line)
@@ -72,59 +106,80 @@ class Reporter:
         self._advice = advice
         if self.enabled and time.monotonic() - self._curves_drawn > CURVES_EVERY_S:
             self._draw_curves()
-        if self.enabled and self.recipe.evaluate.pictures:
-            for name, draw in (("confusion", draw_confusion), ("precision_recall", draw_precision_recall)):
-                if line.get(name):
-                    draw(line[name], self.folder.pictures / f"{name}_step_{line['step']:08d}.png")
 
-    def _advise(self, advice: str | None) -> None:
-        if advice and not self._advice_given:
-            self.say(advice)
-            self._advice_given = True
+    def pictures(
+        self, line: Line, samples: Sequence[Tensor], panels: Sequence[str] = (), legend: Mapping[str, Color] = {}
+    ) -> None:
+        """Draws an evaluation: samples of the validation set, and the confusion matrix and curves of its line.
+
+        Args:
+            line: the metrics, as in `validation`.
+            samples: uint8 (P, 3, H, W) each; none for a task that draws none.
+            panels: names of the P panels.
+            legend: what colours in them mean.
+        """
+        if not (self.enabled and self.mirrors):
+            return
+        folder, step = self.folder.pictures, line["step"]
+        for name, draw in (("confusion", draw_confusion), ("precision_recall", draw_precision_recall)):
+            if line.get(name):
+                draw(line[name], folder / f"{name}_step_{step:08d}.png")
+        if samples:
+            save_sheet(samples, folder / f"validation_step_{step:08d}.png", panels, legend)
+        self.mirrors.pictures(self.folder.pictures_of(step), step)
 
     def _log(self, line: Line) -> None:
         if self.enabled and self.mirrors:
             self.folder.log(line)
             self.mirrors.log(line, line["step"], line["split"])
 
-    def pictures(
-        self, samples: list[Tensor], step: int, panels: Sequence[str] = (), legend: Mapping[str, Color] = {}
-    ) -> None:
-        """Draws samples of the validation set, uint8 (P, 3, H, W) each, and shows all pictures of this step."""
-        if self.enabled and self.mirrors:
-            save_sheet(samples, self.folder.pictures / f"validation_step_{step:08d}.png", panels, legend)
-            self.mirrors.pictures(self.folder.pictures_of(step), step)
+    def _advise(self, advice: str | None) -> None:
+        if advice and not self._advice_given:
+            self.say(advice)
+            self._advice_given = True
+
+    def _draw_curves(self) -> None:
+        draw_curves(self.folder.read_metrics(), self.folder.pictures / "curves.png")
+        self._curves_drawn = time.monotonic()
+
+    # ------------------------------------------------------------ at the end
 
     def summary(self, status: Status, **facts: Any) -> dict[str, Any]:
         """Writes and returns summary.json."""
         return self.folder.write_summary(status, **facts) if self.enabled else {}
 
-    def end(self, status: Status, text: str, **facts: Any) -> None:
-        """Closes everything; `text` is the last line for people."""
-        self.display.close()
-        if self.enabled and self.mirrors:
-            summary = self.summary(status, **facts)
-            with suppress(OSError):  # a full disk has been reported
-                self._draw_curves()
-            self.mirrors.finish(summary)
-            best = summary["best"].get(self.recipe.evaluate.best)
-            figure = (
-                f", best {self.recipe.evaluate.best} {best['value']:.4f} at step {best['step']}"
-                if best and status == "finished"
-                else ""
-            )
-            if status == "finished":
-                self._advise(self._advice)
-            if text:
-                self.say(text + figure)
+    def stopped(self, resume: str, facts: Mapping[str, Any]) -> None:
+        """Closes everything after a stop signal, and says how to continue; `resume` is the option of this command."""
+        again = "the same command" if resume == "auto" else "the same command with --resume auto"
+        signal = STOP.signal_name or "a signal"
+        self._close("stopped", facts)
+        self.say(f"stopped on {signal} at step {facts['step']}, checkpoint saved; {again} resumes from there")
 
-    def fail(self, error: BaseException, facts: dict[str, Any]) -> None:
-        """Closes everything where the run has begun, and records why it failed; `facts` as in `summary`."""
+    def finished(self, evaluations_since_best: int | None, facts: Mapping[str, Any]) -> None:
+        """Closes everything after the last step; `evaluations_since_best` is given where training ended early."""
+        early = "" if evaluations_since_best is None else f" early, {evaluations_since_best} evaluations after the best"
+        metric = self.recipe.evaluate.best
+        best = self._close("finished", facts).get("best", {}).get(metric)
+        figure = f", best {metric} {best['value']:.4f} at step {best['step']}" if best else ""
+        self._advise(self._advice)
+        self.say(
+            f"finished {self.recipe.name}{early}: {facts['step']} steps in {facts['seconds']:.0f} s; see "
+            f"{self.folder.path}{figure}"
+        )
+
+    def failed(self, error: BaseException, facts: Mapping[str, Any]) -> None:
+        """Closes everything where the run has begun, and records why it failed."""
         if self.is_open:
-            self.end("failed", "", error=one_line(error), **facts)
+            self._close("failed", {"error": one_line(error), **facts})
         elif isinstance(error, UserError | TrainingFailed):  # anything else may not happen again
             self.folder.write_standing("failed", error=one_line(error))
 
-    def _draw_curves(self) -> None:
-        draw_curves(self.folder.read_metrics(), self.folder.pictures / "curves.png")
-        self._curves_drawn = time.monotonic()
+    def _close(self, status: Status, facts: Mapping[str, Any]) -> dict[str, Any]:
+        self.display.close()
+        if not (self.enabled and self.mirrors):
+            return {}
+        summary = self.summary(status, **facts)
+        with suppress(OSError):  # a full disk has been reported
+            self._draw_curves()
+        self.mirrors.finish(summary)
+        return summary

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.metrics.means import Means
-from trainer.optim.guard import GRADIENTS, MAX_OVERFLOWS, Guard
+from trainer.optim.guard import GRADIENTS, MAX_OVERFLOWS, Finding, Guard
 
 INF, NAN = float("inf"), float("nan")
 
@@ -56,7 +56,7 @@ class Scaled:
         terms = {"loss": torch.tensor(loss, device=self.weight.device), GRADIENTS: self.weight.grad.norm()}
         if self.on_device:
             terms = {name: term.as_subclass(OnDevice) for name, term in terms.items()}
-        passes, counts = self.guard.passes(self.number, terms, [terms["loss"].as_subclass(Tensor).isfinite()])
+        passes, counts = self.guard.judge(self.number, terms, [terms["loss"].as_subclass(Tensor).isfinite()])
         assert passes, "without this call the scaler would never be updated"
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -83,7 +83,7 @@ def test_with_fp16_no_later_step_changes_the_weights_that_the_message_says_are_u
     assert not run.step(NAN, 0.5)  # the gradients are finite, so the scaler alone would take this step
     assert not run.step(1.0, 0.5) and not run.step(1.0, 0.5)
     finding = run.guard.look()
-    assert finding and (finding.step, finding.what) == (1, "loss is nan")
+    assert (finding.step, finding.what) == (1, "loss is nan")
 
 
 @pytest.mark.parametrize(("optimizer", "fused", "on_device"), KINDS)
@@ -93,8 +93,8 @@ def test_with_fp16_a_skipped_step_changes_nothing_and_training_continues(
     run = Scaled(optimizer, fused, skip=True, on_device=on_device)
     assert [run.step(*each) for each in [(1.0, 0.5), (NAN, 0.5), (1.0, INF), (3.0, 0.5)]] == [True, False, False, True]
     finding = run.guard.look()
-    assert finding and (finding.step, finding.what, finding.count) == (1, "loss is nan", 2)
-    assert run.guard.look() is None
+    assert (finding.step, finding.what, finding.num_skipped) == (1, "loss is nan", 2)
+    assert run.guard.look() == Finding()
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -108,7 +108,7 @@ def test_steps_that_the_scaler_skips_are_counted_and_left_out_of_the_means_witho
         True,
     ]
     finding = run.guard.look()
-    assert finding and finding.count == 3 and not finding.what  # that is how a scaler finds its scale
+    assert finding.num_skipped == 3 and not finding.what  # that is how a scaler finds its scale
     assert run.means.take()["loss"] == 1.5
     assert run.scaler.get_scale() == 2.0**16 / 8
 
@@ -121,11 +121,11 @@ def test_fp16_whose_gradients_are_never_finite_is_reported_with_advice(skip: boo
     for _ in range(MAX_OVERFLOWS - 1):
         assert not run.step(1.0, INF)
     finding = run.guard.look()
-    assert finding and not finding.what
+    assert not finding.what
     assert not run.step(1.0, INF)
     assert run.step(1.0, 0.5) == skip  # the run ends with the weights of before
     finding = run.guard.look()
-    assert finding and (finding.step, finding.count) == (MAX_OVERFLOWS, 1)
+    assert (finding.step, finding.num_skipped) == (MAX_OVERFLOWS, 1)
     assert (
         f"overflow fp16 in {MAX_OVERFLOWS} steps in a row" in finding.what and "train.precision=bf16" in finding.advice
     )
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_still_gets_the_advice_for_it() -> None:
     run = Scaled(torch.optim.AdamW, fused=True, skip=False, on_device=True)
     run.step(INF, INF)
     finding = run.guard.look()
-    assert finding and finding.what == "loss is inf, gradient_norm is inf" and "train.non_finite=skip" in finding.advice
+    assert finding.what == "loss is inf, gradient_norm is inf" and "train.non_finite=skip" in finding.advice
 
 
 class Calls(TorchDispatchMode):
@@ -172,7 +172,7 @@ def test_keeping_and_putting_back_buffers_takes_as_many_calls_for_100_as_for_2(o
                 buffer.add_(step)
             buffers[0][0, 0] = NAN if step and fails else 0.0
             with counter:
-                passes, _ = guard.passes(
+                passes, _ = guard.judge(
                     step, {"loss": loss.as_subclass(OnDevice) if on_device else loss}, [loss.isfinite()]
                 )
             if passes:

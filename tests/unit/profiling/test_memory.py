@@ -61,9 +61,9 @@ def recorded(act: Callable[[], Any]) -> list[Any]:
 def _train(recipe: Path, options: tuple[str, ...], out: Path) -> None:
     trainer = Trainer(load_recipe(recipe, (*options, *OPTIONS)))
     trainer.build()
-    batches = trainer.data.train_batches(0)
+    trainer.batches = trainer.data.train_batches(0)
     memory.set_train_mode(trainer.task.model)
-    out.write_text(json.dumps(recorded(lambda: trainer._train_step(batches))))
+    out.write_text(json.dumps(recorded(trainer.train_step)))
 
 
 @pytest.mark.parametrize(

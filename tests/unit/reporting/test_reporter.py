@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.processes import write_recipe
 from trainer.recipe.load import load_recipe
 from trainer.reporting.reporter import Reporter
 from trainer.runs.folder import RunFolder
 
+FACTS = {"step": 9, "seconds": 1.0}
 ADVICE = "everything is a flower: lower optimizer.lr"
 
 
@@ -22,11 +24,13 @@ def reported(
     reporter = Reporter(
         RunFolder(folder / "runs" / "run"), load_recipe(write_recipe(folder), ["track=[]"]), enabled=True
     )
-    reporter.begin(0, None, {})
+    reporter.begin(0, None, torch.device("cpu"))
     for step, each in enumerate(advice):
         reporter.validation({"step": step, "epoch": 0.0, "split": "validation", "miou": 0.2}, ["miou"], False, each)
-    if status:
-        reporter.end(status, "that was it")  # type: ignore[arg-type]
+    if status == "finished":
+        reporter.finished(None, FACTS)
+    if status == "stopped":
+        reporter.stopped("auto", FACTS)
     return capsys.readouterr().err.splitlines()
 
 

@@ -1,0 +1,43 @@
+"""Distributed data parallel training: how the model is wrapped, and what has to happen before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from trainer.distributed.reduce import world_size
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def wrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model as training calls it: under autocast, and in DDP where there are several processes."""
+    if world_size() == 1:
+        return accelerator.prepare_model(model, evaluation_mode=True)
+    wrapped = accelerator.prepare_model(model)
+    # Trainable batch norms use the statistics of all processes and frozen ones don't change: buffers are equal anyway.
+    # The constructor's argument of this name is deprecated in torch 2.15; older versions and Accelerate don't know its
+    # successor.
+    wrapped.broadcast_buffers = False
+    return wrapped
+
+
+def rehearse(model: nn.Module, forward_backward: Callable[[], Any]) -> None:
+    """Runs one forward and backward pass and undoes what it did to the model.
+
+    DDP sends gradients in buckets, which it rebuilds after the first backward pass. With three or more processes the
+    new buckets add up gradients in another order, so the first step of a resumed run would differ from that of an
+    uninterrupted one.
+
+    Args:
+        model: the unwrapped model.
+        forward_backward: runs both on some micro-batch.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    forward_backward()
+    model.zero_grad()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
