@@ -74,6 +74,7 @@ class Trainer:
         self.report = Reporter(self.folder, recipe, self.is_main)
         self.writer = Writer(self.folder.checkpoints, recipe.checkpoint.keep)
         self.state = TrainState(Best(recipe.evaluate.best))
+        self.samples = SampleLog(self.control, recipe.data.max_unreadable)
         self.means = Means()  # of the loss terms, since the last train line
         self.stopping = False  # whether any process was asked to stop
         self.limit_near = False  # whether the time limit of the job is near
@@ -112,10 +113,14 @@ class Trainer:
     def open_run(self) -> Path | None:
         """Takes the run folder; returns the checkpoint to resume from, and restores its counters."""
         self.watchdog.enter("preparing", patient=True)
-        checkpoint = self.control.on_main(self._open_folder)
-        if checkpoint:
-            self.state.restore(checkpoints.read_counters(Path(checkpoint)))
-        return Path(checkpoint) if checkpoint else None
+        folder = self.control.on_main(self._open_folder)
+        if not folder:
+            return None
+        counters = checkpoints.read_counters(Path(folder))
+        self.state.restore(counters)
+        self.samples.restore(counters, self.is_main)
+        self.means.restore(counters["means"], self.device)
+        return Path(folder)
 
     def _open_folder(self) -> Path | None:
         self._lock = lock_run(self.folder.path)  # until this process ends, however it does
@@ -127,7 +132,6 @@ class Trainer:
         self.control.on_main(lambda: ensure_prepared(source, data_dir(), archives_dir(), self.report.say).name)
         self.data = Data(recipe, self.rank, self.world_size, self.device)
         self.clock = Clock(recipe.train.duration, recipe.data.batch_size, self.data.order.size)
-        self.samples = SampleLog(self.control, recipe.data.max_unreadable)
         self.control.on_main(self._build_task)  # rank 0 first: what it downloads, the others find
         if not self.is_main:
             self._build_task()
@@ -140,7 +144,7 @@ class Trainer:
 
     def already_finished(self) -> Status:
         """Reports that nothing is left to train."""
-        self.report.summary("finished", **self.facts())  # a kill may have come between the last save and this
+        self.report.summary("finished", **self.facts())  # the run may have been killed just before it did so itself
         self.report.already_finished(self.state.step)
         return "finished"
 
@@ -166,16 +170,13 @@ class Trainer:
         self.stopwatch = Stopwatch(self.state.step, self.state.seconds)
 
     def restore(self, folder: Path) -> None:
-        """Restores what `save` saved."""
+        """Restores weights, moving average and optimizer from a checkpoint of the same data."""
         checkpoint = checkpoints.load(folder)
-        counters = checkpoint.counters
-        self.data.check_unchanged(counters.get("data"))
+        self.data.check_unchanged(checkpoint.counters.get("data"))
         self.learner.restore(checkpoint)
-        self.samples.restore(counters, self.is_main)
-        self.means.restore(counters["means"], self.device)
         if self.is_main:
             checkpoints.restore_best(self.folder.checkpoints, self.state.best.step)
-        self.report.resumed(self.state.step, why_bits_may_differ(counters, self.world_size, self.device))
+        self.report.resumed(self.state.step, why_bits_may_differ(checkpoint.counters, self.world_size, self.device))
 
     # ------------------------------------------------------------ the loop
 
@@ -282,11 +283,9 @@ class Trainer:
     @torch.no_grad()
     def draw(self, line: Line, forward: Forward) -> None:
         """Draws a few validation samples, always the same ones; the model is still in eval mode."""
+        shown = self.data.validation.spread(self.recipe.evaluate.pictures)
         # One by one, since they may differ in size.
-        batches = map(
-            self.data.validation_batch, ([i] for i in self.data.validation.spread(self.recipe.evaluate.pictures))
-        )
-        samples = [self.task.pictures(forward, batch)[0] for batch in batches]
+        samples = [self.task.pictures(forward, self.data.validation_batch([each]))[0] for each in shown]
         self.report.pictures(line, samples, self.task.panels, self.task.legend)
 
     def save(self) -> None:
