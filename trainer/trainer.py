@@ -40,7 +40,7 @@ from trainer.runs.checkpoint import Writer
 from trainer.runs.folder import Line, RunFolder, Status, runs_dir
 from trainer.runs.lock import lock_run
 from trainer.runs.resume import open_run
-from trainer.runs.state import TrainState
+from trainer.runs.train_state import TrainState
 from trainer.signals import STOP, Stopped, TimeLimit
 from trainer.tasks.build import build_task, check_sizes
 from trainer.tasks.evaluation import evaluate
