@@ -56,11 +56,11 @@ from trainer.optim.schedules import build_schedule
 from trainer.recipe.durations import Clock, Span
 from trainer.recipe.recipe import Recipe
 from trainer.reporting.reporter import Reporter
-from trainer.runs import checkpoint as checkpoints
-from trainer.runs.checkpoint import Checkpoint, Writer
 from trainer.runs.folder import RunFolder, Status, runs_dir
 from trainer.runs.lock import lock_run
 from trainer.runs.resume import open_run
+from trainer.runs.state import Checkpoint, optimizer_tensors, snapshot
+from trainer.runs.writer import Writer
 from trainer.signals import STOP, Stopped, TimeLimit
 from trainer.tasks.build import build_task, check_sizes, place
 from trainer.tasks.evaluation import evaluate
@@ -92,7 +92,7 @@ class Trainer:
         with reported_to_peers(self.watchdog, self.world_size):
             self.accelerator = build_accelerator(recipe)
             self.control = Control(CONTROL_TIMEOUT)  # small messages between the processes
-        self.watchdog.at("preparing", patient=True)
+        self.watchdog.enter("preparing", patient=True)
         self.device = self.accelerator.device
         self.is_main = self.rank == 0
 
@@ -111,7 +111,7 @@ class Trainer:
 
         self.folder = RunFolder(runs_dir() / recipe.name)
         self.report = Reporter(self.folder, recipe, self.is_main)
-        self.writer = Writer(self.folder.checkpoints, recipe.checkpoint.keep)
+        self.writer = Writer(self.folder, recipe.checkpoint.keep)
 
     def fit(self) -> Status:
         """Trains until the duration has passed or a stop is asked for; returns `finished` or `stopped`.
@@ -142,7 +142,7 @@ class Trainer:
         if not self.is_main:
             self._build_task()
         self._wrap_model()
-        return checkpoints.load(Path(restore_from)) if restore_from else None
+        return Checkpoint.load(Path(restore_from)) if restore_from else None
 
     def _open_run(self) -> Path | None:
         """On rank 0: takes the run folder; returns the checkpoint to go on from."""
@@ -245,7 +245,7 @@ class Trainer:
         """Whether any process was asked to stop, whether a time limit is near, and rank 0's clock,
         which is the run's.
         """
-        self.watchdog.at("waiting for the other ranks", self.step)
+        self.watchdog.enter("waiting for the other ranks", self.step)
         seconds = time.monotonic() - self.started if self.is_main else 0.0
         stop, limit_near, seconds = self.control.maximum(
             [float(STOP.signal_name is not None), float(self.is_main and self.time_limit.is_near()), seconds]
@@ -272,7 +272,7 @@ class Trainer:
         """Waits for the last checkpoint, then says how the run ended: in the run folder,
         to the trackers and to people.
         """
-        self.watchdog.at("ending", self.step)
+        self.watchdog.enter("ending", self.step)
         self.writer.wait()
         if status == "stopped":
             again = "the same command" if self.resume == "auto" else "the same command with --resume auto"
@@ -311,9 +311,9 @@ class Trainer:
         step_terms: dict[str, Tensor] = {}
         finite_shares: list[Tensor] = []
         for micro in range(train.accumulate):
-            self.watchdog.at("reading data", self.step)
+            self.watchdog.enter("reading data", self.step)
             batch = self._to_device(next(batches))
-            self.watchdog.at("in forward and backward", self.step)
+            self.watchdog.enter("forward and backward", self.step)
             last = micro == train.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):  # gradients travel once a step
                 terms, share_is_finite = self._forward_backward(batch, weight=1 / train.accumulate)
@@ -365,7 +365,7 @@ class Trainer:
         the new arrangement adds gradients in another order, so a restarted run would differ in its first step if that
         were not over before.
         """
-        self.watchdog.at("in the first forward and backward", self.step)
+        self.watchdog.enter("first forward and backward", self.step)
         buffers = {name: buffer.clone() for name, buffer in self.task.model.named_buffers()}
         self._forward_backward(self._to_device(batch), weight=1.0)
         self.optimizer.zero_grad()
@@ -405,7 +405,7 @@ class Trainer:
 
     def _log_training(self) -> None:
         """Writes a train line: means since the last one, equal on all processes."""
-        self.watchdog.at("logging", self.step)
+        self.watchdog.enter("logging", self.step)
         self._look_at_guard()
         self._gather_unreadable()
         now = time.monotonic()
@@ -437,7 +437,7 @@ class Trainer:
         )
         if metrics is None:
             return None
-        self.watchdog.at("drawing pictures", self.step)
+        self.watchdog.enter("drawing pictures", self.step)
         # Rank 0 decides for all: a rounding error between different GPUs must not part them.
         value = metrics.get(self.best.metric)
         improved = bool(self.control.from_main([self.best.is_improved_by(value)])[0])
@@ -472,7 +472,7 @@ class Trainer:
         """Saves the state of the run. Rank 0 copies it, and writes the copy in the background;
         the others add their part of the counters.
         """
-        self.watchdog.at("saving", self.step)
+        self.watchdog.enter("saving", self.step)
         self._look_at_guard()
         self._gather_unreadable()
         fingerprint = self._global_fingerprint()
@@ -494,9 +494,9 @@ class Trainer:
         }
         self.writer.wait()  # one copy in memory at a time
         state = Checkpoint(
-            model=checkpoints.snapshot(self.task.model),
-            ema=checkpoints.snapshot(self.ema.model) if self.ema else None,
-            optimizer=checkpoints.optimizer_tensors(self.optimizer.optimizer, self.trainable),
+            model=snapshot(self.task.model),
+            ema=snapshot(self.ema.model) if self.ema else None,
+            optimizer=optimizer_tensors(self.optimizer.optimizer, self.trainable),
             counters=counters,
         )
         self.writer.write(state, best)
@@ -506,9 +506,7 @@ class Trainer:
         """Puts a checkpoint's state in place."""
         counters = state.counters
         self.data.check_unchanged(counters.get("data"))
-        checkpoints.restore(
-            state, self.task.model, self.ema.model if self.ema else None, self.optimizer.optimizer, self.trainable
-        )
+        state.restore(self.task.model, self.ema.model if self.ema else None, self.optimizer.optimizer, self.trainable)
         if self.accelerator.scaler and counters["scaler"]:
             self.accelerator.scaler.load_state_dict(counters["scaler"])
         for name in COUNTERS:
@@ -517,7 +515,7 @@ class Trainer:
         self.fingerprint = counters["fingerprint"] if self.is_main else 0
         self.means.restore(counters["means"], self.device)
         if self.is_main:
-            checkpoints.restore_best(self.folder.checkpoints, self.best.step)
+            self.folder.checkpoints.restore_best(self.best.step)
         self.report.say(f"resumed {self.recipe.name} from step {self.step}")
         for reason in why_bits_may_differ(counters, self.world_size, self.device):
             self.report.say(reason)
@@ -547,9 +545,9 @@ class Trainer:
         patience = self.recipe.evaluate.stop_after
         return self.clock.finished(self.step, self.seconds) or (patience is not None and self.best.stale >= patience)
 
-    def _may_go_on(self, place: str) -> bool:
+    def _may_go_on(self, phase: str) -> bool:
         """Whether no process was asked to stop."""
-        self.watchdog.at(place, self.step)
+        self.watchdog.enter(phase, self.step)
         return not self.control.maximum([float(STOP.signal_name is not None)])[0]
 
     def _due(self, every: Span, seconds_before: float) -> bool:

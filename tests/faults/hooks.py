@@ -74,7 +74,7 @@ def in_reading(step: int, act: Callable[[], Any]) -> None:
 
     def stepping(trainer: Trainer, batches: Iterator[Any]) -> None:
         def reading() -> Iterator[Any]:
-            trainer.watchdog._tell("training")
+            trainer.watchdog._publish_state("training")
             act()
             yield from batches
 

@@ -30,7 +30,7 @@ def reported_to_peers(watchdog: Watchdog, world_size: int) -> Iterator[None]:
         raise
     except BaseException as error:
         if world_size > 1 and _lost_connection(error):
-            watchdog.cut_off()  # another rank is to blame; this ends the process when it is known which
+            watchdog.disconnected()  # another rank is to blame; this ends the process when it is known which
         watchdog.failed(error)
         raise
 
@@ -76,8 +76,8 @@ def _as_training_failure(error: BaseException, recipe: Recipe, world_size: int, 
     elif isinstance(error, OSError) and error.errno in DISK:
         free = f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free)" if error.errno == errno.ENOSPC else ""
         message = (
-            f"{error.filename or folder} can't be written: {error.strerror}{free}; the checkpoints are whole: mend "
-            "it, then the same command goes on"
+            f"{error.filename or folder} can't be written: {error.strerror}{free}; the checkpoints are intact: fix "
+            "this and rerun to resume"
         )
     elif "Expected more than 1 value per channel when training" in str(error):
         message = (

@@ -85,7 +85,7 @@ class Reporter:
     def _log(self, line: Line) -> None:
         if self.enabled and self.mirrors:
             self.folder.log(line)
-            self.mirrors.log(line, line["step"], line["split"])
+            self.mirrors.log(line)
 
     def pictures(
         self, samples: list[Tensor], step: int, panels: Sequence[str] = (), legend: Mapping[str, Color] = {}
@@ -123,7 +123,7 @@ class Reporter:
         if self.is_open:
             self.end("failed", "", error=one_line(error), **facts)
         elif isinstance(error, UserError | TrainingFailed):  # anything else may not happen again
-            self.folder.write_standing("failed", error=one_line(error))
+            self.folder.update_status("failed", error=one_line(error))
 
     def _draw_curves(self) -> None:
         draw_curves(self.folder.read_metrics(), self.folder.pictures / "curves.png")

@@ -13,8 +13,9 @@ import pytest
 
 from trainer.metrics.best import lower_is_better
 from trainer.runs import environment as environment_module
+from trainer.runs.durable import atomic_write
 from trainer.runs.environment import environment
-from trainer.runs.folder import RunFolder, atomic_write, set_aside
+from trainer.runs.folder import RunFolder, move_aside
 
 
 @pytest.fixture
@@ -54,10 +55,10 @@ def test_nan_and_infinity_are_valid_json(folder: RunFolder) -> None:
 def test_logged_lines_survive_a_kill(folder: RunFolder) -> None:
     child = os.fork()
     if child == 0:
-        folder.log({"step": 1})
+        folder.log({"step": 1, "split": "train"})
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert folder.read_metrics() == [{"step": 1}]
+    assert folder.read_metrics() == [{"step": 1, "split": "train"}]
 
 
 def test_a_resume_cuts_the_metrics_at_the_checkpoint(folder: RunFolder) -> None:
@@ -180,7 +181,7 @@ def test_old_runs_are_moved_to_the_first_free_number(tmp_path: Path) -> None:
     for number in (1, 2):
         path.mkdir()
         (path / "mark").write_text(str(number))
-        assert set_aside(path) == tmp_path / f"run.v2.{number}"
+        assert move_aside(path) == tmp_path / f"run.v2.{number}"
         assert not path.exists()
     assert (tmp_path / "run.v2.1" / "mark").read_text() == "1"
 
