@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_ends_at_once_and_what_is_saved_is_whole(
             if job.wait(0.1) != [None]:
                 break
         assert job.wait(0) == [130], job.output
-    assert "second Ctrl-C: ending at once" in job.output
+    assert "second Ctrl-C: exiting immediately" in job.output
     store = CheckpointStore(tmp_path / "runs" / "run" / "checkpoints")
     assert store.steps() == [5, 7] and list(store.path.glob(".writing-*"))
     for step in (5, 7):

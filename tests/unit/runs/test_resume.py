@@ -53,6 +53,41 @@ def test_the_newest_checkpoint_is_taken_and_the_metrics_go_back_to_it(run: RunFo
     assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("evaluation_pending", [False, True])
+def test_the_summary_of_a_resumed_run_is_that_of_an_uninterrupted_one_to_the_byte(
+    tmp_path: Path, recipe: Recipe, evaluation_pending: bool
+) -> None:
+    """The best value after the checkpoint was that of steps which are computed again, with other values."""
+
+    def log(run: RunFolder, step: int, miou: float) -> None:
+        run.log({"step": step, "epoch": step / 10, "split": "train", "loss": 1.0 / step})
+        if not (run is interrupted and step == 4 and evaluation_pending):
+            run.log({"step": step, "epoch": step / 10, "split": "validation", "miou": miou, "loss": miou / 3})
+
+    interrupted, whole = (RunFolder(tmp_path / "runs" / name) for name in ("interrupted", "whole"))
+    values = [0.1 + 0.2, 0.7, 0.2, 0.1, 1 / 3, 0.6]
+    for run in (interrupted, whole):
+        open_run(run, recipe, "auto", print)
+    for step, miou in enumerate(values, start=1):
+        log(whole, step, miou)
+        log(interrupted, step, miou if step <= 4 else 0.9)
+        if step == 4:
+            state = make(step)
+            state.counters["evaluation_pending"] = evaluation_pending
+            interrupted.checkpoints.save(state, keep=3, best=False)
+            interrupted.write_summary("running", step=step)
+    interrupted = RunFolder(interrupted.path)
+    open_run(interrupted, recipe, "auto", print)
+    if evaluation_pending:
+        interrupted.log({"step": 4, "epoch": 0.4, "split": "validation", "miou": values[3], "loss": values[3] / 3})
+    for step, miou in enumerate(values[4:], start=5):
+        log(interrupted, step, miou)
+    for run in (interrupted, whole):
+        run.write_summary("finished", step=6)
+    assert (interrupted.path / "summary.json").read_bytes() == (whole.path / "summary.json").read_bytes()
+    assert whole.read_summary()["best"]["miou"] == {"value": 0.7, "step": 2}
+
+
 def test_a_damaged_one_is_named_and_the_one_before_taken(
     run: RunFolder, recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
