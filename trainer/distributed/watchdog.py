@@ -1,4 +1,4 @@
-"""No rank waits for ever: a thread in each process publishes heartbeats, and ends the job when a rank is lost.
+"""No rank waits forever: a thread in each process publishes heartbeats, and ends the job when a rank is lost.
 
 Every few seconds the threads write to the store of torch.distributed. Rank 0 polls the heartbeats of all ranks; the
 others poll rank 0's, and whether the job is to end. A rank is lost when

@@ -229,7 +229,7 @@ def find_run(given: str) -> Path:
     """The folder of an existing run, given by its path or its name below `runs_dir()`.
 
     Raises:
-        UserError: there is none; suggests the nearest names.
+        UserError: no such run; suggests the nearest names.
     """
     for folder in (runs_dir() / given, Path(given)):
         if (folder / "checkpoints").is_dir():

@@ -23,7 +23,7 @@ def open_run(folder: RunFolder, recipe: Recipe, resume: str, say: Say) -> Path |
         folder: of the run, locked.
         recipe: what is to be trained.
         resume: `auto`, `never`, or the path of a checkpoint folder.
-        say: prints a line for people.
+        say: prints a line on the terminal.
 
     Raises:
         UserError: the folder holds a run of another recipe, or no checkpoint is intact.

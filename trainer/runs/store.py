@@ -114,7 +114,7 @@ class CheckpointStore:
 
     def find_best(self, step: int) -> Path | None:
         """The folder of an intact checkpoint of that step, which was the best at its time;
-        None where there is none any more.
+        None if it no longer exists.
         """
         for folder in (self.path / ".best" / folder_name(step), self.folder(step)):
             with suppress(InvalidCheckpoint):

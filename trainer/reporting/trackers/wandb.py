@@ -195,7 +195,7 @@ class Wandb:
         if requested_mode == "disabled":
             return
         # Imported here and not by the thread, where it would slow down the first steps, and where a loader worker that
-        # is forked in the middle of an import would wait for its lock for ever. Every `wandb.init` imports the second.
+        # is forked in the middle of an import would wait for its lock forever. Every `wandb.init` imports the second.
         import wandb
         import wandb.sdk.launch  # noqa: F401
 
