@@ -1,4 +1,4 @@
-"""The two ways in which a run ends badly; commands turn them into the contract's exit codes."""
+"""The two ways in which a run fails; commands turn them into exit codes."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ LONGEST_LINE = 500
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: one message that says what, where and what to do. Exit code 2."""
+    """An error in the user's input: one message with what is wrong, where, and what to do. Exit code 2."""
 
     label = "error: "
-    on_one_rank = False  # other ranks don't know of it, so whichever has it says so
+    on_one_rank = False  # other ranks don't have this error, so the rank that has it prints it
 
 
 class TrainingFailed(Exception):
-    """Training can't go on: a non-finite loss, unreadable data beyond what the recipe tolerates. Exit code 3."""
+    """Training can't continue: a non-finite loss, more unreadable samples than the recipe tolerates. Exit code 3."""
 
     label = "training failed: "
     on_one_rank = False
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, in one line: the message alone where it is made for people."""
+    """An error in one line: the message alone where it is written for users."""
     name = "" if isinstance(error, UserError | TrainingFailed) else f"{type(error).__name__}: "
     return " ".join(f"{name}{error}".split())[:LONGEST_LINE]
 
 
 def exit_code(run: Callable[..., Any], *arguments: Any) -> int:
-    """Calls `run`; prints the one message of a user's mistake (2) or a failed training (3), on rank 0 only.
+    """Calls `run`; prints the message of a user error (2) or a failed training (3), on rank 0 only.
 
-    Returns what `run` returns, where that is a number: `trainer status` has codes of its own.
+    Returns what `run` returns, where that is a number: `trainer status` has its own exit codes.
     """
     try:
         code = run(*arguments)

@@ -1,7 +1,8 @@
-"""Trains a recipe: `accelerate launch trainer/run.py recipes/quickstart.yaml [--resume auto|never|PATH] [key.path=value
-…]`.
+"""Trains a recipe.
 
-Exit codes: 0 finished, or stopped on a signal with nothing lost; 2 a mistake in what was given; 3 training failed.
+    accelerate launch trainer/run.py recipes/quickstart.yaml [--resume auto|never|PATH] [key.path=value …]
+
+Exit codes: 0 finished, or stopped on a signal with nothing lost; 2 an error in the input; 3 training failed.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import os
 import sys
 
 # Launchers put this file's folder first, where `import trainer` finds nothing and `data`, `recipe` … would shadow
-# others.
+# other modules.
 if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 from trainer.signals import STOP, Stopped
 
-# Before anything else is imported: until here a signal kills, or is lost where a launcher ignores it.
+# Before anything else is imported: until then a signal kills, or is lost where a launcher ignores it.
 if __name__ == "__main__":
     STOP.install(noted=os.environ.get("TRAINER_ATTEMPT", "") + ".stop")
 
@@ -45,7 +46,7 @@ def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
         failed = False
         if os.environ.get("RANK", "0") == "0":
             print(
-                f"stopped on {STOP.signal_name or 'a signal'} before training began; the same command starts again",
+                f"stopped on {STOP.signal_name or 'a signal'} before training began; rerun to start",
                 file=sys.stderr,
                 flush=True,
             )
@@ -69,5 +70,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in one line, not in pages of C++
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is reported in one line, not in pages of C++
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""A signal only sets a flag; the loop looks at it between two steps. Nothing here imports torch.
+"""A signal only sets a flag, which the loop checks between two steps. Nothing here imports torch.
 
 `install()` must run before torch is imported, which takes seconds in which a signal would kill the process.
 """
@@ -12,18 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-BEFORE_LIMIT_S = 120.0  # a checkpoint is saved so long before a known time limit
+BEFORE_LIMIT_S = 120.0  # how long before a known time limit a checkpoint is saved
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A stop was asked for before there was anything to save. No Exception, as KeyboardInterrupt:
-    it isn't caught on its way.
+    """A stop was requested before there was anything to save. Like KeyboardInterrupt, not an Exception,
+    so that nothing catches it on the way.
     """
 
 
 class StopRequest:
-    """Whether this process was asked to stop.
+    """Whether a stop was requested from this process.
 
     Attributes:
         signal_name: of the first stop signal received, e.g. `SIGTERM`; None before.
@@ -35,10 +35,10 @@ class StopRequest:
         self._at_once = False
 
     def install(self, noted: str = "") -> None:
-        """Handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP from now on; SIGHUP stays ignored where it is, as `nohup` has it.
+        """Handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP from now on; SIGHUP stays ignored where it was, as under `nohup`.
 
         Args:
-            noted: a file that is there if SIGUSR1 came before, while it was ignored, see launch/node.sh.
+            noted: a file that exists if SIGUSR1 came earlier, while it was ignored, see launch/node.sh.
         """
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -48,9 +48,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a stop signal raises `Stopped` wherever the process stands: for long work that may be given up,
-        such as a download.
-        """
+        """Inside, a stop signal raises `Stopped` immediately: for long work that may be aborted, such as a download."""
         self._at_once = True
         try:
             self.raise_if_asked()
@@ -59,22 +57,22 @@ class StopRequest:
             self._at_once = False
 
     def raise_if_asked(self) -> None:
-        """Raises `Stopped` if a stop was asked for."""
+        """Raises `Stopped` if a stop was requested."""
         if self.signal_name:
             raise Stopped
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a loader worker: the process that started it decides
+            return  # a loader worker: the process that started it will end it
         if number == signal.SIGINT and self.signal_name == "SIGINT":
-            # print() may be in the middle of another line.
-            os.write(2, b"\nsecond Ctrl-C: ending at once; the last checkpoint stays\n")
+            # Not print(), which may be in the middle of another line.
+            os.write(2, b"\nsecond Ctrl-C: exiting immediately; the last checkpoint is kept\n")
             os._exit(130)
         if number == signal.SIGHUP:
-            leave_closed_terminal()  # or the next line that is printed would end the training
+            leave_closed_terminal()  # else the next printed line would end the training
         self.signal_name = self.signal_name or signal.Signals(number).name
         if self._at_once:
-            self._at_once = False  # once: what cleans up must not be interrupted again
+            self._at_once = False  # only once: cleaning up must not be interrupted
             raise Stopped
 
 
@@ -82,13 +80,13 @@ STOP = StopRequest()
 
 
 def leave_closed_terminal() -> bool:
-    """Discards what is printed from now on where its terminal or pipe was closed; returns whether one was."""
-    import select  # only now: a process is deaf until `install` is called
+    """Discards further output to a terminal or pipe that was closed; returns whether one was."""
+    import select  # only now: signals are lost until `install` is called
 
     found = False
     for descriptor in (1, 2):
         poll = select.poll()
-        poll.register(descriptor, 0)  # reports errors alone
+        poll.register(descriptor, 0)  # reports errors only
         if poll.poll(0):
             found = True
             null = os.open(os.devnull, os.O_WRONLY)
@@ -98,7 +96,7 @@ def leave_closed_terminal() -> bool:
 
 
 class TimeLimit:
-    """When the job will be ended, where that is known: `TRAINER_END_TIME` (seconds since 1970), or what SLURM says."""
+    """When the job will be ended, where that is known: `TRAINER_END_TIME` (seconds since 1970), or that of SLURM."""
 
     def __init__(self) -> None:
         ends = (os.environ.get(variable, "") for variable in ("TRAINER_END_TIME", "SLURM_JOB_END_TIME"))
@@ -106,8 +104,9 @@ class TimeLimit:
         self._asked = time.time()
 
     def is_near(self) -> bool:
-        """Whether there is time for little more than a checkpoint; true once. To be asked regularly:
-        a step may take long.
+        """Whether there is time for little more than a checkpoint; true once.
+
+        Call it every step: the time between two calls is taken as that of the next step.
         """
         before, self._asked = self._asked, time.time()
         near = self._end is not None and self._asked + (self._asked - before) + BEFORE_LIMIT_S > self._end

@@ -35,12 +35,13 @@ from trainer.recipe.durations import Clock, Span
 from trainer.recipe.recipe import Recipe
 from trainer.reporting.reporter import Reporter
 from trainer.reporting.stopwatch import Stopwatch
-from trainer.runs import checkpoint as checkpoints
-from trainer.runs.checkpoint import Writer
+from trainer.runs.checkpoint import read_counters
 from trainer.runs.folder import Line, RunFolder, Status, runs_dir
 from trainer.runs.lock import lock_run
 from trainer.runs.resume import open_run
+from trainer.runs.state import Checkpoint
 from trainer.runs.train_state import TrainState
+from trainer.runs.writer import Writer
 from trainer.signals import STOP, Stopped, TimeLimit
 from trainer.tasks.build import build_task, check_sizes
 from trainer.tasks.evaluation import evaluate
@@ -72,7 +73,7 @@ class Trainer:
 
         self.folder = RunFolder(runs_dir() / recipe.name)
         self.report = Reporter(self.folder, recipe, self.is_main)
-        self.writer = Writer(self.folder.checkpoints, recipe.checkpoint.keep)
+        self.writer = Writer(self.folder, recipe.checkpoint.keep)
         self.state = TrainState(Best(recipe.evaluate.best))
         self.samples = SampleLog(self.control, recipe.data.max_unreadable)
         self.means = Means()  # of the loss terms, since the last train line
@@ -116,7 +117,7 @@ class Trainer:
         folder = self.control.on_main(self._open_folder)
         if not folder:
             return None
-        counters = checkpoints.read_counters(Path(folder))
+        counters = read_counters(Path(folder))
         self.state.restore(counters)
         self.samples.restore(counters, self.is_main)
         self.means.restore(counters["means"], self.device)
@@ -171,11 +172,11 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         """Restores weights, moving average and optimizer from a checkpoint of the same data."""
-        checkpoint = checkpoints.load(folder)
+        checkpoint = Checkpoint.load(folder)
         self.data.check_unchanged(checkpoint.counters.get("data"))
         self.learner.restore(checkpoint)
         if self.is_main:
-            checkpoints.restore_best(self.folder.checkpoints, self.state.best.step)
+            self.folder.checkpoints.restore_best(self.state.best.step)
         self.report.resumed(self.state.step, why_bits_may_differ(checkpoint.counters, self.world_size, self.device))
 
     # ------------------------------------------------------------ the loop

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import Job, write_recipe
-from trainer.runs import checkpoint as checkpoints
+from trainer.runs.store import CheckpointStore
 from trainer.signals import BEFORE_LIMIT_S, TimeLimit
 
 
@@ -31,4 +31,4 @@ def test_a_job_that_ends_soon_saves_at_once_and_trains_on(tmp_path: Path, monkey
     with Job(2, write_recipe(tmp_path), *options) as job:
         assert job.wait() == [0, 0], job.output
     assert job.output.count("the time limit of this job is near: saving a checkpoint at step 1") == 1
-    assert checkpoints.steps(tmp_path / "runs" / "run" / "checkpoints") == [1, 5]
+    assert CheckpointStore(tmp_path / "runs" / "run" / "checkpoints").steps() == [1, 5]

@@ -76,7 +76,7 @@ def in_reading(step: int, act: Callable[[], Any]) -> None:
         batches = trainer.batches
 
         def reading() -> Iterator[Any]:
-            trainer.watchdog._tell("training")
+            trainer.watchdog._publish_state("training")
             act()
             yield from batches
 

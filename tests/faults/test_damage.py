@@ -76,6 +76,6 @@ def test_a_checkpoint_without_one_of_its_files_is_not_used(tmp_path: Path) -> No
         assert job.wait() == [0], job.output
     for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "trainer.json", "manifest.json"):
         copy = RunFolder(shutil.copytree(tmp_path / "runs" / "run", tmp_path / "runs" / name, symlinks=True))
-        (copy.checkpoints / "step_00000020" / name).unlink()
+        (copy.checkpoints.folder(20) / name).unlink()
         found, said = go_on(copy, load_recipe(file, OPTIONS))
         assert found == "step_00000015" and said[0].startswith("step_00000020 is not intact: ") and name in said[0]

@@ -15,7 +15,8 @@ import pytest
 from tests.faults.conftest import LONG, Tally
 from tests.faults.hooks import Gate, before_call, before_step
 from tests.processes import Job, lines, weights, write_recipe
-from trainer.runs import checkpoint as checkpoints
+from trainer.runs import state
+from trainer.runs.checkpoint import verify
 
 OPTIONS = ("train.precision=fp32", "train.timeout=0.1 minutes")
 
@@ -55,7 +56,7 @@ def filled_during_save(disk: Path) -> None:
     goes_on = threading.Event()
     before_step(10, lambda trainer: goes_on.set())
     # Each checkpoint has two files of tensors.
-    before_call(checkpoints, "save_file", lambda *_: (goes_on.wait(), fill(disk)), on_call=5)
+    before_call(state, "save_file", lambda *_: (goes_on.wait(), fill(disk)), on_call=5)
 
 
 def filled_between_saves(disk: Path) -> None:
@@ -92,13 +93,13 @@ def test_a_full_disk_ends_the_run_in_one_message_and_nothing_saved_is_lost(
         says in said[0]
         and "No space left on device" in said[0]
         and "(0 MiB free)" in said[0]
-        and "the same command goes on" in said[0]
+        and "rerun to resume" in said[0]
     ), said
     found = sorted((disk / "run" / "checkpoints").glob("step_*"))
     assert [folder.name for folder in found] == ["step_00000005", "step_00000007"]
     for folder in found:
-        checkpoints.verify(folder)
-        checkpoints.load(folder)
+        verify(folder)
+        state.Checkpoint.load(folder)
     (disk / "ballast").unlink()
     with Job(world_size, recipe, *options) as job:
         assert set(job.wait()) == {0}, job.output

@@ -17,7 +17,7 @@ import trainer.trainer
 from tests.faults.conftest import OPTIONS, Tally
 from tests.processes import Job, lines, weights, write_recipe
 from trainer.optim.guard import MAX_OVERFLOWS
-from trainer.runs import checkpoint as checkpoints
+from trainer.runs.state import Checkpoint
 from trainer.tasks.segmentation import Segmentation
 
 STEPS = 30
@@ -106,7 +106,7 @@ def test_a_scaler_that_finds_its_scale_is_counted_resumed_and_not_reported(
         assert job.wait() == [0], job.output
     run, whole = (tmp_path / "runs" / name for name in ("run", "whole"))
     assert weights(run) == weights(whole)
-    assert checkpoints.load(run / "checkpoints" / "last").counters["scaler"]["scale"] == 2.0**12  # type: ignore[index]
+    assert Checkpoint.load(run / "checkpoints" / "last").counters["scaler"]["scale"] == 2.0**12  # type: ignore[index]
     for each in (run, whole):
         assert lines(each, "train")[-1]["num_skipped_steps"] == len(overflowing)
         losses = [line["loss"] for line in lines(each, "train")]

@@ -47,9 +47,9 @@ from trainer.data.stream import Samples
 from trainer.distributed.launch import Launch
 from trainer.errors import TrainingFailed, UserError
 from trainer.recipe.load import load_recipe
-from trainer.runs import checkpoint as checkpoints
 from trainer.runs.folder import RunFolder
 from trainer.runs.resume import open_run
+from trainer.runs.state import Checkpoint
 from trainer.tasks.build import TASK_CHECKS
 
 LONG = os.environ.get("TRAINER_FAULTS") == "long"
@@ -784,13 +784,13 @@ def test_damaged_checkpoints_are_passed_over_or_refused_with_a_message(
     open_run(whole, recipe, "auto", lambda line: None)
     for step in (2, 4):
         whole.log({"step": step, "epoch": step / 10, "split": "train", "loss": 1.0 / step})
-        checkpoints.save(whole.checkpoints, make(step), keep=3, best=False)
+        whole.checkpoints.save(make(step), keep=3, best=False)
     for number in range(FILES):
         draw = random.Random(number)
         run = RunFolder(tmp_path / "runs" / "r")
         before = contents(tmp_path)
         shutil.copytree(whole.path, run.path, symlinks=True)
-        newest = run.checkpoints / "step_00000004"
+        newest = run.checkpoints.folder(4)
         kind = list(counts)[number % 2]
         victim = draw.choice(sorted(newest.iterdir()))
         if victim.suffix == ".safetensors" and draw.random() < 0.5:
@@ -804,7 +804,7 @@ def test_damaged_checkpoints_are_passed_over_or_refused_with_a_message(
         def case(run: RunFolder = run, said: list[str] = said) -> None:
             found = open_run(run, recipe, "auto", said.append)
             assert found is not None
-            loaded = checkpoints.load(found)
+            loaded = Checkpoint.load(found)
             assert isinstance(loaded.step, int)
 
         with told("checkpoint", number, (kind, victim.name, victim.read_bytes())):

@@ -20,7 +20,9 @@ from tests.processes import Job, lines, weights, write_recipe
 from trainer.data.order import Order
 from trainer.data.parquet import RowGroups
 from trainer.optim.guard import Finding, Guard
-from trainer.runs import checkpoint as checkpoints
+from trainer.runs.checkpoint import verify
+from trainer.runs.state import Checkpoint
+from trainer.runs.store import CheckpointStore
 from trainer.tasks.segmentation import Segmentation
 
 BAD = 17  # the sample
@@ -50,9 +52,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_term_step_and_samples(
     assert found and "Traceback" not in job.output, job.output
     ids = [int(number) for number in found[2].split(", ")]
     assert BAD in ids and len(ids) == 8 // world_size  # those of the rank that had it
-    assert checkpoints.steps(root) == list(range(1, int(found[1])))
-    newest = checkpoints.load(root / "last")
-    checkpoints.verify(root / "last")
+    assert CheckpointStore(root).steps() == list(range(1, int(found[1])))
+    newest = Checkpoint.load(root / "last")
+    verify(root / "last")
     assert all(bool(value.isfinite().all()) for value in (*newest.model.values(), *newest.optimizer.values()))
     tally(f"a loss that is nan, {world_size} processes: one message with term, step and samples")
 

@@ -25,7 +25,8 @@ from tests.faults.conftest import LONG, Tally
 from tests.processes import Job, lines, weights, write_recipe
 from tests.unit.runs.test_checkpoint import make
 from trainer.distributed.watchdog import Watchdog
-from trainer.runs import checkpoint as checkpoints
+from trainer.runs import checkpoint, durable, state, store, writer
+from trainer.runs.store import CheckpointStore
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 60.0  # on a busy machine; without the watchdog it would be half an hour
@@ -52,10 +53,10 @@ def kill_all() -> None:
 
 
 def tracer(number: int, act: Callable[[], Any]) -> Any:
-    """A trace function that calls `act` at the n-th line that is run of trainer/runs/checkpoint.py, or of shutil,
-    with which it removes folders.
+    """A trace function that calls `act` at the n-th line run of the modules that write a checkpoint, or of shutil,
+    with which they remove folders.
     """
-    left, files = number, (checkpoints.__file__, shutil.__file__)
+    left, files = number, {module.__file__ for module in (checkpoint, durable, state, store, writer, shutil)}
 
     def line(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
@@ -76,7 +77,7 @@ def after_begin(of_save: int, seconds: float) -> Callable[[int], None]:
     """Kills the job so long after rank 0 began to write its n-th checkpoint."""
 
     def fault(rank: int) -> None:
-        save, left = checkpoints.save, of_save
+        save, left = CheckpointStore.save, of_save
 
         def timed(*arguments: Any) -> Path:
             nonlocal left
@@ -85,16 +86,16 @@ def after_begin(of_save: int, seconds: float) -> Callable[[int], None]:
                 threading.Timer(seconds, kill_all).start()
             return save(*arguments)
 
-        checkpoints.save = timed
+        CheckpointStore.save = timed
 
     return fault
 
 
 def inspect_checkpoints(root: Path, tally: Tally) -> None:
-    """What a kill left: every folder with the name of a checkpoint is whole."""
+    """What a kill left: every folder with the name of a checkpoint is intact."""
     for folder in [*root.glob("step_*"), *root.glob("best"), *root.glob("last")]:
-        checkpoints.verify(folder)
-        tally("checkpoints found after kills, all of them whole")
+        checkpoint.verify(folder)
+        tally("checkpoints found after kills, all of them intact")
     tally("kills that left a half-written checkpoint, which nothing reads", len(list(root.glob(".writing-*"))))
 
 
@@ -133,10 +134,10 @@ def kill_one(job: Job, victim: int, marks: Path, seconds: float, tally: Tally) -
 
 
 def saved(root: Path, step: int) -> None:
-    checkpoints.save(root, make(step), keep=2, best=step != 2)
+    CheckpointStore(root).save(make(step), keep=2, best=step != 2)
 
 
-def test_a_kill_at_any_line_of_a_save_leaves_only_whole_checkpoints(tmp_path: Path, tally: Tally) -> None:
+def test_a_kill_at_any_line_of_a_save_leaves_only_intact_checkpoints(tmp_path: Path, tally: Tally) -> None:
     """A save that also replaces one of the same step, removes an old one and the best one before."""
     before = tmp_path / "before"
     for step in (1, 2, 3):
@@ -151,8 +152,8 @@ def test_a_kill_at_any_line_of_a_save_leaves_only_whole_checkpoints(tmp_path: Pa
             os._exit(0)
         _, status = os.waitpid(child, 0)
         inspect_checkpoints(root, tally)
-        newest, complaints = checkpoints.newest_valid(root)
-        assert newest in (3, 4) and complaints == []
+        newest, problems = CheckpointStore(root).newest_intact()
+        assert newest in (3, 4) and problems == []
         saved(root, 5)  # and the next save works
         inspect_checkpoints(root, tally)
         assert (root / "last").resolve().name == (root / "best").resolve().name == "step_00000005"
@@ -227,13 +228,13 @@ def test_a_launch_killed_five_times_ends_bit_for_bit_like_an_undisturbed_run(tmp
     ]
     root = runs / "run" / "checkpoints"
     for kill in range(6):
-        before = checkpoints.steps(root)
+        before = CheckpointStore(root).steps()
         with (
             (tmp_path / "log").open("w") as log,
             subprocess.Popen([*launch, str(recipe), *options], cwd=ROOT, stderr=log) as launcher,
         ):
             if kill < 5:
-                while checkpoints.steps(root)[-1:] <= before[-1:]:
+                while CheckpointStore(root).steps()[-1:] <= before[-1:]:
                     assert launcher.poll() is None, (tmp_path / "log").read_text()
                     time.sleep(0.05)
                 time.sleep(draw.uniform(0, 1.0))

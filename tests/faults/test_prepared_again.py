@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.processes import Job, write_recipe
 from trainer.commands import main
-from trainer.runs import checkpoint as checkpoints
+from trainer.runs.checkpoint import verify
 
 RECIPE = """
 task: segmentation
@@ -89,7 +89,7 @@ def test_a_run_of_a_version_that_did_not_record_its_set_resumes_and_records_it_f
     with Job(1, recipe) as job:
         assert job.wait() == [0], job.output
     of_an_older_version(root / "step_00000004")
-    checkpoints.verify(root / "step_00000004")
+    verify(root / "step_00000004")
     with Job(1, recipe, LONGER) as job:
         assert job.wait() == [0], job.output
     assert "resumed run from step 4" in job.output

@@ -21,7 +21,9 @@ from tests.faults.hooks import Gate, before_call, before_step
 from tests.processes import TINY, Job, end_with_command, enter_command, lines, weights, write_recipe
 from trainer import trainer as trainer_module
 from trainer.data import prepare
-from trainer.runs import checkpoint as checkpoints
+from trainer.runs import state
+from trainer.runs.checkpoint import verify
+from trainer.runs.store import CheckpointStore
 from trainer.tasks.segmentation import Segmentation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +49,7 @@ def in_evaluation(gate: Gate) -> Callable[[int], None]:
 
 def in_save(gate: Gate) -> Callable[[int], None]:
     """In the thread of rank 0 that writes."""
-    return lambda rank: before_call(checkpoints, "save_file", gate.stop_here, on_call=2) if rank == 0 else None
+    return lambda rank: before_call(state, "save_file", gate.stop_here, on_call=2) if rank == 0 else None
 
 
 def in_preparation(gate: Gate) -> Callable[[int], None]:
@@ -120,20 +122,18 @@ def test_a_second_ctrl_c_ends_at_once_and_what_is_saved_is_whole(
 ) -> None:
     recipe, gate = write_recipe(tmp_path), Gate()
     # In the middle of the third checkpoint, which has three files of tensors.
-    with Job(
-        1, recipe, *BRIEF, fault=lambda rank: before_call(checkpoints, "save_file", gate.stop_here, on_call=8)
-    ) as job:
+    with Job(1, recipe, *BRIEF, fault=lambda rank: before_call(state, "save_file", gate.stop_here, on_call=8)) as job:
         gate.await_arrival()
         for _ in range(100):  # two that come at once are one
             job.signal(signal.SIGINT)
             if job.wait(0.1) != [None]:
                 break
         assert job.wait(0) == [130], job.output
-    assert "second Ctrl-C: ending at once" in job.output
-    root = tmp_path / "runs" / "run" / "checkpoints"
-    assert checkpoints.steps(root) == [5, 7] and list(root.glob(".writing-*"))
+    assert "second Ctrl-C: exiting immediately" in job.output
+    store = CheckpointStore(tmp_path / "runs" / "run" / "checkpoints")
+    assert store.steps() == [5, 7] and list(store.path.glob(".writing-*"))
     for step in (5, 7):
-        checkpoints.verify(root / checkpoints.folder_name(step))
+        verify(store.folder(step))
     assert go_on(1, recipe)[1] == undisturbed(1, recipe)
     tally("second Ctrl-C in the middle of a save: exit 130 at once, checkpoints whole, went on exactly")
 

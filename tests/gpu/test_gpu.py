@@ -16,7 +16,7 @@ from tests.processes import RECIPE, write_recipe
 from tests.scenes import RECIPES
 from tests.unit.optim.test_guard import INF, NAN, Scaled
 from trainer.optim.guard import MAX_OVERFLOWS, Guard
-from trainer.runs import checkpoint as checkpoints
+from trainer.runs.state import optimizer_tensors, snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.gpu
@@ -203,7 +203,7 @@ def test_a_snapshot_is_the_state_to_the_bit_whatever_happens_next() -> None:
     step()
     expected = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     moments = {name: optimizer.state[parameter]["exp_avg"].cpu().contiguous() for parameter, name in names.items()}
-    copied, states = checkpoints.snapshot(model), checkpoints.optimizer_tensors(optimizer, names)
+    copied, states = snapshot(model), optimizer_tensors(optimizer, names)
     step()
     torch.cuda.synchronize()
     assert list(copied) == list(expected) and all(

@@ -26,7 +26,9 @@ from trainer.errors import UserError
 from trainer.models.weights import load_safetensors
 from trainer.recipe.file import RecipeError
 from trainer.recipe.load import load_recipe
-from trainer.runs import checkpoint as checkpoints
+from trainer.runs.checkpoint import InvalidCheckpoint, verify
+from trainer.runs.state import Checkpoint
+from trainer.runs.store import CheckpointStore
 
 PACKAGE = Path(__file__).resolve().parents[2] / "trainer"
 
@@ -240,17 +242,17 @@ def test_a_plugin_is_imported_only_where_the_recipe_lists_it(tmp_path: Path, sen
 
 @pytest.mark.parametrize("name", ["model", "optimizer", "ema"])
 def test_a_checkpoint_that_holds_a_pickle_is_refused(tmp_path: Path, sentinel: Path, name: str) -> None:
-    folder = checkpoints.save(tmp_path / "checkpoints", make(1), keep=2, best=False)
+    folder = CheckpointStore(tmp_path / "checkpoints").save(make(1), keep=2, best=False)
     file = folder / f"{name}.safetensors"
     torch.save({"weight": Bomb(sentinel)}, file)
-    with pytest.raises(checkpoints.InvalidCheckpoint, match="checksum"):
-        checkpoints.verify(folder)
+    with pytest.raises(InvalidCheckpoint, match="checksum"):
+        verify(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    checkpoints.verify(folder)
+    verify(folder)
     with pytest.raises(UserError, match="can't be read"):
-        checkpoints.load(folder)
+        Checkpoint.load(folder)
 
 
 def test_an_archive_writes_nothing_outside(tmp_path: Path, sentinel: Path) -> None:

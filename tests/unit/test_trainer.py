@@ -20,7 +20,9 @@ from tests.reference_order import stream_of
 from trainer import trainer as loop
 from trainer.losses.soft_iou import SoftIoU
 from trainer.reporting import stopwatch
-from trainer.runs import checkpoint as checkpoints
+from trainer.runs.checkpoint import verify
+from trainer.runs.state import Checkpoint
+from trainer.runs.store import CheckpointStore
 from trainer.tasks.segmentation import Segmentation
 
 GROUPS = [(i + 1) * 52 // 8 - i * 52 // 8 for i in range(8)]  # of tests/tiny.py: 52 rows in 8 row groups
@@ -104,7 +106,7 @@ def test_a_training_in_minutes_lasts_as_long_however_often_it_is_interrupted(tmp
         (step, 10.0 * step) for step in range(1, 13)
     ]
     assert [line["step"] for line in lines if line["split"] == "validation"] == [6, 12]
-    assert checkpoints.steps(run / "checkpoints") == [4, 6, 8, 12]
+    assert CheckpointStore(run / "checkpoints").steps() == [4, 6, 8, 12]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["seconds"] == 120 and summary["samples_per_second"] == 12 * 8 / 120
 
@@ -191,10 +193,8 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, device: str, what: str) 
     )
     with Job(1, write_recipe(tmp_path), *options, fault=spoiling(BAD, what, device)) as job:
         assert job.wait() == [0], job.output
-    states = [
-        checkpoints.load(tmp_path / "runs" / "run" / "checkpoints" / checkpoints.folder_name(step))
-        for step in range(1, 21)
-    ]
+    store = CheckpointStore(tmp_path / "runs" / "run" / "checkpoints")
+    states = [Checkpoint.load(store.folder(step)) for step in range(1, 21)]
     for step, (before, after) in enumerate(pairwise(states), start=1):
         tensors = [state.model | state.optimizer for state in (before, after)]
         same = [torch.equal(value, tensors[1][name]) for name, value in tensors[0].items() if value.is_floating_point()]
@@ -248,7 +248,7 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation_and_outlives_newer_o
         assert job.wait() == [0], job.output
     run = tmp_path / "runs" / "run"
     assert json.loads((run / "summary.json").read_text())["best"]["miou"] == {"value": 0.5, "step": 4}
-    checkpoints.verify(run / "checkpoints" / "best")
-    best = checkpoints.load(run / "checkpoints" / "best")
+    verify(run / "checkpoints" / "best")
+    best = Checkpoint.load(run / "checkpoints" / "best")
     assert (best.step, best.counters["best"], best.counters["best_step"]) == (4, 0.5, 4)
-    assert checkpoints.steps(run / "checkpoints") == [4, 12]  # the last two that were saved
+    assert CheckpointStore(run / "checkpoints").steps() == [4, 12]  # the last two that were saved

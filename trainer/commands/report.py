@@ -22,7 +22,8 @@ def run(options: argparse.Namespace) -> None:
     """
     from trainer.errors import UserError
     from trainer.reporting.page import report
-    from trainer.runs.folder import RunFolder, atomic_write, find_run
+    from trainer.runs.durable import atomic_write
+    from trainer.runs.folder import RunFolder, find_run
 
     page = report([RunFolder(find_run(given)) for given in options.runs])
     try:

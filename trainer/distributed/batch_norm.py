@@ -24,7 +24,7 @@ class _Normalize(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         if x.numel():
             variance, mean = torch.var_mean(wide, dims, correction=0)
-        else:  # this process alone may have nothing, e.g. no region with an object: nan would reach all others
+        else:  # this process may have no elements, e.g. no region with an object: nan would spread to all others
             variance = mean = torch.zeros(x.shape[1], dtype=wide.dtype, device=x.device)
         count = torch.full_like(mean[:1], x.numel() // x.shape[1])
         local = torch.cat([count, mean, variance])
@@ -60,9 +60,9 @@ class _Normalize(torch.autograd.Function):
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Batch norm that learns from the whole micro-batch over all processes; on CPUs and GPUs alike.
+    """Batch norm with the statistics of the micro-batch over all processes; on CPUs and GPUs alike.
 
-    Its parameters, buffers and keys are those of the module it replaces; in eval mode it is that module.
+    Its parameters, buffers and keys are those of the module it replaces; in eval mode it behaves like that module.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -84,7 +84,7 @@ class GlobalBatchNorm(_BatchNorm):
                 momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
                 unbiased = variance * (elements / (elements - 1).clamp(min=1))
                 for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-                    # Nothing is learnt from nothing.
+                    # Without elements the running statistics stay.
                     running.lerp_(new.to(running.dtype), momentum * (elements > 1).to(running.dtype))
         return output
 

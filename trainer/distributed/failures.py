@@ -30,7 +30,7 @@ def reported_to_peers(watchdog: Watchdog, world_size: int) -> Iterator[None]:
         raise
     except BaseException as error:
         if world_size > 1 and _lost_connection(error):
-            watchdog.cut_off()  # another rank failed; this ends the process as soon as it is known which one
+            watchdog.disconnected()  # another rank failed; this ends the process as soon as it is known which one
         watchdog.failed(error)
         raise
 
@@ -77,7 +77,7 @@ def _as_training_failure(error: BaseException, recipe: Recipe, world_size: int, 
         free = f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free)" if error.errno == errno.ENOSPC else ""
         message = (
             f"{error.filename or folder} can't be written: {error.strerror}{free}; the checkpoints are intact: fix "
-            "this and rerun the same command to resume"
+            "this and rerun to resume"
         )
     elif "Expected more than 1 value per channel when training" in str(error):
         message = (

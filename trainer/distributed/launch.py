@@ -1,4 +1,4 @@
-"""What the launcher set, and a launcher that contradicts the recipe."""
+"""The launcher's settings, and those that contradict the recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,23 +14,20 @@ from trainer.errors import UserError
 from trainer.recipe.file import Problem
 from trainer.recipe.recipe import Recipe
 
-if TYPE_CHECKING:
-    pass
-
 LAUNCH_FILE = Path("accelerate_config.yaml")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher set, and where.
+    """The launcher's settings, and where they are.
 
     Attributes:
         processes: number of processes.
-        file_processes: what the launch file would start; `trainer check` counts with it.
-        mixed_precision: `no` is unset.
-        accumulation: gradient accumulation steps; None is unset.
-        dynamo: compile backend; `no` is unset.
-        where: the file or variables that say so, for messages.
+        file_processes: number of processes in the launch file, which `trainer check` assumes.
+        mixed_precision: `no` where unset.
+        accumulation: gradient accumulation steps; None where unset.
+        dynamo: compile backend; `no` where unset.
+        where: the file or variables that hold them, for messages.
     """
 
     processes: int = 1
@@ -42,7 +39,7 @@ class Launch:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ, file: Path = LAUNCH_FILE) -> Launch:
-        """From the variables a launcher sets; where there was none, from the launch file, so that both ways agree."""
+        """From the variables that a launcher sets; without a launcher from the launch file, so that both agree."""
         accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
         launched = "ACCELERATE_MIXED_PRECISION" in environment
         values = {} if launched or not file.is_file() else _launch_file(file)
@@ -63,24 +60,25 @@ class Launch:
         )
 
     def check(self, recipe: Recipe) -> Iterator[Problem]:
-        """Settings of the launcher that differ from the recipe's."""
+        """Settings of the launcher that contradict the recipe."""
         precision, accumulate = recipe.train.precision, recipe.train.accumulate
         if self.mixed_precision not in ("no", precision):
             yield recipe.problem(
                 "train.precision",
-                f"{self.where} says mixed_precision: {self.mixed_precision}, the recipe {precision}; set 'no' there, "
-                "the recipe decides",
+                f"{self.where} sets mixed_precision: {self.mixed_precision}, the recipe {precision}; set it to 'no' "
+                "there, the recipe decides",
             )
         if self.accumulation not in (None, accumulate):
             yield recipe.problem(
                 "train.accumulate",
-                f"{self.where} says gradient_accumulation_steps: {self.accumulation}, the recipe {accumulate}; leave "
-                "it out there, the recipe decides",
+                f"{self.where} sets gradient_accumulation_steps: {self.accumulation}, the recipe {accumulate}; "
+                "remove it there, the recipe decides",
             )
         if self.dynamo not in ("no", "") and not recipe.train.compile:
             yield recipe.problem(
                 "train.compile",
-                f"{self.where} says dynamo backend {self.dynamo}, the recipe doesn't compile; the recipe decides",
+                f"{self.where} sets dynamo backend {self.dynamo}, the recipe doesn't compile; set it to 'no' there, "
+                "the recipe decides",
             )
         if self.processes > 1 and recipe.data.batch_size % (self.processes * accumulate):
             split = f"{self.processes} processes" + (f" x train.accumulate {accumulate}" if accumulate > 1 else "")
@@ -88,12 +86,12 @@ class Launch:
             near = max(share, round(recipe.data.batch_size / share) * share)
             yield recipe.problem(
                 "data.batch_size",
-                f"must be divisible by {split}; it counts all samples of an optimizer step; try {near}",
+                f"must be divisible by {split}: it is the number of samples in an optimizer step; try {near}",
                 recipe.data.batch_size,
             )
 
     def checks(self) -> Any:
-        """For `load_recipe`."""
+        """The checks for `load_recipe`, each with the sections that it reads."""
         return ((("data", "train"), self.check), (("train",), check_device))
 
 
@@ -108,7 +106,7 @@ def _launch_file(file: Path) -> dict[str, Any]:
 
 
 def check_device(recipe: Recipe) -> Iterator[Problem]:
-    """A precision that this machine's GPU hasn't got."""
+    """A precision that this machine doesn't support."""
     precision = recipe.train.precision
     if precision == "fp16" and not torch.cuda.is_available():
         yield recipe.problem("train.precision", "fp16 needs a GPU; use bf16, fp32 or auto", precision)

@@ -1,4 +1,4 @@
-"""N processes compute what one computes: sums that carry gradients."""
+"""Sums over processes, with gradients, so that N processes compute what one computes."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def total(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def joined(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Joins each tensor along its first dimension over all processes, in the order of their ranks;
-    all of it on every one of them.
+    """Concatenates each tensor along its first dimension over all processes, in the order of their ranks;
+    every process gets the result.
     """
     if world_size() == 1:
         return rows

@@ -20,8 +20,7 @@ from trainer.optim.ema import Ema
 from trainer.optim.guard import GRADIENTS, Guard, Verdict
 from trainer.optim.schedules import Schedule
 from trainer.recipe.recipe import Recipe
-from trainer.runs import checkpoint as checkpoints
-from trainer.runs.checkpoint import Checkpoint
+from trainer.runs.state import Checkpoint, optimizer_tensors, snapshot
 from trainer.tasks.build import place
 from trainer.tasks.task import Batch, Task
 
@@ -148,9 +147,9 @@ class Learner:
         """A copy of the state on the CPU; `counters` are what the rest of the run adds to it."""
         scaler = self.accelerator.scaler
         return Checkpoint(
-            model=checkpoints.snapshot(self.model),
-            ema=checkpoints.snapshot(self.ema.model) if self.ema else None,
-            optimizer=checkpoints.optimizer_tensors(self.optimizer.optimizer, self.names),
+            model=snapshot(self.model),
+            ema=snapshot(self.ema.model) if self.ema else None,
+            optimizer=optimizer_tensors(self.optimizer.optimizer, self.names),
             counters=counters | {"scaler": scaler.state_dict() if scaler else None},  # type: ignore[arg-type]
         )
 
@@ -161,6 +160,6 @@ class Learner:
             UserError: it is of another model or optimizer.
         """
         ema = self.ema.model if self.ema else None
-        checkpoints.restore(checkpoint, self.model, ema, self.optimizer.optimizer, self.names)
+        checkpoint.restore(self.model, ema, self.optimizer.optimizer, self.names)
         if self.accelerator.scaler and checkpoint.counters["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint.counters["scaler"])

@@ -1,6 +1,4 @@
-"""One HTML page about some runs, which needs no network: curves, figures beside the reference, pictures, recipes,
-environments.
-"""
+"""A self-contained HTML page about some runs: results beside the reference, curves, pictures, recipes, environments."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ pre { background: #f6f6f6; padding: .8rem; overflow: auto; font-size: .8rem }
 
 
 class Run:
-    """What a report shows of a run folder."""
+    """A run folder, as the report shows it."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder, self.name = folder, folder.path.name
@@ -56,15 +54,15 @@ class Run:
         return [epoch for epoch, _ in points], [value for _, value in points]
 
     def best_validation(self) -> Line:
-        """The validation line at the best value of `evaluate.best`; the last one where there is no best,
-        empty without any.
+        """The validation line with the best value of `evaluate.best`; without a best value the last line,
+        without lines an empty one.
         """
         lines = [line for line in self.lines if line["split"] == "validation"]
         best = self.summary.get("best", {}).get(self.recipe["evaluate"]["best"], {}).get("step")
         return next((line for line in lines if line["step"] == best), lines[-1] if lines else {})
 
     def sheets(self) -> list[Path]:
-        """A few of its validation pictures, oldest first, and the last precision-recall curves where there are any."""
+        """A few of its validation pictures, oldest first, and the last precision-recall curves, if any."""
         files = sorted(self.folder.pictures.glob("validation_step_*.png"))
         chosen = [files[i] for i in sorted({0, len(files) // 2, len(files) - 1})][:MAX_PICTURES] if files else []
         return chosen + sorted(self.folder.pictures.glob("precision_recall_step_*.png"))[-1:]
@@ -75,9 +73,9 @@ def report(folders: Sequence[RunFolder]) -> str:
     runs = [Run(folder) for folder in folders]
     title = ", ".join(run.name for run in runs)
     sections = [
-        ("Figures", _figures(runs)),
+        ("Results", _results(runs)),
         ("Curves", _curves(runs)),
-        ("Confusion", "".join(_confusion(run) for run in runs)),
+        ("Confusion matrices", "".join(_confusion(run) for run in runs)),
         ("Pictures", "".join(_pictures(run) for run in runs)),
         ("Recipes", _recipes(runs)),
         ("Environment", _environments(runs)),
@@ -89,13 +87,13 @@ def report(folders: Sequence[RunFolder]) -> str:
         f"href=data:,><style>{STYLE}</style></head>"
     )
     return (
-        f"{head}<body><h1>{escape(title)}</h1><p>{len(runs)} run{'s' * (len(runs) > 1)}, reported "
+        f"{head}<body><h1>{escape(title)}</h1><p>{len(runs)} run{'s' * (len(runs) > 1)}, reported on "
         f"{made}.</p>{body}</body></html>\n"
     )
 
 
-def _figures(runs: list[Run]) -> str:
-    """Where each run stands, and the best of each metric beside the recipe's reference."""
+def _results(runs: list[Run]) -> str:
+    """Status of each run, and the best value of each metric beside the recipe's reference."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.summary.get("best", {}) if "/" not in name))
     heads = ["run", "status", "steps", "seconds", "samples/s", *metrics]
     rows = []
@@ -109,26 +107,26 @@ def _figures(runs: list[Run]) -> str:
         ]
         cells = [_cell(run.name), *map(_cell, facts)]
         cells += [
-            _figure(name, best[name]["value"], best[name]["step"], reference.get(name)) if name in best else _cell(None)
+            _result(name, best[name]["value"], best[name]["step"], reference.get(name)) if name in best else _cell(None)
             for name in metrics
         ]
         rows.append(cells)
     return (
         _table(heads, rows)
-        + "<p>Each metric at its own best validation; hover for its step. In brackets the reference of the recipe.</p>"
+        + "<p>The best validation value of each metric; hover for its step. In parentheses the recipe's reference.</p>"
     )
 
 
-def _figure(name: str, value: float, step: int, reference: float | None) -> str:
+def _result(name: str, value: float, step: int, reference: float | None) -> str:
     if reference is None:
         return f'<td class=number title="step {step}">{value:.4f}</td>'
     better = value <= reference if lower_is_better(name) else value >= reference
-    judged = "better" if better else "worse"
-    return f'<td class="number {judged}" title="step {step}">{value:.4f} ({reference:.4f})</td>'
+    verdict = "better" if better else "worse"
+    return f'<td class="number {verdict}" title="step {step}">{value:.4f} ({reference:.4f})</td>'
 
 
 def _curves(runs: list[Run]) -> str:
-    """A zoomable plot for each metric, all runs in each; the library stands in the page once."""
+    """A zoomable plot for each metric, with all runs; the page contains the library once."""
     import plotly.graph_objects as go
     from plotly.colors import qualitative
     from plotly.io import to_html
@@ -175,8 +173,8 @@ def _curves(runs: list[Run]) -> str:
 
 
 def _confusion(run: Run) -> str:
-    """The confusion matrix at the best step, in figures and, by hovering, in counts;
-    drawn by the library that the curves brought along.
+    """The confusion matrix at the best step, as shares and, on hovering, as counts;
+    drawn by the library that the curves have loaded.
     """
     import plotly.graph_objects as go
     from plotly.io import to_html
@@ -200,10 +198,10 @@ def _confusion(run: Run) -> str:
     )
     side = 200 + min(700, 60 * len(names))
     layout = {"template": "plotly_white", "width": side, "height": side, "margin": {"t": 30}}
-    layout |= {"xaxis_title": "prediction", "yaxis": {"title": "truth", "autorange": "reversed"}}
+    layout |= {"xaxis_title": "prediction", "yaxis": {"title": "ground truth", "autorange": "reversed"}}
     figure = to_html(go.Figure(matrix, layout), full_html=False, include_plotlyjs=False, config={"displaylogo": False})
     return (
-        f"<figure>{figure}<figcaption>{escape(run.name)}, step {line['step']}, each row as shares of the true "
+        f"<figure>{figure}<figcaption>{escape(run.name)}, step {line['step']}, rows normalised to the true "
         "class</figcaption></figure>"
     )
 
@@ -219,7 +217,7 @@ def _pictures(run: Run) -> str:
 
 
 def _recipes(runs: list[Run]) -> str:
-    """The keys in which the recipes differ, and each recipe whole."""
+    """The keys in which the recipes differ, and each complete recipe."""
     flat = [flatten(run.recipe) for run in runs]
     keys = [
         key
@@ -250,6 +248,6 @@ def _cell(value: Any) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(name).replace('_', '_<wbr>')}</th>" for name in heads)  # long names may break there
+    head = "".join(f"<th>{escape(name).replace('_', '_<wbr>')}</th>" for name in heads)  # long names may wrap there
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"

@@ -131,7 +131,7 @@ class Reporter:
     def _log(self, line: Line) -> None:
         if self.enabled and self.mirrors:
             self.folder.log(line)
-            self.mirrors.log(line, line["step"], line["split"])
+            self.mirrors.log(line)
 
     def _advise(self, advice: str | None) -> None:
         if advice and not self._advice_given:
@@ -172,7 +172,7 @@ class Reporter:
         if self.is_open:
             self._close("failed", {"error": one_line(error), **facts})
         elif isinstance(error, UserError | TrainingFailed):  # anything else may not happen again
-            self.folder.write_standing("failed", error=one_line(error))
+            self.folder.update_status("failed", error=one_line(error))
 
     def _close(self, status: Status, facts: Mapping[str, Any]) -> dict[str, Any]:
         self.display.close()

@@ -1,4 +1,4 @@
-"""What a run computes with: versions, commit, devices, processes."""
+"""The environment of a run: versions, commit, devices, processes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """What this process computes with: versions, commit, devices, processes. No environment variables:
-    they hold secrets.
-    """
+    """Versions, commit, devices and processes. No environment variables: they hold secrets."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return {
         "python": platform.python_version(),
@@ -64,7 +62,7 @@ def _cpu() -> str:
 
 def _git(root: Path) -> dict[str, Any] | None:
     """Commit of the checkout at `root`, and whether tracked files differ from it; None outside a checkout."""
-    if not (root / ".git").exists():  # installed: a repository further up would be somebody else's
+    if not (root / ".git").exists():  # installed: a repository further up would be another project's
         return None
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""Where runs lie and who has them; nothing here imports torch."""
+"""The folder of a run: recipe, environment, metrics, summary, pictures, checkpoints; nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import io
 import json
 import math
 import os
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,35 +17,20 @@ from ruamel.yaml.error import YAMLError
 from trainer.errors import UserError
 from trainer.metrics.best import lower_is_better
 from trainer.recipe.file import nearest
+from trainer.runs.durable import atomic_write
+from trainer.runs.store import CheckpointStore
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
 Line = dict[str, Any]
 """One line of `metrics.jsonl`: `step`, `epoch`, `split`, then metrics by name."""
 
-# What stands in a line beside its metrics; `*_per_second` too.
+# Entries of a line that are no metrics; neither is `*_per_second`.
 BOOKKEEPING = ("step", "epoch", "samples", "seconds", "time")
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Replaces `path` by `text` (UTF-8): a reader, or a kill at any moment, meets the old or the new file,
-    never half of one.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lives in the folder
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def set_aside(path: Path) -> Path:
-    """Moves a run folder to `<name>.1`, or the first number that is free; returns where it is now."""
+def move_aside(path: Path) -> Path:
+    """Moves a run folder to `<name>.1`, or the first free number; returns where it is now."""
     number = 1
     while (target := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
@@ -63,22 +50,47 @@ def metrics_of(line: Line) -> dict[str, float]:
     }
 
 
+class ValidationSummary:
+    """Best and last validation value of each metric, with its step.
+
+    Args:
+        lines: of `metrics.jsonl`, in order.
+
+    Attributes:
+        best, final: metric -> `{"value": …, "step": …}`.
+    """
+
+    def __init__(self, lines: Iterable[Line]) -> None:
+        self.best: dict[str, dict[str, float]] = {}
+        self.final: dict[str, dict[str, float]] = {}
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: Line) -> None:
+        """Takes the next line into account."""
+        if line["split"] != "validation":
+            return
+        for name, value in metrics_of(line).items():
+            self.final[name] = {"value": value, "step": line["step"]}
+            if name not in self.best or (
+                value < self.best[name]["value"] if lower_is_better(name) else value > self.best[name]["value"]
+            ):
+                self.best[name] = self.final[name]
+
+
 class RunFolder:
     """The files of one run.
 
     Attributes:
         path: `runs/<name>`.
-        is_open: whether this process has the run, and its recipe is the one that is trained, see `open_run`.
+        checkpoints: its checkpoints.
+        is_open: whether this process holds the run, and its recipe is the one being trained, see `open_run`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.checkpoints = CheckpointStore(path / "checkpoints")
         self.is_open = False
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
 
     @property
     def pictures(self) -> Path:
@@ -86,17 +98,17 @@ class RunFolder:
         return self.path / "pictures"
 
     def pictures_of(self, step: int) -> list[Path]:
-        """The PNG files that were drawn after a step, e.g. `validation_step_00000123.png`."""
+        """The PNG files drawn after a step, e.g. `validation_step_00000123.png`."""
         return sorted(self.pictures.glob(f"*_step_{step:08d}.png"))
 
     @property
     def metrics(self) -> Path:
-        """The file with a JSON object a line."""
+        """The file with one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     def create(self) -> None:
-        """Makes the folders; those that are there stay as they are."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        """Creates the folders; existing ones stay as they are."""
+        self.checkpoints.path.mkdir(parents=True, exist_ok=True)
         self.pictures.mkdir(exist_ok=True)
 
     def write_recipe(self, resolved: dict[str, Any]) -> None:
@@ -107,38 +119,45 @@ class RunFolder:
         atomic_write(self.path / "recipe.yaml", text.getvalue())
 
     def read_recipe(self) -> dict[str, Any]:
-        """The resolved recipe that this run was started with."""
+        """The resolved recipe that this run was started with.
+
+        Raises:
+            UserError: it can't be read.
+        """
         file = self.path / "recipe.yaml"
         try:
             recipe = YAML(typ="safe", pure=True).load(file)
         except (OSError, YAMLError) as error:
             raise UserError(
-                f"{file} can't be read, so what the run was is unknown: {error}; --resume never sets the folder aside"
+                f"{file} can't be read, so the run's recipe is unknown: {error}; "
+                f"--resume never moves the folder to {self.path.name}.1"
             ) from error
         if not isinstance(recipe, dict) or "train" not in recipe:
-            raise UserError(f"{file} is no resolved recipe; --resume never sets the folder aside")
+            raise UserError(f"{file} is not a resolved recipe; --resume never moves the folder to {self.path.name}.1")
         return recipe
 
     def write_environment(self, environment: dict[str, Any]) -> None:
-        """Writes what the run computes with, see `environment`."""
+        """Writes `environment.json`, see `environment`."""
         atomic_write(self.path / "environment.json", _pretty(environment))
 
     def log(self, line: Line) -> None:
         """Appends a line to `metrics.jsonl`, in the operating system's hands when this returns.
 
-        Floats keep every bit. JSON knows no nan and no infinity: they become null.
+        Floats keep every bit. JSON has no nan and no infinity: they become null.
         """
+        validation = self._validation
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        validation.add(line)
 
     def read_metrics(self) -> list[Line]:
-        """All whole lines of `metrics.jsonl`, in order."""
-        return [json.loads(line) for line in self._whole_lines()]
+        """All complete lines of `metrics.jsonl`, in order."""
+        return [json.loads(line) for line in self._complete_lines()]
 
     def truncate_metrics(self, step: int, evaluation_pending: bool = False) -> None:
-        """Takes `metrics.jsonl` back to a checkpoint: lines after `step`, which will be computed again, go.
+        """Takes `metrics.jsonl` back to a checkpoint: removes lines after `step`, which will be computed again.
 
-        So does the validation line of `step` itself, where the checkpoint is from before that evaluation.
+        So will the validation line of `step` itself, where the checkpoint was saved before that evaluation.
         """
 
         def stays(line: Line) -> bool:
@@ -146,43 +165,37 @@ class RunFolder:
                 line["step"] == step and not (evaluation_pending and line["split"] == "validation")
             )
 
-        kept = [line for line in self._whole_lines() if stays(json.loads(line))]
-        atomic_write(self.metrics, "".join(kept))
+        kept = [(text, line) for text in self._complete_lines() if stays(line := json.loads(text))]
+        atomic_write(self.metrics, "".join(text for text, _ in kept))
+        self._validation = ValidationSummary(line for _, line in kept)
 
-    def _whole_lines(self) -> list[str]:
+    def _complete_lines(self) -> list[str]:
         if not self.metrics.exists():
             return []
         with self.metrics.open(encoding="utf-8", newline="\n") as file:
             return [line for line in file if line.endswith("\n")]
 
-    def write_summary(self, status: Status, **facts: Any) -> dict[str, Any]:
-        """Writes and returns `summary.json`: where the run stands, each metric's best and last validation value with
-        its step.
+    @cached_property
+    def _validation(self) -> ValidationSummary:
+        """Those of `metrics.jsonl`: read once, then kept up to date as lines are logged."""
+        return ValidationSummary(self.read_metrics())
 
-        The values come from `metrics.jsonl`, so that they cover the whole run however often it was interrupted.
+    def write_summary(self, status: Status, **facts: Any) -> dict[str, Any]:
+        """Writes and returns `summary.json`: the status, each metric's best and last validation value with its step.
+
+        The values are those of `metrics.jsonl`, so they cover the whole run however often it was interrupted.
 
         Args:
-            status: what the run is from now on.
-            facts: what else it says, e.g. `seconds` of training over all interruptions, or the `error` that ended it.
+            status: of the run from now on.
+            facts: further entries, e.g. `seconds` of training over all interruptions, or the `error` that ended it.
         """
-        best: dict[str, dict[str, float]] = {}
-        final: dict[str, dict[str, float]] = {}
-        for line in self.read_metrics():
-            if line["split"] != "validation":
-                continue
-            for name, value in metrics_of(line).items():
-                final[name] = {"value": value, "step": line["step"]}
-                if name not in best or (
-                    value < best[name]["value"] if lower_is_better(name) else value > best[name]["value"]
-                ):
-                    best[name] = final[name]
-        summary = {"status": status, "best": best, "final": final, **facts}
+        summary = {"status": status, "best": self._validation.best, "final": self._validation.final, **facts}
         atomic_write(self.path / "summary.json", _pretty(summary))
         return summary
 
-    def write_standing(self, status: Status, **facts: Any) -> None:
-        """Changes the status in `summary.json` before training begins, if this process has the run;
-        a finished one stays finished.
+    def update_status(self, status: Status, **facts: Any) -> None:
+        """Changes the status in `summary.json` before training begins, if this process holds the run;
+        a finished run stays finished.
         """
         before = self.read_summary()
         if self.is_open and before.get("status") != "finished":
@@ -190,7 +203,7 @@ class RunFolder:
             self.write_summary(status, **kept, **facts)
 
     def read_summary(self) -> dict[str, Any]:
-        """What `write_summary` wrote last; empty for a run that hasn't come so far."""
+        """What `write_summary` wrote last; empty before that."""
         file = self.path / "summary.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
@@ -208,15 +221,15 @@ def _pretty(tree: dict[str, Any]) -> str:
 
 
 def runs_dir() -> Path:
-    """Where run folders lie: `$TRAINER_RUNS`, else `runs`."""
+    """The parent of all run folders: `$TRAINER_RUNS`, else `runs`."""
     return Path(os.environ.get("TRAINER_RUNS") or "runs")
 
 
 def find_run(given: str) -> Path:
-    """The folder of a run that is there: its path, or its name below `runs_dir()`.
+    """The folder of an existing run, given by its path or its name below `runs_dir()`.
 
     Raises:
-        UserError: there is none; with the nearest names.
+        UserError: no such run; suggests the nearest names.
     """
     for folder in (runs_dir() / given, Path(given)):
         if (folder / "checkpoints").is_dir():

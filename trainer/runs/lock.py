@@ -1,4 +1,4 @@
-"""Which process has a run; nothing here imports torch."""
+"""Which process holds a run; nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trainer.errors import UserError
 
 
 def lock_run(folder: Path) -> FileLock:
-    """Takes a run for this process; the operating system frees it when the process ends, however it ends.
+    """Locks a run for this process; the operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_lock_file(folder))
@@ -29,7 +29,7 @@ def lock_run(folder: Path) -> FileLock:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process has the run. Asks for a shared lock: two that ask at a time must not see each other."""
+    """Whether a process holds the run. Tries a shared lock: two simultaneous callers must not see each other."""
     try:
         descriptor = os.open(_lock_file(folder), os.O_RDONLY)
     except FileNotFoundError:

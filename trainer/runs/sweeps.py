@@ -1,4 +1,4 @@
-"""The runs of a sweep: one for each combination of values, each with a name that says what makes it special."""
+"""The runs of a sweep: one for each combination of values, each named after its values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.errors import UserError
 
 def variants_of(sweep: list[str]) -> list[list[str]]:
     """Overrides of each run of a sweep: `["a=1,2", "b=3,4"]` as `[["a=1", "b=3"], ["a=1", "b=4"], …]`; commas in
-    brackets don't part values.
+    brackets don't separate values.
 
     Raises:
         UserError: not of the form key=a,b,c.
@@ -24,13 +24,13 @@ def variants_of(sweep: list[str]) -> list[list[str]]:
         key, equals, values = axis.partition("=")
         found = re.findall(r"(?:\[[^]]*\]|\{[^}]*\}|[^,])+", values)
         if not key or not equals or not found or key == "name":
-            raise UserError(f"{axis}: must be key=a,b,c, e.g. optimizer.lr=1e-3,1e-2; runs get their names from it")
+            raise UserError(f"{axis}: must be key=a,b,c, e.g. optimizer.lr=1e-3,1e-2; runs are named after it")
         axes.append([f"{key}={value}" for value in found])
     return [list(choice) for choice in itertools.product(*axes)] if axes else []
 
 
 def variant_name(name: str, variant: list[str]) -> str:
-    """The name of a sweep's run, which says what makes it special, e.g. `quickstart-lr=1e-3`."""
+    """The name of a sweep's run, from its overrides, e.g. `quickstart-lr=1e-3`."""
     for override in variant:
         key, _, value = override.partition("=")
         name += f"-{key.rpartition('.')[2]}={value}"
@@ -38,7 +38,7 @@ def variant_name(name: str, variant: list[str]) -> str:
 
 
 def varying(runs: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Of the overrides of several runs those that aren't the same for all; names of runs don't count."""
+    """The overrides of several runs without those that all have in common, and without their names."""
     return [
         [
             override
@@ -50,15 +50,15 @@ def varying(runs: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def plot_sweep(variants: Sequence[Sequence[str]], folders: Sequence[Path], file: Path) -> bool:
-    """Draws the best validation value of each metric over the first key, with a line for each choice of the others.
+    """Plots the best validation value of each metric over the first key, a line for each combination of the others.
 
     Args:
-        variants: the overrides that make each run special.
-        folders: of these runs; those without an evaluation are left out.
+        variants: the overrides of each run.
+        folders: of these runs; those without an evaluation are skipped.
         file: the PNG to write.
 
     Returns:
-        Whether there was anything to draw.
+        Whether there was anything to plot.
     """
     from matplotlib.figure import Figure  # without pyplot there is no global state and no display
 

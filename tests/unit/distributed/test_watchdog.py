@@ -36,23 +36,24 @@ def test_a_rank_that_hangs_is_named_when_the_timeout_has_passed_and_not_before(
         raise SystemExit  # its thread
 
     monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
-    monkeypatch.setattr(watchdog, "LONGEST_INTERVAL_S", 0.01)
+    monkeypatch.setattr(watchdog, "MAX_INTERVAL_S", 0.01)
     monkeypatch.setattr(watchdog, "_store", lambda *_: store)
     monkeypatch.setattr(Watchdog, "_exit", exit_of)
     ranks = [Watchdog(rank, 2, TIMEOUT_S, on_failure=lambda *_: None) for rank in (0, 1)]
-    for place in ("reading data", "waiting for the other ranks"):
+    for phase in ("reading data", "waiting for the other ranks"):
         for rank in ranks:
-            if (place, rank.rank) != ("waiting for the other ranks", 1):  # which hangs
-                rank.at(place, 3)
+            if (phase, rank.rank) != ("waiting for the other ranks", 1):  # which hangs
+                rank.enter(phase, 3)
 
     def let_pass(seconds: float) -> None:
         """In steps that are too short for a suspended machine, each of which both have seen."""
         for _ in range(5):
             now[0] += seconds / 5
-            before = [rank._beat for rank in ranks]
+            before = [rank._num_heartbeats for rank in ranks]
             wait_until(
                 lambda seen=before: all(
-                    rank._beat > beat + 1 or ended[rank.rank].is_set() for rank, beat in zip(ranks, seen, strict=True)
+                    rank._num_heartbeats > beat + 1 or ended[rank.rank].is_set()
+                    for rank, beat in zip(ranks, seen, strict=True)
                 )
             )
 
@@ -62,10 +63,10 @@ def test_a_rank_that_hangs_is_named_when_the_timeout_has_passed_and_not_before(
         assert "training failed" not in capsys.readouterr().err
         let_pass(0.2 * TIMEOUT_S)
         for rank in ranks:
-            assert ended[rank.rank].wait(10), f"rank {rank.rank} goes on"
+            assert ended[rank.rank].wait(10), f"rank {rank.rank} continues"
     finally:
         for rank in reversed(ranks):
             if not ended[rank.rank].is_set():
                 rank.close()
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training failed: ")]
-    assert "rank 1" in said and "reading data, after step 3" in said and "rank 0" not in said
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training failed: ")]
+    assert "rank 1" in message and "reading data, after step 3" in message and "rank 0" not in message

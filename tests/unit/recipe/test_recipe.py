@@ -209,12 +209,12 @@ def test_batches_that_processes_or_micro_batches_dont_divide(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "says mixed_precision: fp16, the recipe auto"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "sets mixed_precision: fp16, the recipe auto"),
         (
             {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
-            "says gradient_accumulation_steps: 4, the recipe 1",
+            "sets gradient_accumulation_steps: 4, the recipe 1",
         ),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "says dynamo backend inductor"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "sets dynamo backend inductor"),
     ],
 )
 def test_a_launcher_that_contradicts_the_recipe_is_refused(
@@ -226,7 +226,7 @@ def test_a_launcher_that_contradicts_the_recipe_is_refused(
 def test_the_launch_file_counts_where_no_launcher_was(tmp_path: Path) -> None:
     file = tmp_path / "accelerate_config.yaml"
     file.write_text("mixed_precision: bf16\n")
-    assert f"{file} says mixed_precision: bf16" in problems(tmp_path, "", launch=Launch.read({}, file))[0]
+    assert f"{file} sets mixed_precision: bf16" in problems(tmp_path, "", launch=Launch.read({}, file))[0]
     assert check(tmp_path, "train: {precision: bf16}", launch=Launch.read({}, file)).train.precision == "bf16"
     file.write_text("mixed_precision: 'no'\n")
     check(tmp_path, "", launch=Launch.read({}, file))

@@ -82,7 +82,7 @@ def test_it_has_the_figures_beside_the_reference_and_the_keys_that_differ(
 
 def test_it_has_the_confusion_matrix_of_the_best_step(runs: list[RunFolder], tmp_path: Path) -> None:
     text = page(runs, tmp_path / "report.html")
-    assert text.count('"customdata":[[100,95],[0,0]]') == text.count("each row as shares of the true class") == 1
+    assert text.count('"customdata":[[100,95],[0,0]]') == text.count("rows normalised to the true class") == 1
     runs[0].log({"step": 6, "epoch": 3, "split": "validation", "loss": 1.0, "miou": 0.1} | confusion("first", 6))
     runs[0].write_summary("finished", step=6)
     assert '"customdata":[[100,95],[0,0]]' in page(runs, tmp_path / "report.html")

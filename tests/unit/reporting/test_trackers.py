@@ -19,7 +19,7 @@ from trainer import components
 from trainer.components import catalogue, tracker
 from trainer.reporting.trackers import wandb as trackers
 from trainer.reporting.trackers.tracker import Mirrors
-from trainer.runs.folder import RunFolder
+from trainer.runs.folder import Line, RunFolder
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # valid in form only
 CONFIG = {"name": "demo", "optimizer": {"name": "adamw", "lr": 1e-3}}
@@ -71,13 +71,13 @@ def train(mirror: Mirrors, folder: RunFolder, steps: range) -> None:
             "accuracy": None,
         }
         folder.log(line)
-        mirror.log(line, step, "train")
+        mirror.log(line)
 
 
 def validate(mirror: Mirrors, folder: RunFolder, step: int) -> None:
     line = {"step": step, "epoch": step / 10, "split": "validation", "loss": 0.5, "miou": 0.9}
     folder.log(line)
-    mirror.log(line, step, "validation")
+    mirror.log(line)
     mirror.pictures([draw(folder, step)], step)
 
 
@@ -105,7 +105,7 @@ def records(folder: RunFolder) -> list[Any]:
             length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
             parts += data[at + 7 : at + 7 + length]
             at += 7 + length
-            if kind in (1, 4):  # whole, or the last part
+            if kind in (1, 4):  # complete, or the last part
                 found.append(Record.FromString(parts))
                 parts = b""
     return found
@@ -127,15 +127,15 @@ class Broken:
     def __init__(self, folder: Path, run_name: str, config: dict[str, Any], /) -> None:
         pass
 
-    def log(self, metrics: dict[str, Any], step: int, split: str) -> None:
+    def log(self, line: Line) -> None:
         type(self).calls += 1
         raise ConnectionError("server\nwent away")
 
     def pictures(self, files: Sequence[Path], step: int) -> None:
-        raise AssertionError("is off by now")
+        raise AssertionError("is disabled by now")
 
     def finish(self, summary: dict[str, Any]) -> None:
-        raise AssertionError("is off by now")
+        raise AssertionError("is disabled by now")
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> type[Broken]:
     return tracker()(Broken)
 
 
-def test_a_tracker_that_fails_is_named_once_and_switched_off(
+def test_a_tracker_that_fails_is_named_once_and_disabled(
     folder: RunFolder, broken: type[Broken], capsys: pytest.CaptureFixture[str]
 ) -> None:
     mirror = mirrors(folder, "broken", "tensorboard")
@@ -154,17 +154,15 @@ def test_a_tracker_that_fails_is_named_once_and_switched_off(
     mirror.pictures([draw(folder)], 3)
     mirror.finish(SUMMARY)
     assert broken.calls == 1
-    assert (
-        capsys.readouterr().err == "broken: switched off, the run isn't affected: ConnectionError: server went away\n"
-    )
-    assert len(scalars(folder, "train/loss")) == 3, "the others go on"
+    assert capsys.readouterr().err == "broken: disabled, training continues: ConnectionError: server went away\n"
+    assert len(scalars(folder, "train/loss")) == 3, "the others continue"
 
 
-def test_a_tracker_that_cannot_start_is_switched_off(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tracker_that_cannot_start_is_disabled(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     (folder.path / "tensorboard").write_text("in the way")
     mirror = mirrors(folder, "tensorboard")
-    mirror.log({"loss": 1.0}, 1, "train")
-    assert capsys.readouterr().err.startswith("tensorboard: switched off, the run isn't affected: ")
+    mirror.log({"step": 1, "split": "train", "loss": 1.0})
+    assert capsys.readouterr().err.startswith("tensorboard: disabled, training continues: ")
 
 
 def test_nothing_heavy_is_imported_for_a_recipe_check() -> None:
@@ -217,7 +215,7 @@ def test_wandb_offline_holds_config_history_pictures_and_summary_under_one_id(
 def test_logging_never_waits_for_a_server(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     answered, seen = threading.Event(), []
     monkeypatch.setattr(trackers.WandbRun, "open", lambda *_, **settings: answered.wait())
-    monkeypatch.setattr(trackers.WandbRun, "log", lambda self, metrics, step, split, row: seen.append(step))
+    monkeypatch.setattr(trackers.WandbRun, "log", lambda self, line, row: seen.append(line["step"]))
     monkeypatch.setattr(trackers.WandbRun, "close", lambda self, summary: None)
     mirror = mirrors(folder, "wandb", mode="offline")
     train(mirror, folder, range(1, 1000))  # would never end
@@ -319,7 +317,7 @@ def test_a_server_that_fails_in_mid_run_delays_nothing_and_one_line_says_how_to_
     assert said.count("\n") == 1 and f"trainer sync {folder.path}" in said
 
 
-def test_rows_that_a_killed_run_left_unsent_are_sent_when_it_goes_on_and_none_comes_twice(
+def test_rows_that_a_killed_run_left_unsent_are_sent_when_it_resumes_and_none_is_sent_twice(
     folder: RunFolder, server: WandbServer
 ) -> None:
     mirror = mirrors(folder, "wandb")
@@ -362,7 +360,7 @@ def scalars(folder: RunFolder, name: str) -> list[tuple[int, float]]:
 def test_tensorboard_shows_scalars_and_pictures(folder: RunFolder) -> None:
     mirror = mirrors(folder, "tensorboard")
     train(mirror, folder, range(1, 4))
-    mirror.log({"miou": 0.5}, 3, "validation")
+    mirror.log({"step": 3, "split": "validation", "miou": 0.5})
     mirror.pictures([draw(folder)], 3)
     mirror.finish(SUMMARY)
     assert scalars(folder, "train/loss") == [(step, pytest.approx(1 / step)) for step in (1, 2, 3)]

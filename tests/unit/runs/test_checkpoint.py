@@ -1,4 +1,4 @@
-"""A checkpoint is whole and verified, or it isn't there."""
+"""A checkpoint is intact and verified, or it isn't there."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.runs import checkpoint as checkpoints
-from trainer.runs.checkpoint import Checkpoint, Counters, InvalidCheckpoint
+from trainer.runs import state as states_module
+from trainer.runs.checkpoint import Counters, InvalidCheckpoint, verify
+from trainer.runs.state import Checkpoint, load_optimizer, optimizer_tensors, snapshot
+from trainer.runs.store import CheckpointStore
 
 
 def make(step: int, value: float = 0.0) -> Checkpoint:
@@ -40,8 +42,8 @@ def make(step: int, value: float = 0.0) -> Checkpoint:
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
-    folder = checkpoints.save(tmp_path, make(7, 0.1), keep=3, best=True)
-    loaded = checkpoints.load(folder)
+    folder = CheckpointStore(tmp_path).save(make(7, 0.1), keep=3, best=True)
+    loaded = Checkpoint.load(folder)
     assert loaded.step == 7 and loaded.counters["best"] == 0.25
     assert torch.equal(loaded.model["layer.weight"], torch.full((3, 4), 0.1)) and loaded.ema is not None
     assert {p.name for p in folder.iterdir()} == {
@@ -55,53 +57,53 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
 
 
 def test_the_best_outlives_its_own_folder(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path, make(1, 1.0), keep=2, best=True)
+    CheckpointStore(tmp_path).save(make(1, 1.0), keep=2, best=True)
     inode = (tmp_path / "step_00000001" / "model.safetensors").stat().st_ino
     for step in (2, 3, 4):
-        checkpoints.save(tmp_path, make(step), keep=2, best=False)
-    assert checkpoints.steps(tmp_path) == [3, 4]
+        CheckpointStore(tmp_path).save(make(step), keep=2, best=False)
+    assert CheckpointStore(tmp_path).steps() == [3, 4]
     best = tmp_path / "best"
     assert (best / "model.safetensors").stat().st_ino == inode  # a link, not a copy
-    checkpoints.verify(best)
-    assert checkpoints.load(best).step == 1
-    checkpoints.save(tmp_path, make(5), keep=2, best=True)
-    assert checkpoints.load(best).step == 5 and len(list((tmp_path / ".best").iterdir())) == 1
+    verify(best)
+    assert Checkpoint.load(best).step == 1
+    CheckpointStore(tmp_path).save(make(5), keep=2, best=True)
+    assert Checkpoint.load(best).step == 5 and len(list((tmp_path / ".best").iterdir())) == 1
 
 
 def test_a_kill_between_saving_and_pointing_to_the_best_is_made_good(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path, make(1), keep=2, best=True)
-    checkpoints.save(tmp_path, make(2), keep=2, best=False)  # it was the best, but the link wasn't moved
-    checkpoints.restore_best(tmp_path, 2)
-    assert checkpoints.load(tmp_path / "best").step == 2
-    checkpoints.restore_best(tmp_path, 2)
-    checkpoints.restore_best(tmp_path, None)
-    assert checkpoints.load(tmp_path / "best").step == 2
+    CheckpointStore(tmp_path).save(make(1), keep=2, best=True)
+    CheckpointStore(tmp_path).save(make(2), keep=2, best=False)  # it was the best, but the link wasn't moved
+    CheckpointStore(tmp_path).restore_best(2)
+    assert Checkpoint.load(tmp_path / "best").step == 2
+    CheckpointStore(tmp_path).restore_best(2)
+    CheckpointStore(tmp_path).restore_best(None)
+    assert Checkpoint.load(tmp_path / "best").step == 2
 
 
 def test_keeping_more_than_there_are_removes_none(tmp_path: Path) -> None:
     for step in range(1, 6):
-        checkpoints.save(tmp_path, make(step), keep=9, best=False)
-    assert checkpoints.steps(tmp_path) == [1, 2, 3, 4, 5]
+        CheckpointStore(tmp_path).save(make(step), keep=9, best=False)
+    assert CheckpointStore(tmp_path).steps() == [1, 2, 3, 4, 5]
 
 
 def test_a_failed_save_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints.save(tmp_path, make(1), keep=2, best=True)
+    CheckpointStore(tmp_path).save(make(1), keep=2, best=True)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(states_module, "save_file", full)
     with pytest.raises(OSError):
-        checkpoints.save(tmp_path, make(2), keep=2, best=True)
-    assert checkpoints.newest_valid(tmp_path) == (1, []) and not list(tmp_path.glob(".writing-*"))
+        CheckpointStore(tmp_path).save(make(2), keep=2, best=True)
+    assert CheckpointStore(tmp_path).newest_intact() == (1, []) and not list(tmp_path.glob(".writing-*"))
 
 
 def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path, make(1), keep=2, best=False)
+    CheckpointStore(tmp_path).save(make(1), keep=2, best=False)
     (tmp_path / ".writing-step_00000002").mkdir()
     (tmp_path / ".writing-step_00000002" / "model.safetensors").write_bytes(b"half")
-    assert checkpoints.newest_valid(tmp_path) == (1, [])
-    checkpoints.save(tmp_path, make(2), keep=2, best=False)
+    assert CheckpointStore(tmp_path).newest_intact() == (1, [])
+    CheckpointStore(tmp_path).save(make(2), keep=2, best=False)
     assert not list(tmp_path.glob(".writing-*"))
 
 
@@ -111,8 +113,8 @@ def test_any_flipped_byte_or_truncation_is_detected_and_the_one_before_is_used(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     root = tmp_path_factory.mktemp("c")
-    checkpoints.save(root, make(1), keep=2, best=False)
-    newest = checkpoints.save(root, make(2), keep=2, best=False)
+    CheckpointStore(root).save(make(1), keep=2, best=False)
+    newest = CheckpointStore(root).save(make(2), keep=2, best=False)
     file = data.draw(st.sampled_from(sorted(newest.iterdir())))
     content = bytearray(file.read_bytes())
     at = data.draw(st.integers(0, len(content) - 1))
@@ -121,20 +123,20 @@ def test_any_flipped_byte_or_truncation_is_detected_and_the_one_before_is_used(
     else:
         del content[at:]
     file.write_bytes(content)
-    step, complaints = checkpoints.newest_valid(root)
+    step, problems = CheckpointStore(root).newest_intact()
     if file.name == "manifest.json" and step == 2:  # white space or another spelling of the same JSON
-        assert json.loads(content)["files"].keys() and complaints == []
+        assert json.loads(content)["files"].keys() and problems == []
     else:
-        assert step == 1 and len(complaints) == 1 and "step_00000002 is not intact" in complaints[0]
+        assert step == 1 and len(problems) == 1 and "step_00000002 is not intact" in problems[0]
 
 
 def test_a_manifest_that_names_other_folders_reads_nothing_there(tmp_path: Path) -> None:
-    folder = checkpoints.save(tmp_path, make(1), keep=2, best=False)
+    folder = CheckpointStore(tmp_path).save(make(1), keep=2, best=False)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["../../etc/passwd"] = {"bytes": 1, "sha256": ""}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InvalidCheckpoint, match="missing"):
-        checkpoints.verify(folder)
+        verify(folder)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
@@ -157,11 +159,11 @@ def test_a_restored_optimizer_takes_the_same_steps_in_any_memory_layout(name: st
     model, optimizer, names = build()
     for seed in range(3):
         step(model, optimizer, seed)
-    weights, state = checkpoints.snapshot(model), checkpoints.optimizer_tensors(optimizer, names)
+    weights, state = snapshot(model), optimizer_tensors(optimizer, names)
     step(model, optimizer, 9)
     again, restored, its_names = build()
     again.load_state_dict(weights)
-    checkpoints.load_optimizer(restored, state, its_names)
+    load_optimizer(restored, state, its_names)
     step(again, restored, 9)
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
@@ -214,11 +216,11 @@ def test_a_copy_of_a_state_on_a_gpu_takes_one_block_of_memory_for_each_dtype_and
         "own": 2,
     }
     with Transfers(monkeypatch) as transfers:
-        copied = checkpoints.snapshot(model)
+        copied = snapshot(model)
     # Of float32 and int64.
     assert (transfers.blocks, transfers.copies, transfers.waits, transfers.blocking) == (2, len(expected), 1, 0)
     with Transfers(monkeypatch) as transfers:
-        states = checkpoints.optimizer_tensors(optimizer, {parameter: "weight"})
+        states = optimizer_tensors(optimizer, {parameter: "weight"})
     assert (transfers.blocks, transfers.waits) == (1, 1)
     assert {key: float(value.sum()) for key, value in states.items() if value.numel() == 1} == {
         "weight/step": 3.0,
@@ -230,7 +232,7 @@ def test_a_copy_of_a_state_on_a_gpu_takes_one_block_of_memory_for_each_dtype_and
         for value in expected.values():
             value.fill_(9)  # training continues while the copy is written
     file = (
-        checkpoints.save(tmp_path, replace(make(1), model=copied, optimizer=states), keep=2, best=False)
+        CheckpointStore(tmp_path).save(replace(make(1), model=copied, optimizer=states), keep=2, best=False)
         / "model.safetensors"
     )
     assert all(torch.equal(value, copied[key]) for key, value in load_file(file).items()) and not torch.equal(
@@ -241,7 +243,7 @@ def test_a_copy_of_a_state_on_a_gpu_takes_one_block_of_memory_for_each_dtype_and
 def test_a_copy_of_a_state_on_a_cpu_is_a_copy_of_each_tensor_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(20)))
     with Transfers(monkeypatch) as transfers:
-        copied = checkpoints.snapshot(model)
+        copied = snapshot(model)
     assert (transfers.blocks, transfers.copies, transfers.waits, transfers.blocking) == (0, 0, 0, len(copied))
     before = copied["0.weight"].clone()
     with torch.no_grad():

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.unit.runs.test_checkpoint import make
-from trainer.runs import checkpoint as checkpoints
-from trainer.runs.checkpoint import Writer
-from trainer.runs.folder import RunFolder, atomic_write
+from trainer.runs.durable import atomic_write
+from trainer.runs.folder import RunFolder
+from trainer.runs.store import CheckpointStore
+from trainer.runs.writer import Writer
 
 
 class Event(NamedTuple):
@@ -71,7 +72,7 @@ def renamed(events: list[Event], path: Path) -> int:
 def test_a_checkpoint_is_on_disk_before_it_is_there_and_before_links_point_to_it(
     tmp_path: Path, events: list[Event]
 ) -> None:
-    folder = checkpoints.save(tmp_path, make(7), keep=3, best=True)
+    folder = CheckpointStore(tmp_path).save(make(7), keep=3, best=True)
     before, after = (
         events[: renamed(events, folder)],
         events[renamed(events, folder) : renamed(events, tmp_path / "last")],
@@ -93,10 +94,10 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_resumes_after_them(tmp_p
     run = RunFolder(tmp_path / "run")
     run.create()
     run.log({"step": 7, "epoch": 0.5, "split": "train", "loss": 0.25})
-    writer = Writer(run.checkpoints, keep=3)
+    writer = Writer(run, keep=3)
     writer.write(make(7), best=False)
     writer.wait()
-    assert flushed(events[: renamed(events, run.checkpoints / "step_00000007")], run.metrics)
+    assert flushed(events[: renamed(events, run.checkpoints.folder(7))], run.metrics)
 
 
 def test_a_file_that_is_replaced_is_on_disk_before_it_has_its_name_and_so_is_the_name_afterwards(

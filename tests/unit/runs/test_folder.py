@@ -8,13 +8,17 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.faults.hooks import before_call
+from tests.processes import Job, write_recipe
 from trainer.metrics.best import lower_is_better
 from trainer.runs import environment as environment_module
+from trainer.runs.durable import atomic_write
 from trainer.runs.environment import environment
-from trainer.runs.folder import RunFolder, atomic_write, set_aside
+from trainer.runs.folder import RunFolder, move_aside
 
 
 @pytest.fixture
@@ -54,10 +58,10 @@ def test_nan_and_infinity_are_valid_json(folder: RunFolder) -> None:
 def test_logged_lines_survive_a_kill(folder: RunFolder) -> None:
     child = os.fork()
     if child == 0:
-        folder.log({"step": 1})
+        folder.log({"step": 1, "split": "train"})
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert folder.read_metrics() == [{"step": 1}]
+    assert folder.read_metrics() == [{"step": 1, "split": "train"}]
 
 
 def test_a_resume_cuts_the_metrics_at_the_checkpoint(folder: RunFolder) -> None:
@@ -153,6 +157,44 @@ def test_a_best_value_beyond_the_checkpoint_is_forgotten_by_a_resume(folder: Run
     }
 
 
+def test_saving_a_summary_reads_no_metrics(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the run is: the values are kept up to date as lines are logged."""
+    for step in (10, 20):
+        folder.log(validation(step, miou=0.5 + step / 100))
+    resumed = RunFolder(folder.path)
+    resumed.truncate_metrics(10)
+    reads, opening = [], Path.open
+
+    def counting(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        reads.extend([path] if path == folder.metrics and "a" not in mode else [])
+        return opening(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", counting)
+    for step in (20, 30, 40):
+        resumed.log(validation(step, miou=step / 100, loss=1 / step))
+        resumed.write_summary("running", step=step)
+    assert reads == []
+    assert resumed.read_summary()["best"] == {"miou": {"value": 0.6, "step": 10}, "loss": {"value": 1 / 40, "step": 40}}
+    resumed.read_metrics()
+    assert reads == [folder.metrics]
+
+
+def test_a_training_reads_its_metrics_at_most_once_however_often_it_saves(tmp_path: Path) -> None:
+    def refuse(run: RunFolder) -> None:
+        raise AssertionError("metrics.jsonl is read again")
+
+    options = ("train.duration=4 steps", "checkpoint.every=1 steps", "evaluate.every=2 steps", "track=[]")
+    with Job(
+        1,
+        write_recipe(tmp_path),
+        *options,
+        fault=lambda rank: before_call(RunFolder, "_complete_lines", refuse, on_call=2),
+    ) as job:
+        assert job.wait() == [0], job.output
+    run = RunFolder(tmp_path / "runs" / "run")
+    assert run.read_summary()["final"]["miou"]["step"] == 4
+
+
 def test_a_run_without_a_summary_has_an_empty_one(folder: RunFolder) -> None:
     assert folder.read_summary() == {}
 
@@ -180,7 +222,7 @@ def test_old_runs_are_moved_to_the_first_free_number(tmp_path: Path) -> None:
     for number in (1, 2):
         path.mkdir()
         (path / "mark").write_text(str(number))
-        assert set_aside(path) == tmp_path / f"run.v2.{number}"
+        assert move_aside(path) == tmp_path / f"run.v2.{number}"
         assert not path.exists()
     assert (tmp_path / "run.v2.1" / "mark").read_text() == "1"
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run resumes from."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from tests.unit.runs.test_checkpoint import make
 from trainer.errors import UserError
 from trainer.recipe.load import load_recipe
 from trainer.recipe.recipe import Recipe
-from trainer.runs import checkpoint as checkpoints
+from trainer.runs import checkpoint, store
 from trainer.runs.folder import RunFolder
 from trainer.runs.lock import lock_run
 from trainer.runs.resume import open_run
+from trainer.runs.state import Checkpoint
 
 TEXT = """task: segmentation
 data: {name: shapes, batch_size: 32}
@@ -42,56 +43,91 @@ def run(tmp_path: Path, recipe: Recipe) -> RunFolder:
     for step in range(1, 8):
         folder.log({"step": step, "epoch": step / 10, "split": "train", "loss": 1.0 / step})
         if step % 2 == 0:
-            checkpoints.save(folder.checkpoints, make(step), keep=3, best=False)
+            folder.checkpoints.save(make(step), keep=3, best=False)
     return folder
 
 
 def test_the_newest_checkpoint_is_taken_and_the_metrics_go_back_to_it(run: RunFolder, recipe: Recipe) -> None:
     found = open_run(run, recipe, "auto", print)
-    assert found == run.checkpoints / "step_00000006"
+    assert found == run.checkpoints.folder(6)
     assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("evaluation_pending", [False, True])
+def test_the_summary_of_a_resumed_run_is_that_of_an_uninterrupted_one_to_the_byte(
+    tmp_path: Path, recipe: Recipe, evaluation_pending: bool
+) -> None:
+    """The best value after the checkpoint was that of steps which are computed again, with other values."""
+
+    def log(run: RunFolder, step: int, miou: float) -> None:
+        run.log({"step": step, "epoch": step / 10, "split": "train", "loss": 1.0 / step})
+        if not (run is interrupted and step == 4 and evaluation_pending):
+            run.log({"step": step, "epoch": step / 10, "split": "validation", "miou": miou, "loss": miou / 3})
+
+    interrupted, whole = (RunFolder(tmp_path / "runs" / name) for name in ("interrupted", "whole"))
+    values = [0.1 + 0.2, 0.7, 0.2, 0.1, 1 / 3, 0.6]
+    for run in (interrupted, whole):
+        open_run(run, recipe, "auto", print)
+    for step, miou in enumerate(values, start=1):
+        log(whole, step, miou)
+        log(interrupted, step, miou if step <= 4 else 0.9)
+        if step == 4:
+            state = make(step)
+            state.counters["evaluation_pending"] = evaluation_pending
+            interrupted.checkpoints.save(state, keep=3, best=False)
+            interrupted.write_summary("running", step=step)
+    interrupted = RunFolder(interrupted.path)
+    open_run(interrupted, recipe, "auto", print)
+    if evaluation_pending:
+        interrupted.log({"step": 4, "epoch": 0.4, "split": "validation", "miou": values[3], "loss": values[3] / 3})
+    for step, miou in enumerate(values[4:], start=5):
+        log(interrupted, step, miou)
+    for run in (interrupted, whole):
+        run.write_summary("finished", step=6)
+    assert (interrupted.path / "summary.json").read_bytes() == (whole.path / "summary.json").read_bytes()
+    assert whole.read_summary()["best"]["miou"] == {"value": 0.7, "step": 2}
 
 
 def test_a_damaged_one_is_named_and_the_one_before_taken(
     run: RunFolder, recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (run.checkpoints / "step_00000006" / "model.safetensors").write_bytes(b"half")
-    assert open_run(run, recipe, "auto", print) == run.checkpoints / "step_00000004"
+    (run.checkpoints.folder(6) / "model.safetensors").write_bytes(b"half")
+    assert open_run(run, recipe, "auto", print) == run.checkpoints.folder(4)
     assert "step_00000006 is not intact: model.safetensors" in capsys.readouterr().out
     assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4]
 
 
-def test_with_no_whole_checkpoint_nothing_is_lost_silently(run: RunFolder, recipe: Recipe) -> None:
+def test_with_no_intact_checkpoint_nothing_is_lost_silently(run: RunFolder, recipe: Recipe) -> None:
     for step in (2, 4, 6):
-        (run.checkpoints / f"step_{step:08d}" / "manifest.json").unlink()
+        (run.checkpoints.folder(step) / "manifest.json").unlink()
     with pytest.raises(UserError, match="no checkpoint is intact; --resume never"):
         open_run(run, recipe, "auto", print)
 
 
-def test_never_sets_the_old_run_aside(run: RunFolder, recipe: Recipe) -> None:
+def test_never_moves_the_old_run_to_the_next_number(run: RunFolder, recipe: Recipe) -> None:
     assert open_run(run, recipe, "never", print) is None
-    assert run.read_metrics() == [] and checkpoints.steps(run.checkpoints) == []
-    assert checkpoints.steps(RunFolder(run.path.with_name("r.1")).checkpoints) == [2, 4, 6]
+    assert run.read_metrics() == [] and run.checkpoints.steps() == []
+    assert RunFolder(run.path.with_name("r.1")).checkpoints.steps() == [2, 4, 6]
 
 
 def test_a_given_checkpoint_of_the_run_keeps_the_metrics_before_it(run: RunFolder, recipe: Recipe) -> None:
-    found = open_run(run, recipe, str(run.checkpoints / "step_00000004"), print)
-    assert found == run.checkpoints / "step_00000004" and checkpoints.steps(run.checkpoints) == [4]
+    found = open_run(run, recipe, str(run.checkpoints.folder(4)), print)
+    assert found == run.checkpoints.folder(4) and run.checkpoints.steps() == [4]
     assert open_run(run, recipe, "auto", print) == found  # a kill before the next save loses nothing
     assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4]
-    with pytest.raises(UserError, match="it takes auto, never, or a folder such as"):
+    with pytest.raises(UserError, match="must be auto, never, or a folder such as"):
         open_run(run, recipe, "nowhere", print)
 
 
 def test_the_best_and_a_checkpoint_of_another_run_can_be_given(run: RunFolder, recipe: Recipe, tmp_path: Path) -> None:
-    checkpoints.save(run.checkpoints, make(7), keep=3, best=True)
+    run.checkpoints.save(make(7), keep=3, best=True)
     other = RunFolder(tmp_path / "runs" / "other")
-    found = open_run(other, recipe, str(run.checkpoints / "best"), print)
-    assert found == other.checkpoints / "step_00000007"
+    found = open_run(other, recipe, str(run.checkpoints.path / "best"), print)
+    assert found == other.checkpoints.folder(7)
     assert [line["step"] for line in other.read_metrics()] == [1, 2, 3, 4, 5, 6, 7]
     changed = load_recipe(tmp_path / "r.yaml", ["optimizer.lr=1"])
     with pytest.raises(UserError, match=r"these keys differ: optimizer\.lr"):
-        open_run(other, changed, str(run.checkpoints / "best"), print)
+        open_run(other, changed, str(run.checkpoints.path / "best"), print)
     assert other.path.exists() and not other.path.with_name("other.1").exists()
 
 
@@ -99,7 +135,7 @@ def improve(run: RunFolder, step: int, best_step: int | None) -> None:
     """Saves a checkpoint of the run; the best so far is that of `best_step`."""
     state = make(step)
     state.counters |= {"best": 0.5, "best_step": best_step}
-    checkpoints.save(run.checkpoints, state, keep=2, best=best_step == step)
+    run.checkpoints.save(state, keep=2, best=best_step == step)
 
 
 @pytest.mark.parametrize("name", ["r", "other"])
@@ -110,11 +146,11 @@ def test_a_run_that_resumes_from_a_given_checkpoint_keeps_the_best_so_far(
     for step in (8, 9, 10):
         improve(run, step, 8)
     resumed = RunFolder(run.path.with_name(name))
-    found = open_run(resumed, recipe, str(run.checkpoints / "step_00000009"), print)
-    assert found is not None and checkpoints.read_counters(found)["best_step"] == 8
-    checkpoints.verify(resumed.checkpoints / "best")
-    assert checkpoints.load(resumed.checkpoints / "best").step == 8
-    assert checkpoints.steps(resumed.checkpoints) == [9]
+    found = open_run(resumed, recipe, str(run.checkpoints.folder(9)), print)
+    assert found is not None and checkpoint.read_counters(found)["best_step"] == 8
+    checkpoint.verify(resumed.checkpoints.path / "best")
+    assert Checkpoint.load(resumed.checkpoints.path / "best").step == 8
+    assert resumed.checkpoints.steps() == [9]
 
 
 def test_a_better_checkpoint_after_the_given_one_is_not_its_best(
@@ -124,13 +160,13 @@ def test_a_better_checkpoint_after_the_given_one_is_not_its_best(
     for step, best_step in ((8, 8), (9, 8), (10, 10), (11, 10)):
         improve(run, step, best_step)
     shutil.copytree(run.path, run.path.with_name("copy"), symlinks=True)
-    open_run(run, recipe, str(run.checkpoints / "step_00000010"), print)
-    assert checkpoints.load(run.checkpoints / "best").step == 10
+    open_run(run, recipe, str(run.checkpoints.folder(10)), print)
+    assert Checkpoint.load(run.checkpoints.path / "best").step == 10
     improve(run, 9, 8)  # as if step 9 had been kept
     capsys.readouterr()
-    open_run(run, recipe, str(run.checkpoints / "step_00000009"), print)
-    assert not (run.checkpoints / "best").exists()
-    assert "the best checkpoint so far, that of step 8, is no longer there" in capsys.readouterr().out
+    open_run(run, recipe, str(run.checkpoints.folder(9)), print)
+    assert not (run.checkpoints.path / "best").exists()
+    assert "the best checkpoint so far, that of step 8, no longer exists" in capsys.readouterr().out
 
 
 def ending_at(number: int) -> None:
@@ -161,7 +197,7 @@ def test_a_kill_at_any_rename_or_link_of_resume_path_leaves_the_old_run_or_the_n
     kills, found_steps = 0, set()
     for number in range(1, 1000):
         runs = shutil.copytree(before, tmp_path / "runs", symlinks=True)
-        given = str(run.checkpoints / "step_00000009")
+        given = str(run.checkpoints.folder(9))
         child = os.fork()
         if child == 0:
             ending_at(number)
@@ -172,10 +208,10 @@ def test_a_kill_at_any_rename_or_link_of_resume_path_leaves_the_old_run_or_the_n
             break
         kills += 1
         found = open_run(run, recipe, "auto" if again == "auto" else given, print)
-        assert found in (run.checkpoints / "step_00000009", run.checkpoints / "step_00000010")
+        assert found in (run.checkpoints.folder(9), run.checkpoints.folder(10))
         found_steps.add(found.name)
-        checkpoints.verify(found)
-        assert checkpoints.load(run.checkpoints / "best").step == 8
+        checkpoint.verify(found)
+        assert Checkpoint.load(run.checkpoints.path / "best").step == 8
         assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4, 5, 6, 7]
         assert run.read_recipe() == recipe.resolved()
         (old,) = [
@@ -191,31 +227,31 @@ def test_a_checkpoint_that_was_unreadable_for_a_moment_never_comes_back(
     run: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A network file system's hiccup: the run resumed from an older one, so the newer ones are of another history."""
-    checkpoints.save(run.checkpoints, make(8), keep=4, best=False)
-    verify = checkpoints.verify
+    run.checkpoints.save(make(8), keep=4, best=False)
+    verify = checkpoint.verify
 
     def hiccup(folder: Path) -> None:
         if folder.name in ("step_00000006", "step_00000008"):
-            raise checkpoints.InvalidCheckpoint("model.safetensors: missing")
+            raise checkpoint.InvalidCheckpoint("model.safetensors: missing")
         verify(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "verify", hiccup)
-        assert checkpoints.newest_valid(run.checkpoints)[0] == 4
-        assert checkpoints.steps(run.checkpoints) == [2, 4, 6, 8]  # whoever only reads moves nothing
+        patch.setattr(store, "verify", hiccup)
+        assert run.checkpoints.newest_intact()[0] == 4
+        assert run.checkpoints.steps() == [2, 4, 6, 8]  # whoever only reads moves nothing
         open_run(run, recipe, "auto", print)
     assert capsys.readouterr().out.splitlines() == [
         f"step_0000000{step} is not intact: model.safetensors: missing; moved to .invalid-step_0000000{step}"
         for step in (8, 6)
     ]
-    assert (run.checkpoints / "last").resolve().name == "step_00000004"
+    assert (run.checkpoints.path / "last").resolve().name == "step_00000004"
     # Killed before its next checkpoint.
-    assert open_run(run, recipe, "auto", print) == run.checkpoints / "step_00000004"
+    assert open_run(run, recipe, "auto", print) == run.checkpoints.folder(4)
     improve(run, 5, None)
-    assert open_run(run, recipe, "auto", print) == run.checkpoints / "step_00000005"
-    assert len(list(run.checkpoints.glob(".invalid-*"))) == 2
+    assert open_run(run, recipe, "auto", print) == run.checkpoints.folder(5)
+    assert len(list(run.checkpoints.path.glob(".invalid-*"))) == 2
     improve(run, 7, None)  # what it has trained past is of no use any more
-    assert [path.name for path in run.checkpoints.glob(".invalid-*")] == [".invalid-step_00000008"]
+    assert [path.name for path in run.checkpoints.path.glob(".invalid-*")] == [".invalid-step_00000008"]
 
 
 def test_no_checkpoint_is_moved_while_none_is_intact(
@@ -223,10 +259,10 @@ def test_no_checkpoint_is_moved_while_none_is_intact(
 ) -> None:
     """The file system may be back a moment later."""
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "read_counters", lambda folder: {}["step"])
+        patch.setattr(checkpoint, "read_counters", lambda folder: {}["step"])
         with pytest.raises(UserError, match="no checkpoint is intact"):
             open_run(run, recipe, "auto", print)
-    assert open_run(run, recipe, "auto", print) == run.checkpoints / "step_00000006"
+    assert open_run(run, recipe, "auto", print) == run.checkpoints.folder(6)
 
 
 def test_an_unreadable_recipe_of_the_run_is_a_clear_error(run: RunFolder, recipe: Recipe) -> None:

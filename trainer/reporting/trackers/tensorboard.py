@@ -12,9 +12,7 @@ from PIL import Image
 
 from trainer.components import tracker
 from trainer.reporting.trackers.tracker import scalars
-from trainer.runs.folder import RunFolder
-
-# ---------------------------------------------------------------- TensorBoard
+from trainer.runs.folder import Line, RunFolder
 
 
 @tracker()
@@ -23,27 +21,27 @@ class TensorBoard:
 
     Args:
         folder: the run folder.
-        run_name: not used, TensorBoard names a run after its folder.
+        run_name: unused; TensorBoard names a run after its folder.
         config: the resolved recipe, shown as text.
     """
 
     def __init__(self, folder: Path, run_name: str, config: dict[str, Any], /) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # After a resume what was shown beyond the checkpoint is hidden: it comes again.
+        # After resuming, what was shown beyond the checkpoint is hidden: it will be logged again.
         lines = RunFolder(folder).read_metrics()
         self._writer = SummaryWriter(
             str(folder / "tensorboard"), purge_step=lines[-1]["step"] + 1 if lines else 0, flush_secs=10
         )
         self._writer.add_text("recipe", _as_code(config))
 
-    def log(self, metrics: dict[str, Any], step: int, split: str) -> None:
+    def log(self, line: Line) -> None:
         """Writes the numbers."""
-        for name, value in scalars(metrics, split).items():
-            self._writer.add_scalar(name, value, step)
+        for name, value in scalars(line).items():
+            self._writer.add_scalar(name, value, line["step"])
 
     def pictures(self, files: Sequence[Path], step: int) -> None:
-        """Writes the images; the n-th of every step stands behind one slider."""
+        """Writes the images; the n-th of all steps share one slider."""
         for index, file in enumerate(files):
             with Image.open(file) as image:
                 self._writer.add_image(f"pictures/{index}", np.asarray(image.convert("RGB")), step, dataformats="HWC")

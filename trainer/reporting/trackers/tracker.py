@@ -1,7 +1,7 @@
 """Trackers of a recipe: `track: [wandb, tensorboard]`. They mirror the run folder and never stop training.
 
-The Trainer talks to `Mirrors`, which builds the recipe's trackers and switches off one that fails.
-Only rank 0 has any. They are built after a resume has taken `metrics.jsonl` back to its checkpoint.
+The Reporter uses `Mirrors`, which builds the recipe's trackers and disables one that fails.
+Only rank 0 has any. They are built after resuming has taken `metrics.jsonl` back to its checkpoint.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.recipe.recipe import Choice, build
+from trainer.runs.folder import Line
 
 
 class Tracker(Protocol):
-    """Somewhere to look at a run."""
+    """A service that shows a run."""
 
-    def log(self, metrics: dict[str, Any], step: int, split: str) -> None:
-        """Shows the finite numbers of `metrics` as `split/name`."""
+    def log(self, line: Line) -> None:
+        """Shows the finite numbers of a line of `metrics.jsonl` as `split/name`, at its step."""
 
     def pictures(self, files: Sequence[Path], step: int) -> None:
-        """Shows image files."""
+        """Shows image files at a step."""
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Hands over `summary.json` and closes."""
+        """Sends `summary.json` and closes."""
 
 
 class Mirrors:
-    """All trackers of a run behind a guard: one that fails prints a line to stderr and is off from then on.
+    """All trackers of a run; one that fails is reported in a line on stderr and disabled.
 
     Args:
         choices: the recipe's trackers; none on ranks other than 0.
@@ -48,9 +49,9 @@ class Mirrors:
             except Exception as error:
                 _report(component.name, error)
 
-    def log(self, metrics: dict[str, Any], step: int, split: str) -> None:
-        """Shows numbers of one split (`train`, `validation`) at a step."""
-        self._each(lambda tracker: tracker.log(metrics, step, split))
+    def log(self, line: Line) -> None:
+        """Shows a line of `metrics.jsonl`."""
+        self._each(lambda tracker: tracker.log(line))
 
     def pictures(self, files: Sequence[Path], step: int) -> None:
         """Shows image files at a step."""
@@ -70,18 +71,18 @@ class Mirrors:
 
 
 def _report(name: str, error: Exception) -> None:
-    print(f"{name}: switched off, the run isn't affected: {one_line(error)}", file=sys.stderr, flush=True)
+    print(f"{name}: disabled, training continues: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 def one_line(error: Exception) -> str:
-    """An error for people, however long its text."""
+    """An error in one line of limited length."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def scalars(metrics: dict[str, Any], split: str) -> dict[str, float]:
-    """The numbers of a line, by the names that trackers show: `train/loss`."""
+def scalars(line: Line) -> dict[str, float]:
+    """The finite numbers of a line, by the names that trackers show: `train/loss`."""
     return {
-        f"{split}/{name}": value
-        for name, value in metrics.items()
+        f"{line['split']}/{name}": value
+        for name, value in line.items()
         if name != "step" and isinstance(value, int | float) and math.isfinite(value)
     }
