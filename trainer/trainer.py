@@ -153,7 +153,7 @@ class Trainer:
         """Prepares the data set where it is missing, rank 0 alone; then opens it."""
         source = self.recipe.build("data")
         self.control.on_main(lambda: ensure_prepared(source, data_dir(), archives_dir(), self.report.say).name)
-        self.data = Data(self.recipe, self.rank, self.world_size)
+        self.data = Data(self.recipe, self.rank, self.world_size, self.device)
         self.clock = Clock(self.recipe.train.duration, self.recipe.data.batch_size, self.data.order.size)
 
     def _build_task(self) -> None:
@@ -312,7 +312,7 @@ class Trainer:
         finite_shares: list[Tensor] = []
         for micro in range(train.accumulate):
             self.watchdog.at("reading data", self.step)
-            batch = self._to_device(next(batches))
+            batch = next(batches)
             self.watchdog.at("in forward and backward", self.step)
             last = micro == train.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):  # gradients travel once a step
@@ -367,7 +367,7 @@ class Trainer:
         """
         self.watchdog.at("in the first forward and backward", self.step)
         buffers = {name: buffer.clone() for name, buffer in self.task.model.named_buffers()}
-        self._forward_backward(self._to_device(batch), weight=1.0)
+        self._forward_backward(batch, weight=1.0)
         self.optimizer.zero_grad()
         for name, buffer in self.task.model.named_buffers():
             buffer.copy_(buffers[name])
@@ -432,9 +432,7 @@ class Trainer:
         self._look_at_guard()
         model = self.ema.model if self.ema else self.task.model
         forward = as_in_training(self.accelerator, model)
-        metrics = evaluate(
-            self.task, model, forward, self.data, self._to_device, partial(self._may_go_on, "evaluating")
-        )
+        metrics = evaluate(self.task, model, forward, self.data, partial(self._may_go_on, "evaluating"))
         if metrics is None:
             return None
         self.watchdog.at("drawing pictures", self.step)
@@ -458,7 +456,7 @@ class Trainer:
         shown = self.data.validation.spread(self.recipe.evaluate.pictures)
         if shown:
             # One by one, since they may differ in size.
-            batches = (self._to_device(self.data.validation.__getitems__([sample_id])) for sample_id in shown)
+            batches = (self.data.validation_batch([sample_id]) for sample_id in shown)
             self.report.pictures(
                 [self.task.pictures(forward, batch)[0] for batch in batches],
                 self.step,
@@ -561,10 +559,3 @@ class Trainer:
 
     def _global_fingerprint(self) -> int:
         return self.control.sum([self.fingerprint])[0] % FINGERPRINT_MODULUS
-
-    def _to_device(self, batch: Batch) -> Batch:
-        """Moves what the model sees; ids stay where they are."""
-        stay = ("sample_id", "epoch", "unreadable", "height", "width")
-        return {
-            key: value.to(self.device, non_blocking=True) if key not in stay else value for key, value in batch.items()
-        }

@@ -40,14 +40,18 @@ def run(options: argparse.Namespace) -> None:
     """Prints the tables.
 
     Raises:
-        UserError: the recipe has mistakes, or the size of its images isn't known.
+        UserError: the recipe has mistakes, its samples are no images, or the size of its images isn't known.
     """
+    from trainer.data.source import has_pixels
+    from trainer.errors import UserError
     from trainer.models.freeze import train_only
     from trainer.profiling.arithmetic import layers
     from trainer.recipe.load import load_recipe
     from trainer.tasks.build import TASK_CHECKS, build_untrained, learning_layers
 
     recipe = load_recipe(options.recipe, options.overrides, TASK_CHECKS)
+    if not has_pixels(recipe.build("data").columns):
+        raise UserError(f"{options.recipe}: {recipe.data.name} has no images, and `trainer summary` counts per image")
     height, width = _input_size(recipe, options.input_size)
     model = build_untrained(recipe)
     learning = learning_layers(recipe, model)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trainer.data.arrays import arrow_type, shape_of
 from trainer.data.card import Card, Shard, Split, sha256
-from trainer.data.source import Role, Row
+from trainer.data.source import Role, Row, has_pixels
 from trainer.errors import UserError
 
 # An epoch shuffles row groups, so a set needs several, and a row group is what a reader holds in memory.
@@ -38,7 +39,8 @@ def arrow_schema(columns: Mapping[str, Role]) -> Any:
     }
     features = {"image": ImageFeature(mode="RGB"), "mask": ImageFeature(mode="L"), "label": Value("int64")}
     features |= dict.fromkeys(("boxes", "instances"), List(of_object))
-    sizes = {"height": Value("int64"), "width": Value("int64")} if {"image", "mask"} & set(columns.values()) else {}
+    features |= {role: arrow_type(shape) for role in columns.values() if (shape := shape_of(role))}
+    sizes = {"height": Value("int64"), "width": Value("int64")} if has_pixels(columns) else {}
     return Features({column: features[role] for column, role in columns.items()} | sizes).arrow_schema
 
 
@@ -172,6 +174,10 @@ class RowGroups:
     def integers(self, name: str) -> npt.NDArray[np.int64]:
         """A column of integers, read whole."""
         return np.array(self.column(name).to_pylist(), dtype=np.int64)
+
+    def arrays(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """A column of arrays, read whole: float32 (N, …)."""
+        return np.concatenate([chunk.flatten().to_numpy() for chunk in self.column(name).chunks]).reshape(-1, *shape)
 
     def sizes(self) -> npt.NDArray[np.int64]:
         """Height and width of every image as it was prepared, (N, 2)."""

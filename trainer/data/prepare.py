@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.archives import Member, locate, locked
+from trainer.data.arrays import checked_array, shape_of
 from trainer.data.card import CARD, Card, sha256
 from trainer.data.images import check_png, checked_image, checked_mask
 from trainer.data.object_checks import OBJECTS, checked_objects
@@ -214,6 +215,12 @@ def _checked_row(source: Source, row: Row, place: str) -> tuple[Row, Counts, lis
         value = row[column]
         if role in ("label", "boxes", "instances"):
             checked[column] = value
+            continue
+        if shape := shape_of(role):
+            try:
+                checked[column] = checked_array(value, shape)
+            except ValueError as error:
+                raise UserError(f"{place}: column {column}: {error}; {source.remedy}") from error
             continue
         name, data = value if isinstance(value, Member) else (None, value)
         place = name or place

@@ -6,15 +6,26 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-Role = Literal["image", "mask", "label", "boxes", "instances"]
-"""What a column holds: an encoded RGB image, an encoded one-channel index image, an integer, a list of `Instance`,
-or one of those with masks.
+from pydantic import Field
+
+PIXEL_ROLES = ("image", "mask")  # of columns that have a height and a width
+
+Role = Annotated[str, Field(pattern=r"^(image|mask|label|boxes|instances|array\[\d+(,\d+)*\])$")]
+"""What a column holds: an encoded RGB image, an encoded one-channel index image, an integer, a list of `Instance`, one
+of those with masks, or numbers in a fixed shape, e.g. `array[4]` or `array[3,8]`.
 """
+
+
+def has_pixels(columns: Mapping[str, Role]) -> bool:
+    """Whether samples with columns of these roles have a height and a width."""
+    return any(role in PIXEL_ROLES for role in columns.values())
+
+
 Row = dict[str, Any]
-"""One sample: encoded bytes for images and masks, an int for labels, a list for boxes and instances;
-keys are column names.
+"""One sample: encoded bytes for images and masks, an int for labels, a list for boxes and instances, numbers in their
+shape for arrays; keys are column names.
 """
 
 

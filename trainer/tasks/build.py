@@ -14,7 +14,7 @@ from torch import nn
 from trainer.components import SUFFIX
 from trainer.data.seeds import Use, mix
 from trainer.data.sizes import check_one_size, sizes_fed
-from trainer.data.source import DataInfo
+from trainer.data.source import DataInfo, has_pixels
 from trainer.errors import UserError
 from trainer.models.freeze import layers_after, train_only
 from trainer.models.layers import check_layers, check_sides, is_below
@@ -249,8 +249,14 @@ def check_batches(recipe: Recipe, processes: int) -> Iterator[Problem]:
 
 
 def check_columns(recipe: Recipe) -> Iterator[Problem]:
-    """Sees whether a set of one's own has the masks that the task needs: its component can't say."""
-    roles = recipe.build("data").columns.values()
+    """Sees whether the set has what the recipe asks for and its component can't say: masks for the task, images to
+    resize and augment.
+    """
+    columns = recipe.build("data").columns
+    roles = columns.values()
+    for key, changes in (("resize", recipe.data.resize), ("augment", recipe.augmentations)):
+        if changes and not has_pixels(columns):
+            yield recipe.problem(f"data.{key}", f"samples of {recipe.data.name} are no images: leave it out")
     if "masks" in recipe.components["task"].fields and "boxes" in roles:
         yield recipe.problem(
             "data", f"task {recipe.task.name} needs masks, and this set has only boxes", recipe.data.name

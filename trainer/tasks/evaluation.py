@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from trainer.data.build import Data
 from trainer.distributed.reduce import joined, total
-from trainer.tasks.task import ROWS, Batch, Task
-
-ToDevice = Callable[[Batch], Batch]
+from trainer.tasks.task import ROWS, Task
 
 
 @torch.no_grad()
@@ -21,7 +19,6 @@ def evaluate(
     model: nn.Module,
     forward: Callable[..., Any],
     data: Data,
-    to_device: ToDevice,
     may_go_on: Callable[[], bool],
 ) -> dict[str, Any] | None:
     """Metrics of the whole validation set from sums over unpadded shards; None where `may_go_on` ended it.
@@ -31,7 +28,6 @@ def evaluate(
         model: put into eval mode, and left in it.
         forward: calls the model (with autocast).
         data: the set, and this process's share, which may be empty.
-        to_device: moves a batch.
         may_go_on: asked before each round, by all processes alike and with the same answer.
     """
     model.eval()
@@ -42,7 +38,7 @@ def evaluate(
             return None
         batch = next(batches, None)
         if batch is not None:
-            found = task.evaluation_sums(forward, to_device(batch))
+            found = task.evaluation_sums(forward, batch)
             sums = (
                 {
                     key: torch.cat([sums[key], value]) if key.startswith(ROWS) else sums[key] + value
@@ -52,7 +48,7 @@ def evaluate(
                 else found
             )
     if not sums:  # an empty share has nothing to add, but must know what is added
-        found = task.evaluation_sums(forward, to_device(data.validation.__getitems__([0])))
+        found = task.evaluation_sums(forward, data.validation_batch([0]))
         sums = {key: value[:0] if key.startswith(ROWS) else torch.zeros_like(value) for key, value in found.items()}
     rows = joined({key: value for key, value in sums.items() if key.startswith(ROWS)})
     sums = total({key: value for key, value in sums.items() if key not in rows}) | rows

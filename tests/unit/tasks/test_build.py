@@ -337,9 +337,9 @@ def test_images_of_several_sizes_are_a_mistake_where_batches_need_one(
     found = [each for each in mistakes(tmp_path, text, *native, processes=processes) if "differ in size" in each]
     if not expected:
         assert found == []
-        Data(recipe, 0, processes)
+        Data(recipe, 0, processes, torch.device("cpu"))
         return
     assert len(found) == 1
     with pytest.raises(UserError, match=expected) as caught:
-        Data(recipe, 0, processes)
+        Data(recipe, 0, processes, torch.device("cpu"))
     assert found == [f"{'data.augment' if recipe.data.resize else 'data.resize'}: {caught.value}"]

@@ -12,7 +12,8 @@ from tests.scenes import CLASSES, scenes
 from trainer.commands import main
 from trainer.data.objects import Letterbox
 from trainer.data.prepare import prepare
-from trainer.data.stream import Samples
+from trainer.data.reader import Reader
+from trainer.data.stream import ValidationSamples
 from trainer.detection.boxes import Detections, Level
 from trainer.errors import UserError
 from trainer.losses.yolo import YoloLoss
@@ -94,8 +95,10 @@ class Fixed(nn.Module):
 
 def test_boxes_end_where_the_letterboxed_image_does(tmp_path: Path) -> None:
     card = prepare(scenes(), tmp_path, None, lambda line: None)
-    samples = Samples(tmp_path / "scenes", card, "validation", None, [64, 64], (), False, 2, resize_mode="letterbox")
-    batch = samples.__getitems__([0, 1, 2])
+    samples = ValidationSamples(
+        Reader(tmp_path / "scenes", card, "validation", resize=Letterbox([64, 64]), cache=False)
+    )
+    batch = samples.batch([0, 1, 2])
     task = Detection(Fixed(), YoloLoss(3), CLASSES, conf_threshold=0.5)
     for number, found in enumerate(task.find(task.model(batch["image"]), batch)):
         seen = (batch["image"][number] != Letterbox.GREY).any(0)
