@@ -88,9 +88,10 @@ class Source:
         version: of the files it is read from where these are no archives; a set that was prepared from another one is
             made again.
         remedy: what to do about a row that can't be used.
-        invalid: what becomes of an object that can't be so: the set is refused, or the object left out, which the
-            card's notes say.
+        invalid: what becomes of an invalid object: the set is refused, or the object left out, which the card's notes
+            say.
         splits: `train` and `validation`, and perhaps `test`, which no training reads.
+        notes: lines for people, e.g. how the set is split; its card keeps them, and `trainer prepare` prints them.
         ignore_option: what tells the set to ignore a label, which replaces `{}`, e.g. `--ignore {}`; "" where nothing
             does.
     """
@@ -106,6 +107,7 @@ class Source:
     remedy: str = "replace the archive it comes from"
     invalid: Literal["refuse", "drop"] = "refuse"
     splits: tuple[str, ...] = ("train", "validation")
+    notes: tuple[str, ...] = ()
     ignore_option: str = ""
 
 
