@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: the recipe has mistakes, its samples are no images, or the size of its images isn't known.
     """
-    from trainer.data.source import has_pixels
+    from trainer.data.roles import has_pixels
     from trainer.errors import UserError
     from trainer.models.freeze import train_only
     from trainer.profiling.arithmetic import layers

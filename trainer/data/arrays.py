@@ -16,11 +16,9 @@ def shape_of(role: str) -> tuple[int, ...] | None:
     return tuple(map(int, match[1].split(","))) if match else None
 
 
-def arrow_type(shape: tuple[int, ...]) -> Any:
-    """The `datasets` feature of such a column: lists of one length."""
-    from datasets import List, Value
-
-    return List(Value("float32"), length=prod(shape))
+def arrow_type(datasets: Any, shape: tuple[int, ...]) -> Any:
+    """The feature that the module `datasets` has for such a column: lists of one length."""
+    return datasets.List(datasets.Value("float32"), length=prod(shape))
 
 
 def checked_array(value: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -179,7 +179,6 @@ def source_of_files(
         else f"Split: {validation} validates."
     )
     kept = f"{test} is the test split, which no training reads." if test else ""
-    rows.__doc__ = "\n".join(line for line in (drawn, kept, note) if line)
     states = [(file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in read]
     return Source(
         name,
@@ -194,6 +193,7 @@ def source_of_files(
         remedy=remedy,
         invalid=invalid,
         splits=("train", "validation", "test") if test else ("train", "validation"),
+        notes=tuple(line for line in (drawn, kept, note) if line),
         ignore_option=ignore_option,
     )
 

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.arrays import arrow_type, shape_of
 from trainer.data.card import Card, Shard, Split, sha256
-from trainer.data.source import Role, Row, has_pixels
+from trainer.data.source import Row
 from trainer.errors import UserError
 
 # An epoch shuffles row groups, so a set needs several, and a row group is what a reader holds in memory.
@@ -24,24 +23,6 @@ GROUP_BYTES = 2**20
 MIN_GROUPS = 8
 
 FILE_BYTES = 256 * 2**20
-
-
-def arrow_schema(columns: Mapping[str, Role]) -> Any:
-    """Arrow schema with the `datasets` features of each column."""
-    from datasets import Features, List, Value
-    from datasets import Image as ImageFeature
-
-    of_object = {
-        "box": List(Value("float64"), length=4),
-        "label": Value("int64"),
-        "mask": Value("binary"),
-        "crowd": Value("bool"),
-    }
-    features = {"image": ImageFeature(mode="RGB"), "mask": ImageFeature(mode="L"), "label": Value("int64")}
-    features |= dict.fromkeys(("boxes", "instances"), List(of_object))
-    features |= {role: arrow_type(shape) for role in columns.values() if (shape := shape_of(role))}
-    sizes = {"height": Value("int64"), "width": Value("int64")} if has_pixels(columns) else {}
-    return Features({column: features[role] for column, role in columns.items()} | sizes).arrow_schema
 
 
 class SplitWriter:

@@ -17,7 +17,7 @@ from trainer.data.objects import ROLES, Letterbox, Objects
 from trainer.data.order import Layout
 from trainer.data.parquet import RowGroups, Unreadable
 from trainer.data.pixels import Pixels
-from trainer.data.source import PIXEL_ROLES
+from trainer.data.roles import rules_of
 from trainer.data.unreadable import StandIns
 
 
@@ -60,7 +60,7 @@ class Reader:
         self.rows = RowGroups(files, keep=2 * window)
         self.objects: Objects | None = None
         self.pixels: Pixels | None = None
-        pixel_columns = {name: role for name, role in self.columns.items() if role in PIXEL_ROLES}
+        pixel_columns = {name: role for name, role in self.columns.items() if rules_of(role).sized}
         if pixel_columns:
             objects = [(name, role) for name, role in self.columns.items() if role in ROLES]
             if objects or not resize:

@@ -16,7 +16,7 @@ from trainer.data.card import Card
 from trainer.data.objects import ROLES
 from trainer.data.parquet import RowGroups
 from trainer.data.prepare import data_dir
-from trainer.data.source import has_pixels
+from trainer.data.roles import has_pixels
 from trainer.errors import UserError
 from trainer.recipe.recipe import Recipe, build
 

@@ -10,18 +10,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-PIXEL_ROLES = ("image", "mask")  # of columns that have a height and a width
-
 Role = Annotated[str, Field(pattern=r"^(image|mask|label|boxes|instances|array\[\d+(,\d+)*\])$")]
 """What a column holds: an encoded RGB image, an encoded one-channel index image, an integer, a list of `Instance`, one
 of those with masks, or numbers in a fixed shape, e.g. `array[4]` or `array[3,8]`.
 """
-
-
-def has_pixels(columns: Mapping[str, Role]) -> bool:
-    """Whether samples with columns of these roles have a height and a width."""
-    return any(role in PIXEL_ROLES for role in columns.values())
-
 
 Row = dict[str, Any]
 """One sample: encoded bytes for images and masks, an int for labels, a list for boxes and instances, numbers in their
@@ -99,9 +91,10 @@ class Source:
         version: of the files it is read from where these are no archives; a set that was prepared from another one is
             made again.
         remedy: what to do about a row that can't be used.
-        invalid: what becomes of an object that can't be so: the set is refused, or the object left out, which the
-            card's notes say.
+        invalid: what becomes of an invalid object: the set is refused, or the object left out, which the card's notes
+            say.
         splits: `train` and `validation`, and perhaps `test`, which no training reads.
+        notes: lines for people, e.g. how the set is split; its card keeps them, and `trainer prepare` prints them.
         ignore_option: what tells the set to ignore a label, which replaces `{}`, e.g. `--ignore {}`; "" where nothing
             does.
     """
@@ -117,6 +110,7 @@ class Source:
     remedy: str = "replace the archive it comes from"
     invalid: Literal["refuse", "drop"] = "refuse"
     splits: tuple[str, ...] = ("train", "validation")
+    notes: tuple[str, ...] = ()
     ignore_option: str = ""
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from trainer.components import SUFFIX
+from trainer.data.roles import has_pixels
 from trainer.data.seeds import Use, mix
 from trainer.data.sizes import check_one_size, sizes_fed
-from trainer.data.source import DataInfo, has_pixels
+from trainer.data.source import DataInfo
 from trainer.errors import UserError
 from trainer.models.freeze import layers_after, train_only
 from trainer.models.layers import check_layers, check_sides, is_below

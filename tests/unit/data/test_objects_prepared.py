@@ -41,7 +41,6 @@ GOOD = Instance(BOX, 1, counts(MASK))
 
 def source(train: list[Instance], role: Role = "instances", invalid: Any = "refuse") -> Source:
     def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-        """Split by hand."""
         for split, objects in (("train", train), ("validation", [GOOD])):
             yield split, {"objects": objects, "image": Member(f"photos/{split}.jpg", picture(1))}
 
@@ -53,6 +52,7 @@ def source(train: list[Instance], role: Role = "instances", invalid: Any = "refu
         rows,
         remedy="correct it",
         invalid=invalid,
+        notes=("Split by hand.",),
     )
 
 

@@ -32,7 +32,7 @@ from trainer.data.card import Card
 from trainer.data.images import encode_png, read_indices
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared, prepare
 from trainer.data.sets import cifar10
-from trainer.data.source import Archive, DataInfo, Role, Row, Source
+from trainer.data.source import Archive, DataInfo, Instance, Role, Row, Source
 from trainer.errors import UserError
 from trainer.signals import STOP, Stopped
 
@@ -56,11 +56,7 @@ def rows(train: int = 20, validation: int = 3) -> Iterator[tuple[str, Row]]:
 
 
 def source(make: Callable[[], Iterator[tuple[str, Row]]] = rows, columns: Mapping[str, Role] = SEGMENTATION) -> Source:
-    def told(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-        """Split by hand."""
-        return make()
-
-    return Source("toy", DataInfo(("no", "yes"), 255), columns, told)
+    return Source("toy", DataInfo(("no", "yes"), 255), columns, lambda archives: make(), notes=("Split by hand.",))
 
 
 def one(row: Row, columns: Mapping[str, Role] = SEGMENTATION) -> Source:
@@ -193,6 +189,33 @@ def test_a_damaged_image_is_an_error_that_names_it_and_nothing_is_left(tmp_path:
 def test_a_mask_of_another_size_is_an_error_that_names_the_image(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.png: sizes differ: image 6 x 4, mask 5 x 4"):
         prepare(one({"image": Member("a.png", picture(1)), "mask": mask(1, (5, 4))}), tmp_path, None)
+
+
+def test_where_sizes_differ_every_file_of_the_sample_is_named(tmp_path: Path) -> None:
+    row = {"image": Member("a.png", picture(1)), "mask": Member("m.png", mask(1, (5, 4))), "other": mask(1)}
+    row |= {"last": Member("l.png", mask(1))}
+    with pytest.raises(UserError, match=r"^a\.png, m\.png, l\.png: sizes differ: image 6 x 4, mask 5 x 4, other 6 x 4"):
+        prepare(one(row, SEGMENTATION | {"other": "mask", "last": "mask"}), tmp_path, None)
+
+
+def test_a_mask_without_a_file_is_not_reported_as_the_file_of_its_image(tmp_path: Path) -> None:
+    wrong = {"can't be decoded": picture(1), "holds the labels 7": encode_png(np.full((4, 6), 7, np.uint8))}
+    for problem, data in wrong.items():
+        with pytest.raises(UserError, match=rf"^toy, train sample 0: this mask {problem}"):
+            prepare(one({"image": Member("a.png", picture(1)), "mask": data}), tmp_path, None)
+
+
+def test_an_invalid_object_is_reported_as_one_of_its_image_whatever_other_columns_there_are(tmp_path: Path) -> None:
+    row = {"image": Member("a.png", picture(1)), "mask": Member("m.png", mask(1))}
+    row |= {"objects": [Instance((0, 0, 2, 2), 9)]}
+    with pytest.raises(UserError, match=r"^a\.png, object 1: its label 9 is no class"):
+        prepare(one(row, SEGMENTATION | {"objects": "boxes"}), tmp_path, None)
+
+
+def test_a_set_may_have_masks_and_objects_each_with_counts_of_its_own(tmp_path: Path) -> None:
+    row = {"image": picture(1), "mask": mask(1), "objects": [Instance((0, 0, 2, 2), 0)]}
+    card = prepare(one(row, SEGMENTATION | {"objects": "boxes"}), tmp_path, None)
+    assert card.statistics == {"class_pixels": [0, 24], "class_objects": [1, 0]}
 
 
 def test_a_split_without_samples_is_an_error(tmp_path: Path) -> None:

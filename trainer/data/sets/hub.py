@@ -83,7 +83,6 @@ def hub(
                 row = {"image": _encoded(f"{place} {image}", picture), "mask": _encoded(f"{place} {mask}", labels)}
                 yield "validation" if in_validation(row["image"].data, share) else split, row
 
-    rows.__doc__ = f"Read from {path} on the Hugging Face Hub; its commit is `revision` of the card's statistics."
     return Source(
         name,
         DataInfo(
@@ -94,6 +93,7 @@ def hub(
         statistics=lambda paths: {"revision": repository.commit},
         command=shlex.join(["hub", *words]),
         remedy="choose other columns, or another revision",
+        notes=(f"Read from {path} on the Hugging Face Hub; its commit is `revision` of the card's statistics.",),
         ignore_option="ignore_index={}",
     )
 

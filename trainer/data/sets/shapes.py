@@ -20,11 +20,11 @@ SPLITS = {"train": 1500, "validation": 151}  # a prime: no number of processes d
 @dataset(fields=("image", "mask"))
 def shapes() -> Source:
     """Circles, squares and triangles of any colour before a noisy gradient; their outlines are ignored."""
-    return Source("shapes", DataInfo(CLASSES, IGNORE), {"image": "image", "mask": "mask"}, _rows)
+    notes = ("Generated: sample i of a split is drawn from a seed of its own.",)
+    return Source("shapes", DataInfo(CLASSES, IGNORE), {"image": "image", "mask": "mask"}, _rows, notes=notes)
 
 
 def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-    """Generated: sample i of a split is drawn from a seed of its own."""
     for seed, (split, count) in enumerate(SPLITS.items()):
         for i in range(count):
             image, mask = draw(np.random.default_rng((seed, i)))
