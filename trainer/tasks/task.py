@@ -90,7 +90,7 @@ class Task(ABC):
         outputs, targets = self.run(model, batch)
         terms = {TERM + name: value for name, value in self.loss(outputs, targets).items()}
         rows = {ROWS + name: value for name, value in self.rows(outputs, batch).items()}
-        samples = torch.tensor(len(batch["image"]), device=batch["image"].device)
+        samples = torch.tensor(len(batch["sample_id"]), device=next(self.model.parameters()).device)
         return self.counts(outputs, targets) | terms | rows | {"samples": samples}
 
     def metrics(self, sums: dict[str, Tensor]) -> dict[str, Any]:
