@@ -414,6 +414,15 @@ def test_the_cache_leaves_room_on_the_disk(
     assert "too little room" in capsys.readouterr().err
 
 
+def test_what_the_model_sees_is_moved_to_its_device_and_ids_stay_on_the_cpu(prepared: tuple[Path, Card]) -> None:
+    loaded = samples(prepared, max_unreadable=1)
+    batch = next(iter(Batches(loaded, Slices(6, 1, 0, 1, 0), 0, torch.device("meta"))))
+    assert {name: str(value.device) for name, value in batch.items()} == {
+        **dict.fromkeys(("image", "mask", "label"), "meta"),
+        **dict.fromkeys(("sample_id", "epoch", "unreadable"), "cpu"),
+    }
+
+
 def test_samples_can_be_sent_to_workers_that_dont_fork(prepared: tuple[Path, Card]) -> None:
     original = samples(prepared, transforms=FLIP)
     assert equal(ForkingPickler.loads(ForkingPickler.dumps(original)).batch([3, 40]), original.batch([3, 40]))
