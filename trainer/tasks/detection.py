@@ -26,7 +26,7 @@ class Detection(ObjectTask):
         classes: names of the classes.
         conf_threshold: boxes up to this score are dropped.
         iou_threshold: of two boxes of a class that overlap by more, the one with the lower score is dropped.
-        max_detections: at most so many are kept of an image.
+        max_detections: at most this many are kept for an image.
     """
 
     def __init__(

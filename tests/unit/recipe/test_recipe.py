@@ -110,7 +110,7 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ),
         (
             "train: {freeze: 3}",
-            "train.freeze: this model doesn't number its layers; name those that learn in model.train_only (got 3)",
+            "train.freeze: this model doesn't number its layers; name the trainable ones in model.train_only (got 3)",
         ),
         ("data: {resize_mode: letterbox}", "data.resize_mode: needs data.resize, the size to pad to (got letterbox)"),
         (
