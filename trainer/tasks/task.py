@@ -68,12 +68,12 @@ class Task(ABC, Generic[Predictions]):
         """Turns the outputs of `infer` into predictions; reads no ground truth."""
 
     def sums(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
-        """Sums over an evaluation batch that `measure` needs: of any shape, and empty by default."""
+        """Sums over an evaluation batch that `measure` needs, of any shape; none by default."""
         return {}
 
     def rows(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
-        """Tensors that `measure` needs and that cannot be summed: they are joined along their first dimension, and empty
-        by default.
+        """Tensors that `measure` needs and that cannot be summed, to be joined along their first dimension; none by
+        default.
         """
         return {}
 
@@ -125,7 +125,7 @@ class Task(ABC, Generic[Predictions]):
         }
 
     def pixels(self, image: Tensor) -> Tensor:
-        """Pixels uint8 (B, 3, H, W), converted to the dtype and memory format of the model's weights; still 0 to 255."""
+        """Pixels uint8 (B, 3, H, W), in the dtype and memory format of the model's weights; still 0 to 255."""
         weights = list(self.model.parameters())
         channels_last = any(w.dim() == 4 and not w.is_contiguous() for w in weights)
         return image.to(
