@@ -81,7 +81,8 @@ class Classification(Task[Tensor]):
 
     def infer(self, model: Forward, batch: Batch) -> Tensor:
         """Logits (B, C)."""
-        return model(self.pixels(batch["image"]) / 127.5 - 1)
+        logits: Tensor = model(self.pixels(batch["image"]) / 127.5 - 1)
+        return logits
 
     def decode(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The most likely class, int64 (B,)."""

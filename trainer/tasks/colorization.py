@@ -41,7 +41,8 @@ class Colorization(Task[Tensor]):
 
     def infer(self, model: Forward, batch: Batch) -> Tensor:
         """Logits (B, C, H, W)."""
-        return model(self.inputs(batch["image"]))
+        logits: Tensor = model(self.inputs(batch["image"]))
+        return logits
 
     def decode(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Pictures uint8 (B, 3, H, W): each pixel has the centre of its most likely colour class."""

@@ -100,7 +100,8 @@ class Segmentation(Task[Tensor]):
 
     def infer(self, model: Forward, batch: Batch) -> Tensor:
         """Logits (B, C, H, W)."""
-        return model(self.inputs(batch["image"]))
+        logits: Tensor = model(self.inputs(batch["image"]))
+        return logits
 
     def decode(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The most likely class of each pixel, int64 (B, H, W)."""

@@ -100,7 +100,8 @@ class Task(ABC, Generic[Predictions]):
 
     def loss_sums(self, model: Forward, batch: Batch) -> dict[str, Tensor]:
         """Runs the model on a training batch; returns the loss's local sums, with gradients."""
-        return self.loss(*self.run(model, batch))
+        sums: dict[str, Tensor] = self.loss(*self.run(model, batch))
+        return sums
 
     @torch.no_grad()
     def predict(self, model: Forward, batch: Batch) -> Predictions:

@@ -63,7 +63,8 @@ class Watershed(ObjectTask):
 
     def infer(self, model: Forward, batch: Batch) -> WatershedOutput:
         """The model's two maps."""
-        return model(self.images_of_one_size(batch))
+        maps: WatershedOutput = model(self.images_of_one_size(batch))
+        return maps
 
     def decode(self, outputs: WatershedOutput, batch: Batch) -> list[Detections]:
         """The instances of each image."""
