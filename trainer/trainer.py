@@ -457,8 +457,9 @@ class Trainer:
         if shown:
             # One by one, since they may differ in size.
             batches = (self.data.validation_batch([sample_id]) for sample_id in shown)
+            drawn = (self.task.pictures(forward, batch) for batch in batches)
             self.report.pictures(
-                [self.task.pictures(forward, batch)[0] for batch in batches],
+                [pictures[0] for pictures in drawn if pictures is not None],
                 self.step,
                 self.task.panels,
                 self.task.legend,

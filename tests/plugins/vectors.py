@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from trainer.components import dataset, loss, model, task
 from trainer.data.source import DataInfo, Row, Source
 from trainer.losses.loss import Loss
+from trainer.tasks.sums import EvaluationSums
 from trainer.tasks.task import Batch, Forward, Task
 
 TRAIN, VALIDATION = 60, 13  # 13: no number of processes divides it
@@ -65,8 +65,8 @@ class MeanLogLoss(Loss):
 
 
 @task(name="vectors", interface="logits", fields=("numbers", "label"))
-class Vectors(Task):
-    """Which class numbers belong to."""
+class Vectors(Task[Tensor]):
+    """Which class numbers belong to. It draws no pictures."""
 
     metric_names = ("accuracy", "loss")
 
@@ -74,17 +74,21 @@ class Vectors(Task):
         super().__init__(model, loss)
 
     def run(self, model: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits and labels."""
-        return model(batch["numbers"].to(next(self.model.parameters()).dtype)), batch["label"]
+        """Logits (B, C) and labels (B,)."""
+        return self.infer(model, batch), batch["label"]
 
-    def counts(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def infer(self, model: Forward, batch: Batch) -> Tensor:
+        """Logits (B, C)."""
+        return model(batch["numbers"].to(next(self.model.parameters()).dtype))
+
+    def decode(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The most likely class, int64 (B,)."""
+        return outputs.argmax(1)
+
+    def sums(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """How many are right."""
-        return {"right": (outputs.argmax(1) == targets).sum()}
+        return {"right": (self.decode(outputs, batch) == batch["label"]).sum()}
 
-    def measure(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+    def measure(self, sums: EvaluationSums) -> dict[str, Any]:
         """The share that is right."""
-        return {"accuracy": float(sums["right"] / sums["samples"])}
-
-    def pictures(self, model: Forward, batch: Batch) -> Tensor:
-        """Nothing to see."""
-        return torch.zeros(len(batch["label"]), 1, 3, 1, 1, dtype=torch.uint8)
+        return {"accuracy": float(sums.metrics["right"] / sums.samples)}

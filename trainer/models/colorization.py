@@ -78,8 +78,8 @@ def conv_transpose_net(
 
 @model(name="colorization_unet", interface="dense")
 class ColorizationUNet(nn.Module):
-    """`conv_transpose_net` with skips: the fourth block sees the first one's output too, the last convolution the
-    image.
+    """`conv_transpose_net` with skips: the fourth block also gets the output of the first one, the last convolution
+    the image.
 
     Images (B, num_in_channels, H, W) to logits (B, num_classes, H, W).
     """

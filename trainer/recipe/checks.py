@@ -18,10 +18,13 @@ Check = Callable[[Recipe], Iterator[Problem]]
 
 def _check_interfaces(recipe: Recipe) -> Iterator[Problem]:
     task = recipe.components["task"]
+    shared = {*task.interfaces}
     for section in ("model", "loss"):
         found = recipe.components[section]
-        if found.interface != task.interface:
-            fits = [c.name for c in catalogue(section).values() if c.interface == task.interface]
+        if shared & {*found.interfaces}:
+            shared &= {*found.interfaces}
+        else:
+            fits = [c.name for c in catalogue(section).values() if shared & {*c.interfaces}]
             yield recipe.problem(
                 section,
                 f"{section} {found.name} doesn't fit task {task.name}; choose one of {', '.join(fits)}",

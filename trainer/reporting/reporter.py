@@ -92,7 +92,8 @@ class Reporter:
     ) -> None:
         """Draws samples of the validation set, uint8 (P, 3, H, W) each, and shows all pictures of this step."""
         if self.enabled and self.mirrors:
-            save_sheet(samples, self.folder.pictures / f"validation_step_{step:08d}.png", panels, legend)
+            if samples:  # a task may have no pictures of its own
+                save_sheet(samples, self.folder.pictures / f"validation_step_{step:08d}.png", panels, legend)
             self.mirrors.pictures(self.folder.pictures_of(step), step)
 
     def summary(self, status: Status, **facts: Any) -> dict[str, Any]:

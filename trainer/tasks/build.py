@@ -73,7 +73,7 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
     return (False, True) if annotation is bool else get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
-def build_task(recipe: Recipe, info: DataInfo) -> Task:
+def build_task(recipe: Recipe, info: DataInfo) -> Task[Any]:
     """Builds what a recipe trains; the same initial weights on every process.
 
     The initial weights are, each over the one before: random ones from `train.seed`; those that `model.weights` names,
@@ -98,11 +98,11 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task:
     except (ConnectionError, ValueError) as error:
         raise UserError(f"model.weights: {error}") from error
     train_only(model, learning_layers(recipe, model))
-    task: Task = recipe.build("task", model=model, loss=recipe.build("loss", **_context(info)), **_context(info))
+    task: Task[Any] = recipe.build("task", model=model, loss=recipe.build("loss", **_context(info)), **_context(info))
     return task
 
 
-def place(task: Task, recipe: Recipe, device: torch.device, uniform: bool) -> nn.Module:
+def place(task: Task[Any], recipe: Recipe, device: torch.device, uniform: bool) -> nn.Module:
     """Moves model and loss to the device, in the recipe's precision and memory layout, and has cuDNN search kernels
     where that pays.
 
@@ -128,7 +128,7 @@ def place(task: Task, recipe: Recipe, device: torch.device, uniform: bool) -> nn
     return model
 
 
-def shapes_are_fixed(recipe: Recipe, task: Task, uniform: bool) -> bool:
+def shapes_are_fixed(recipe: Recipe, task: Task[Any], uniform: bool) -> bool:
     """Whether all training steps see the same shapes: cuDNN searches its fastest kernels anew for every other one.
 
     Args:
@@ -277,7 +277,9 @@ def check_task(recipe: Recipe) -> Iterator[Problem]:
     to see that its settings fit the data and that it has `evaluate.best`.
     """
     try:
-        task: Task = recipe.build("task", model=nn.Module(), loss=nn.Module(), **_context(recipe.build("data").info))
+        task: Task[Any] = recipe.build(
+            "task", model=nn.Module(), loss=nn.Module(), **_context(recipe.build("data").info)
+        )
     except (ValueError, UserError) as error:
         yield recipe.problem("task", str(error))
         return

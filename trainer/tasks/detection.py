@@ -1,4 +1,4 @@
-"""Object detection: the boxes of objects and what each of them is."""
+"""Object detection: the box and the class of each object."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Detection(ObjectTask):
         model: images float (B, 3, H, W) in [0, 1] to `Level`s.
         loss: takes them and `Targets`.
         classes: names of the classes.
-        conf_threshold: boxes that score no more aren't found.
-        iou_threshold: of two boxes of a class that overlap by more, the better one is found.
-        max_detections: in an image.
+        conf_threshold: boxes up to this score are dropped.
+        iou_threshold: of two boxes of a class that overlap by more, the one with the lower score is dropped.
+        max_detections: at most this many are kept for an image.
     """
 
     def __init__(
@@ -44,12 +44,15 @@ class Detection(ObjectTask):
         self.conf_threshold, self.iou_threshold, self.max_detections = conf_threshold, iou_threshold, max_detections
 
     def run(self, model: Forward, batch: Batch) -> tuple[Any, Targets]:
-        """The model's `Level`s, and the true boxes but for crowds, which aren't learnt."""
+        """The model's `Level`s, and the true boxes without crowds, which are not trained on."""
         alone = ~batch["crowd"]
-        return model(self.images_of_one_size(batch)), Targets(
-            *(batch[name][alone] for name in ("boxes", "labels", "image_index"))
-        )
+        targets = Targets(*(batch[name][alone] for name in ("boxes", "labels", "image_index")))
+        return self.infer(model, batch), targets
 
-    def find(self, outputs: Any, batch: Batch) -> list[Detections]:
+    def infer(self, model: Forward, batch: Batch) -> Any:
+        """The model's `Level`s."""
+        return model(self.images_of_one_size(batch))
+
+    def decode(self, outputs: Any, batch: Batch) -> list[Detections]:
         """Boxes within each image, after non-maximum suppression."""
         return self.clipped(postprocess(outputs, self.conf_threshold, self.iou_threshold, self.max_detections), batch)

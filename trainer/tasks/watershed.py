@@ -1,4 +1,4 @@
-"""Instance segmentation without detection: a map of classes and one of depth, which a watershed cuts into instances."""
+"""Instance segmentation without detection: a watershed cuts a map of classes into instances, along a map of depth."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Watershed(ObjectTask):
         model: images float (B, 3, H, W) in [0, 1] to a `WatershedOutput`.
         loss: takes it and `WatershedTargets`.
         classes: names of the classes, without background.
-        limit: pixels from an instance's boundary from which on a pixel counts as deep inside.
-        threshold: depth from which on a pixel marks an instance.
-        min_pixels: smaller instances, and smaller marks, are dropped.
+        limit: distance in pixels to an instance's boundary at which the depth reaches its maximum.
+        threshold: pixels deeper than this mark an instance.
+        min_pixels: smaller instances, and smaller markers, are dropped.
     """
 
     kinds: dict[str, coco.Kind] = {"mask_": "segm"}
@@ -59,9 +59,14 @@ class Watershed(ObjectTask):
         targets = watershed_targets(
             batch["masks"], batch["labels"], batch["crowd"], batch["image_index"], height, width, self.limit
         )
-        return model(self.images_of_one_size(batch)), targets
+        return self.infer(model, batch), targets
 
-    def find(self, outputs: WatershedOutput, batch: Batch) -> list[Detections]:
+    def infer(self, model: Forward, batch: Batch) -> WatershedOutput:
+        """The model's two maps."""
+        maps: WatershedOutput = model(self.images_of_one_size(batch))
+        return maps
+
+    def decode(self, outputs: WatershedOutput, batch: Batch) -> list[Detections]:
         """The instances of each image."""
         maps = zip(outputs.semantic, outputs.distance, strict=True)
         return self.clipped(

@@ -35,7 +35,7 @@ model: {name: perceptron, width: 8}
 loss: mean_log_loss
 optimizer: {name: adamw, lr: 3e-2}
 train: {duration: 4 epochs, precision: fp64, threads: 1, log_every: 1 steps}
-evaluate: {every: 1 epoch, best: accuracy, batch_size: 4, pictures: 0}
+evaluate: {every: 1 epoch, best: accuracy, batch_size: 4}
 checkpoint: {every: 5 steps}
 """
 

@@ -110,7 +110,7 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ),
         (
             "train: {freeze: 3}",
-            "train.freeze: this model doesn't number its layers; name those that learn in model.train_only (got 3)",
+            "train.freeze: this model doesn't number its layers; name the trainable ones in model.train_only (got 3)",
         ),
         ("data: {resize_mode: letterbox}", "data.resize_mode: needs data.resize, the size to pad to (got letterbox)"),
         (
@@ -525,3 +525,21 @@ def test_a_plugin_file_beside_the_recipe_adds_components(tmp_path: Path) -> None
     )
     recipe = check(tmp_path, "plugins: [my_loss.py]\nloss: mine")
     assert type(recipe.build("loss", num_classes=4, ignore_index=255, statistics={})).__name__ == "Mine"
+
+
+def test_task_model_and_loss_fit_where_all_three_have_an_interface_in_common(tmp_path: Path) -> None:
+    (tmp_path / "several.py").write_text(
+        "from trainer.components import loss, task\nfrom trainer.losses.cross_entropy import CrossEntropy\n"
+        "from trainer.tasks.segmentation import Segmentation\n\n\n"
+        "@loss(interface=('labels', 'dense'))\nclass Both(CrossEntropy):\n    pass\n\n\n"
+        "@loss(interface='labels')\nclass OnlyLabels(CrossEntropy):\n    pass\n\n\n"
+        "@task(interface=('dense', 'labels'), fields=('image', 'mask'))\nclass Either(Segmentation):\n    pass\n"
+    )
+    plugins = "plugins: [several.py]\n"
+    check(tmp_path, f"{plugins}loss: both")
+    check(tmp_path, f"{plugins}loss: both\ntask: either")
+    (mistake,) = problems(tmp_path, f"{plugins}loss: onlylabels")
+    assert mistake.startswith("r.yaml:3:1: loss: loss onlylabels doesn't fit task segmentation; choose one of both, ")
+    # Each of them fits the task, but not the other.
+    (mistake,) = problems(tmp_path, f"{plugins}loss: onlylabels\ntask: either")
+    assert mistake.startswith("r.yaml:3:1: loss: loss onlylabels doesn't fit task either; choose one of both, ")

@@ -57,7 +57,7 @@ def test_a_file_gives_all_layers_but_those_that_start_new(tmp_path: Path) -> Non
     assert differing(new, theirs) == {"classifier.4.weight", "classifier.4.bias"}
     assert torch.equal(new["classifier.4.weight"], weights(tmp_path)["classifier.4.weight"])
     save_file({**theirs, "classifier.4.weight": torch.zeros(21, 256, 1, 1)}, file)
-    with pytest.raises(UserError, match=r"to start these layers new, set model.reset_layers=\[classifier.4\]"):
+    with pytest.raises(UserError, match=r"to reset these layers, set model.reset_layers=\[classifier.4\]"):
         weights(tmp_path, f"model.weights={file}")
 
 
@@ -140,7 +140,7 @@ PREDICTORS = (
             "(18,) instead of (24,), "
             "model.24.m.1.weight (18, 128, 1, 1) instead of (24, 128, 1, 1), model.24.m.1.bias (18,) instead of (24,), "
             "model.24.m.2.weight (18, 256, 1, 1) instead of (24, 256, 1, 1) and 1 more; "
-            "to start these layers new, set model.reset_layers=[model.24.m.0, model.24.m.1, model.24.m.2]",
+            "to reset these layers, set model.reset_layers=[model.24.m.0, model.24.m.1, model.24.m.2]",
         ),
         (
             TEXT,
@@ -222,7 +222,7 @@ def test_published_weights_that_there_are_not_are_found_without_a_download(
     assert mistakes(tmp_path, TEXT, "model.weights=coco") == []
     assert mistakes(tmp_path, TEXT, "model={name: resnet_unet}") == []
     assert mistakes(tmp_path, RECIPES["mask_rcnn"], "model.frozen_norm=true") == [
-        "model: frozen_norm is for backbone resnet50; the batch norms of resnet18 learn"
+        "model: frozen_norm is for backbone resnet50; the batch norms of resnet18 are trainable"
     ]
 
 

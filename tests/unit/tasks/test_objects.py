@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.scenes import CLASSES, scenes
+from tests.scenes import CLASSES, RECIPES, scenes
 from trainer.commands import main
+from trainer.data.build import Data
 from trainer.data.objects import Letterbox
-from trainer.data.prepare import prepare
+from trainer.data.prepare import data_dir, prepare
 from trainer.data.reader import Reader
 from trainer.data.stream import ValidationSamples
 from trainer.detection.boxes import Detections, Level
@@ -19,7 +20,7 @@ from trainer.errors import UserError
 from trainer.losses.yolo import YoloLoss
 from trainer.recipe.file import RecipeError
 from trainer.recipe.load import load_recipe
-from trainer.tasks.build import TASK_CHECKS, build_untrained, learning_layers
+from trainer.tasks.build import TASK_CHECKS, build_task, build_untrained, learning_layers
 from trainer.tasks.detection import Detection
 from trainer.tasks.drawing import LEGIBLE, draw_objects
 
@@ -84,6 +85,22 @@ def test_a_set_of_ones_own_without_masks_doesnt_fit_a_task_that_needs_them(
     assert "data: task watershed needs masks, and this set has only boxes (got scenes)" in found
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_predictions_need_no_ground_truth_and_are_what_is_evaluated(name: str, tmp_path: Path) -> None:
+    card = prepare(scenes(), data_dir(), None, lambda line: None)
+    (tmp_path / "r.yaml").write_text(RECIPES[name], encoding="utf-8")
+    recipe = load_recipe(tmp_path / "r.yaml", ["task.conf_threshold=0"] if name == "detection" else [], TASK_CHECKS)
+    task = build_task(recipe, card.info)
+    task.model.eval()
+    batch = Data(recipe, 0, 1, torch.device("cpu")).validation_batch([0, 1, 2])
+    inputs = {key: batch[key] for key in ("image", "height", "width", "content", "sample_id")}
+    detections = task.predict(task.model, inputs)
+    assert len(detections) == 3 and sum(len(each.labels) for each in detections)
+    with torch.no_grad():
+        rows = task.evaluation_sums(task.model, batch).rows
+    assert torch.equal(rows["detected"][:, 3:], torch.cat([each.boxes for each in detections]).double())
+
+
 class Fixed(nn.Module):
     """Answers with the same box in every cell: one that covers 64 x 64 pixels."""
 
@@ -100,7 +117,7 @@ def test_boxes_end_where_the_letterboxed_image_does(tmp_path: Path) -> None:
     )
     batch = samples.batch([0, 1, 2])
     task = Detection(Fixed(), YoloLoss(3), CLASSES, conf_threshold=0.5)
-    for number, found in enumerate(task.find(task.model(batch["image"]), batch)):
+    for number, found in enumerate(task.decode(task.model(batch["image"]), batch)):
         seen = (batch["image"][number] != Letterbox.GREY).any(0)
         rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
         assert found.boxes.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
