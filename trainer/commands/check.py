@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     from trainer.errors import UserError
     from trainer.recipe.file import RecipeError
     from trainer.recipe.load import load_recipe
-    from trainer.tasks.build import TASK_CHECKS, batch_checks
+    from trainer.tasks.checks import TASK_CHECKS, batch_checks
 
     paths = [argument for argument in options.recipes if "=" not in argument]
     overrides = [argument for argument in options.recipes if "=" in argument]
@@ -106,7 +106,7 @@ def _data_line(recipe: Recipe, processes: int) -> str:
     from trainer.distributed.accelerator import num_workers
     from trainer.recipe.durations import Clock
 
-    source = recipe.build("data")
+    source = recipe.source
     folder = data_dir() / source.name
     if not (folder / CARD).exists():
         return (
@@ -150,7 +150,7 @@ def _compare_anchors(recipe: Recipe) -> None:
             "task of detection"
         )
     sizes = data.train.objects.box_sizes()
-    anchors = recipe.model.anchors or PUBLISHED_ANCHORS
+    anchors = getattr(recipe.model, "anchors", None) or PUBLISHED_ANCHORS
     estimated = estimate_anchors(sizes).round(1).reshape(3, 3, 2)
     for name, each in (("the model's", np.array(anchors)), ("re-estimated", estimated)):
         share = best_possible_recall(sizes, each.reshape(-1, 2), max_ratio)
@@ -162,16 +162,17 @@ def _compare_anchors(recipe: Recipe) -> None:
 
 def _uncached(recipe: Recipe) -> Data:
     """The prepared data as one process reads it, without the pixel cache, which would be made for all samples."""
-    from dataclasses import replace
+    import copy
 
     from trainer.data.build import Data
     from trainer.data.card import Card
     from trainer.data.prepare import data_dir
 
-    source = recipe.build("data")
+    source = recipe.source
     Card.load(data_dir() / source.name, source.command)
-    settings = recipe.data.model_copy(update={"cache": "off"})
-    return Data(replace(recipe, sections=recipe.sections | {"data": settings}), 0, 1)
+    uncached = copy.copy(recipe)
+    uncached.data = recipe.data.model_copy(update={"cache": "off"})
+    return Data(uncached, 0, 1)
 
 
 # ---------------------------------------------------------------- --show-samples

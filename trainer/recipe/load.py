@@ -14,17 +14,18 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError, create_model
 
 from trainer.components import Component, Settings, catalogue
+from trainer.errors import UserError
 from trainer.recipe.checks import CHECKS, Check
 from trainer.recipe.file import KeyPath, Place, Problem, Reader, RecipeError, nearest, place_of, short
 from trainer.recipe.recipe import Choice, Recipe
-from trainer.recipe.settings import DEFAULTS, SECTIONS, SHARED, NamedSettings
+from trainer.recipe.settings import DEFAULTS, KINDS, SCHEMAS, SHARED, NamedSettings
 
-# ---------------------------------------------------------------- validation
+S = TypeVar("S", bound=Settings)
 
 
 class Validator:
@@ -66,7 +67,7 @@ class Validator:
                 chosen.append((component, settings))
         return chosen
 
-    def section(self, schema: type[Settings], value: Any, path: KeyPath) -> Any:
+    def section(self, schema: type[S], value: Any, path: KeyPath) -> S | None:
         """Validates a mapping; reports every mistake in it and returns None if there is one."""
         try:
             return schema.model_validate(value)
@@ -128,15 +129,13 @@ def _keys(schema: type[Settings], location: tuple[str | int, ...]) -> list[str]:
     return list(schema.model_fields)
 
 
-def load_recipe(
-    path: str | Path, overrides: Iterable[str] = (), checks: Iterable[tuple[tuple[str, ...], Check]] = ()
-) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), checks: Iterable[Check] = ()) -> Recipe:
     """Reads, merges and validates a recipe.
 
     Args:
         path: the YAML file.
         overrides: `key.path=value` arguments, applied last.
-        checks: further cross-field checks, each with the sections it reads: it runs when these are valid.
+        checks: further cross-field checks.
 
     Raises:
         RecipeError: with every problem found.
@@ -147,7 +146,7 @@ def load_recipe(
     top, places = reader.overrides(overrides)
     tree = reader.merge(tree, top, places)
     validator = Validator(reader, path)
-    recipe = Recipe(name=path.stem, path=path, places=reader.places, dropped=reader.dropped)
+    recipe = Recipe(path.stem, path, reader.places, reader.dropped)
     _top_level(tree, recipe, validator)
     if not reader.complete:  # what seems to be missing may stand in what couldn't be read
         raise RecipeError(reader.problems)
@@ -155,40 +154,49 @@ def load_recipe(
     if isinstance(data, dict):
         recipe.augmentations = validator.choices("augmentation", data.pop("augment", []), ("data", "augment"))
     recipe.trackers = validator.choices("tracker", tree.get("track", []), ("track",))
-    for section, (kind, shared, required) in SECTIONS.items():
-        value = tree.get(section, DEFAULTS.get(section))
-        if value is None:
-            validator.report((section,), "this section is required" if required else "must be a mapping")
-            continue
-        schema = shared
-        if kind:
-            component = validator.component(kind, value, (section,))
-            if component is None:
-                continue
-            recipe.components[section] = component
-            schema = joined_schema(shared, component)
-        elif not isinstance(value, dict):
-            validator.report((section,), "must be a mapping", value)
-            continue
-        settings = validator.section(schema, value, (section,))
-        if settings is not None:
-            recipe.sections[section] = settings
+    for section in SCHEMAS:
+        _section(section, tree.get(section, DEFAULTS.get(section)), recipe, validator)
+    if hasattr(recipe, "data"):
+        try:
+            recipe.source = recipe.build("data")
+        except (ValueError, UserError) as error:
+            validator.report(("data",), str(error))
     for needs, check in (*CHECKS, *checks):
-        if all(section in recipe.sections for section in needs):
+        if all(hasattr(recipe, part) for part in needs):
             reader.problems.extend(check(recipe))
     if reader.problems:
         raise RecipeError(reader.problems)
     return recipe
 
 
-def joined_schema(shared: type[Settings], component: Component) -> type[Settings]:
+def _section(section: str, value: Any, recipe: Recipe, validator: Validator) -> None:
+    """Validates a section, by its own keys and those of the component that it names; the recipe gets a valid one."""
+    if value is None:
+        validator.report((section,), "must be a mapping" if section in DEFAULTS else "this section is required")
+        return
+    schema = SCHEMAS[section]
+    if section in KINDS:
+        component = validator.component(KINDS[section], value, (section,))
+        if component is None:
+            return
+        recipe.components[section] = component
+        schema = joined_schema(schema, component)
+    elif not isinstance(value, dict):
+        validator.report((section,), "must be a mapping", value)
+        return
+    settings = validator.section(schema, value, (section,))
+    if settings is not None:
+        setattr(recipe, section, settings)
+
+
+def joined_schema(shared: type[S], component: Component) -> type[S]:
     """The schema of a section: the keys all its components share, and those of the one it names."""
     keys: dict[str, Any] = {key: (info.annotation, info) for key, info in component.schema.model_fields.items()}
     return create_model(component.schema.__name__, __base__=shared, **keys)
 
 
 def _top_level(tree: dict[str, Any], recipe: Recipe, validator: Validator) -> None:
-    known = ["name", "inherit", "plugins", "track", "reference", *SECTIONS]
+    known = ["name", "inherit", "plugins", "track", "reference", *SCHEMAS]
     for key in tree:
         if key not in known:
             validator.report((key,), f"unknown key; {nearest(key, known)}", tree[key])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, PositiveInt
 
@@ -104,26 +104,42 @@ class CheckpointSettings(Settings):
     keep: Annotated[int, Field(ge=2)] = 3
 
 
-# section -> (kind of component or None, schema of the keys that all its components share, required)
-SECTIONS: dict[str, tuple[str | None, type[Settings], bool]] = {
-    "task": ("task", NamedSettings, True),
-    "data": ("dataset", DataSettings, True),
-    "model": ("model", ModelSettings, True),
-    "loss": ("loss", NamedSettings, True),
-    "optimizer": ("optimizer", OptimizerSettings, True),
-    "schedule": ("schedule", NamedSettings, False),
-    "train": (None, TrainSettings, True),
-    "evaluate": (None, EvaluateSettings, False),
-    "checkpoint": (None, CheckpointSettings, False),
+class Sections:
+    """The sections of a recipe, each with the keys below; one that names a component has its keys too.
+
+    While checks run, a section with mistakes of its own is missing; each check is registered for those it reads.
+    """
+
+    task: NamedSettings
+    data: DataSettings
+    model: ModelSettings
+    loss: NamedSettings
+    optimizer: OptimizerSettings
+    schedule: NamedSettings
+    train: TrainSettings
+    evaluate: EvaluateSettings
+    checkpoint: CheckpointSettings
+
+
+# section -> schema of the keys that it has whatever component it names
+SCHEMAS: dict[str, type[Settings]] = get_type_hints(Sections)
+
+# section -> the kind of component that it names
+KINDS = {
+    "task": "task",
+    "data": "dataset",
+    "model": "model",
+    "loss": "loss",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
 }
+
+# A section that isn't among them is required.
+DEFAULTS: dict[str, Any] = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}
 
 # section that names a component -> the keys that stay where it names another
-SHARED: dict[str, set[str]] = {
-    section: {*shared.model_fields} - {"name"} for section, (kind, shared, _) in SECTIONS.items() if kind
-}
+SHARED: dict[str, set[str]] = {section: {*SCHEMAS[section].model_fields} - {"name"} for section in KINDS}
 SHARED["data"].add("augment")  # a list of components: not part of the schema
-
-DEFAULTS: dict[str, Any] = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}
 
 # Changes under which a run still goes on: they leave what is computed as it is, or only add to it.
 RESUMABLE = (

@@ -18,7 +18,8 @@ from trainer.errors import UserError
 from trainer.losses.yolo import YoloLoss
 from trainer.recipe.file import RecipeError
 from trainer.recipe.load import load_recipe
-from trainer.tasks.build import TASK_CHECKS, build_untrained, learning_layers
+from trainer.tasks.build import build_untrained, trainable_layers
+from trainer.tasks.checks import TASK_CHECKS
 from trainer.tasks.detection import Detection
 from trainer.tasks.drawing import LEGIBLE, draw_objects
 
@@ -44,7 +45,7 @@ def problems(folder: Path, *overrides: str) -> str:
 def test_freeze_names_the_layers_that_learn(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE, encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", ["train.freeze=10"], TASK_CHECKS)
-    assert learning_layers(recipe, build_untrained(recipe)) == [f"model.{index}" for index in range(10, 25)]
+    assert trainable_layers(recipe, build_untrained(recipe)) == [f"model.{index}" for index in range(10, 25)]
 
 
 def test_a_freeze_that_leaves_nothing_or_contradicts_is_refused(tmp_path: Path) -> None:
