@@ -252,6 +252,7 @@ def _painted(image: Tensor, mask: Tensor, num_classes: int) -> Tensor:
 
     from trainer.tasks.drawing import class_colors
 
-    return draw_segmentation_masks(
+    painted: Tensor = draw_segmentation_masks(
         image, mask == torch.arange(num_classes).view(-1, 1, 1), alpha=OPACITY, colors=class_colors(num_classes)
     )
+    return painted

@@ -192,7 +192,7 @@ class Yolo(nn.Module):
         ]
         self.model = nn.ModuleList(layers)
         if anchors:
-            self.register_load_state_dict_pre_hook(_keep_anchors)
+            self.register_load_state_dict_pre_hook(_keep_anchors)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Tensor) -> tuple[Level, ...]:
         """One layer after the other.

@@ -81,7 +81,8 @@ class Task(ABC):
 
     def loss_sums(self, model: Forward, batch: Batch) -> dict[str, Tensor]:
         """Runs the model on a training batch; returns the loss's local sums, with gradients."""
-        return self.loss(*self.run(model, batch))
+        sums: dict[str, Tensor] = self.loss(*self.run(model, batch))
+        return sums
 
     def evaluation_sums(self, model: Forward, batch: Batch) -> dict[str, Tensor]:
         """Runs the model on an evaluation batch; returns `counts`, `samples` (int64),
