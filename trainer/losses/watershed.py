@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from trainer.components import loss
@@ -29,7 +27,7 @@ class WatershedLoss(Loss):
         distance_weight: weight of the second term.
     """
 
-    def __init__(self, num_classes: int, /, *, distance_weight: Annotated[float, Field(ge=0)] = 1.0) -> None:
+    def __init__(self, num_classes: int, /, *, distance_weight: NonNegativeFloat = 1.0) -> None:
         super().__init__()
         self.cross_entropy = CrossEntropy(num_classes + 1, IGNORE, {})
         self.distance_weight = distance_weight

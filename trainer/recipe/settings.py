@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from trainer.components import Settings, weights_field
+from trainer.components import InnerFraction, Settings, Size, weights_field
 from trainer.recipe.durations import Duration, Span
 
 
@@ -25,9 +25,9 @@ class DataSettings(Settings):
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
     cache: Literal["auto", "off"] = "auto"
     window: PositiveInt = 8
-    resize: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    resize: Size | None = None
     resize_mode: Literal["stretch", "letterbox"] = "stretch"
-    max_unreadable: Annotated[int, Field(ge=0)] = 0
+    max_unreadable: NonNegativeInt = 0
     overfit: PositiveInt | None = None
 
 
@@ -42,16 +42,13 @@ class ModelSettings(Settings):
     train_only: list[str] = []
 
 
-LearningRate = Annotated[float, Field(gt=0)]
-
-
 class OptimizerSettings(Settings):
     """Keys of `optimizer:` that every optimizer has: the learning rate,
     by which the schedule's factor is multiplied.
     """
 
     name: str
-    lr: LearningRate
+    lr: PositiveFloat
 
 
 class NamedSettings(Settings):
@@ -73,9 +70,9 @@ class TrainSettings(Settings):
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     accumulate: PositiveInt = 1
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
-    freeze: Annotated[int, Field(ge=0)] = 0
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_norm: PositiveFloat | None = None
+    freeze: NonNegativeInt = 0
+    ema: InnerFraction | None = None
     channels_last: bool = True
     compile: bool = False
     deterministic: Literal["auto"] | bool = "auto"
@@ -94,7 +91,7 @@ class EvaluateSettings(Settings):
     best: str = "loss"
     stop_after: PositiveInt | None = None
     batch_size: PositiveInt | None = None
-    pictures: Annotated[int, Field(ge=0)] = 8
+    pictures: NonNegativeInt = 8
 
 
 class CheckpointSettings(Settings):
