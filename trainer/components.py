@@ -43,7 +43,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Ranges of settings, beside pydantic's PositiveInt, NonNegativeFloat, …
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
-InnerFraction = Annotated[float, Field(gt=0, lt=1)]
+InnerFraction = Annotated[float, Field(gt=0, lt=1)]  # neither 0 nor 1
 Size = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 """Height and width in pixels."""
 
