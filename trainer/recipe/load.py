@@ -123,7 +123,7 @@ def _import_plugin(plugin: str, place: Place) -> str:
         try:
             spec.loader.exec_module(module)
         except BaseException:
-            del sys.modules[name]  # half a module would pass for a whole one the next time
+            del sys.modules[name]  # half a module would be taken for a complete one the next time
             raise
     return str(file)
 

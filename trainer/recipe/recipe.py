@@ -19,7 +19,7 @@ Choice = tuple[Component, Settings]
 """A component that a list in the recipe names, with its settings."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Recipe(Sections):
     """A validated recipe: its sections, and the components they name.
 

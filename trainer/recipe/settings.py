@@ -16,8 +16,8 @@ class DataSettings(Settings):
     `max_unreadable` training samples may be unreadable, as each process counts: the next sample of the set takes the
     place of each. A validation sample that can't be read is always an error: metrics over another set can't be
     compared. `resize_mode: letterbox` keeps the aspect and pads what is left; it is for sets of boxes, whose padding
-    has none. `overfit: N` trains and validates on the first N training samples: what can't learn these by heart can't
-    learn.
+    has none. `overfit: N` trains and validates on the first N training samples, which a working model
+    memorises.
     """
 
     name: str
@@ -32,8 +32,8 @@ class DataSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """Keys of `model:` that every model has: what it starts from, what starts new and what learns.
-    Some know published weights by name.
+    """Keys of `model:` that every model has: its initial weights, the layers that are reset and
+    those that are trainable. Some know published weights by name.
     """
 
     name: str
@@ -62,7 +62,7 @@ class TrainSettings(Settings):
 
     `precision: tf32` stores fp32 and computes products and convolutions in TF32, on GPUs from Ampere on; `fp32` never
     does. `deterministic: auto` is true on CPUs and false on GPUs, where it costs speed: there a resumed run has the
-    bits of an uninterrupted one with `true` only. `timeout` is how long a rank may stand still. `freeze: N` keeps the
+    bits of an uninterrupted one with `true` only. `timeout` is how long a rank may stall. `freeze: N` keeps the
     first N layers of a model that numbers them (`model.0`, `model.1`, …) as they are.
     """
 
@@ -138,7 +138,7 @@ DEFAULTS: dict[str, Any] = {"schedule": {"name": "constant"}, "evaluate": {}, "c
 SHARED: dict[str, set[str]] = {section: {*SCHEMAS[section].model_fields} - {"name"} for section in KINDS}
 SHARED["data"].add("augment")  # a list of components: not part of the schema
 
-# Changes under which a run still goes on: they leave what is computed as it is, or only add to it.
+# Changes with which a run can be resumed: they leave what is computed as it is, or only add to it.
 RESUMABLE = (
     *("train.duration", "train.non_finite", "train.timeout", "evaluate.stop_after", "track", "reference"),
     *("data.workers", "data.cache", "data.max_unreadable", "checkpoint"),

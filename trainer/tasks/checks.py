@@ -55,7 +55,9 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
     if recipe.train.freeze:
         if settings.train_only:
             yield recipe.problem(
-                "train.freeze", "says what learns, and so does model.train_only: keep one of them", recipe.train.freeze
+                "train.freeze",
+                "chooses the trainable layers, and so does model.train_only: keep one of them",
+                recipe.train.freeze,
             )
         try:
             layers_after(model, recipe.train.freeze)
@@ -63,7 +65,7 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem("train.freeze", str(error).removeprefix("train.freeze: "), recipe.train.freeze)
     if settings.train_only and not any(parameter.requires_grad for parameter in model.parameters()):
         yield recipe.problem(
-            "model.train_only", "these layers have no parameters, so nothing would learn", settings.train_only
+            "model.train_only", "these layers have no parameters, so nothing would be trainable", settings.train_only
         )
 
 

@@ -99,7 +99,10 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
             "model: {train_only: [haed]}",
             "model.train_only: the model has no layer 'haed'; did you mean head? (got ['haed'])",
         ),
-        ("model: {train_only: [pool]}", "model.train_only: these layers have no parameters, so nothing would learn"),
+        (
+            "model: {train_only: [pool]}",
+            "model.train_only: these layers have no parameters, so nothing would be trainable",
+        ),
         ("model: {reset_layers: [haed]}", "model.reset_layers: the model has no layer 'haed'; did you mean head?"),
         (
             "model: {name: deeplabv3, weights: none.safetensors}",
