@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     for recipe in map(load_recipe, options.recipes):
-        source = recipe.build("data")
+        source = recipe.source
         card = ensure_prepared(source, data_dir(), archives_dir())
         with_objects = not {*card.columns.values()}.isdisjoint(ROLES)  # which would have to be resized too
         folder, size = data_dir() / card.name, None if with_objects else recipe.data.resize

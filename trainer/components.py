@@ -20,9 +20,9 @@ import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, create_model
 
 # Where the components of each kind live: a package's modules, or one module.
 CATALOGUE = {
@@ -39,6 +39,13 @@ CATALOGUE = {
 SUFFIX = ".safetensors"  # of a file of weights
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# Ranges of settings, beside pydantic's PositiveInt, NonNegativeFloat, …
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+InnerFraction = Annotated[float, Field(gt=0, lt=1)]  # neither 0 nor 1
+Size = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+"""Height and width in pixels."""
 
 
 class Settings(BaseModel):

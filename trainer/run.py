@@ -30,7 +30,7 @@ def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
     from trainer.distributed.accelerator import leave_processes
     from trainer.distributed.launch import Launch
     from trainer.recipe.load import load_recipe
-    from trainer.tasks.build import TASK_CHECKS, batch_checks
+    from trainer.tasks.checks import TASK_CHECKS, batch_checks
 
     launch = Launch.read()
     recipe = load_recipe(recipe_path, overrides, [*launch.checks(), *TASK_CHECKS, *batch_checks(launch.processes)])
@@ -69,5 +69,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in one line, not in pages of C++
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is reported in one line, not in pages of C++
     sys.exit(main())

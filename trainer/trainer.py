@@ -62,7 +62,8 @@ from trainer.runs.folder import RunFolder, Status, runs_dir
 from trainer.runs.lock import lock_run
 from trainer.runs.resume import open_run
 from trainer.signals import STOP, Stopped, TimeLimit
-from trainer.tasks.build import build_task, check_sizes, place
+from trainer.tasks.build import build_task, place
+from trainer.tasks.checks import check_sizes
 from trainer.tasks.evaluation import evaluate
 from trainer.tasks.task import Batch
 
@@ -151,7 +152,7 @@ class Trainer:
 
     def _build_data(self) -> None:
         """Prepares the data set where it is missing, rank 0 alone; then opens it."""
-        source = self.recipe.build("data")
+        source = self.recipe.source
         self.control.on_main(lambda: ensure_prepared(source, data_dir(), archives_dir(), self.report.say).name)
         self.data = Data(self.recipe, self.rank, self.world_size, self.device)
         self.clock = Clock(self.recipe.train.duration, self.recipe.data.batch_size, self.data.order.size)

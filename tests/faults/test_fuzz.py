@@ -52,7 +52,7 @@ from trainer.recipe.load import load_recipe
 from trainer.runs import checkpoint as checkpoints
 from trainer.runs.folder import RunFolder
 from trainer.runs.resume import open_run
-from trainer.tasks.build import TASK_CHECKS
+from trainer.tasks.checks import TASK_CHECKS
 
 LONG = os.environ.get("TRAINER_FAULTS") == "long"
 RECIPES, FILES = (2000, 170) if LONG else (150, 20)  # files of each of three kinds
@@ -449,7 +449,7 @@ def test_damaged_recipes_are_valid_or_refused_with_a_message(
     os.mkfifo(folder / "pipe.yaml")
     monkeypatch.chdir(tmp_path)  # where a command in a recipe would leave its sentinel
     whole = load_recipe(write_recipe(tmp_path))
-    ensure_prepared(whole.build("data"), tmp_path / "data", None, lambda line: None)
+    ensure_prepared(whole.source, tmp_path / "data", None, lambda line: None)
     case = folder / "case.yaml"
     case.write_bytes(b"")
     keys = [*keys_of(whole.resolved()), "model.weights", "train.x", "x", "..", "data.augment", "track"]

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     from trainer.errors import UserError
     from trainer.recipe.file import RecipeError
     from trainer.recipe.load import load_recipe
-    from trainer.tasks.build import TASK_CHECKS, batch_checks
+    from trainer.tasks.checks import TASK_CHECKS, batch_checks
 
     paths = [argument for argument in options.recipes if "=" not in argument]
     overrides = [argument for argument in options.recipes if "=" in argument]
@@ -107,7 +107,7 @@ def _data_line(recipe: Recipe, processes: int) -> str:
     from trainer.distributed.accelerator import num_workers
     from trainer.recipe.durations import Clock
 
-    source = recipe.build("data")
+    source = recipe.source
     folder = data_dir() / source.name
     if not (folder / CARD).exists():
         return (
@@ -151,7 +151,7 @@ def _compare_anchors(recipe: Recipe) -> None:
             "task of detection"
         )
     sizes = data.train.reader.objects.box_sizes()
-    anchors = recipe.model.anchors or PUBLISHED_ANCHORS
+    anchors = getattr(recipe.model, "anchors", None) or PUBLISHED_ANCHORS
     estimated = estimate_anchors(sizes).round(1).reshape(3, 3, 2)
     for name, each in (("the model's", np.array(anchors)), ("re-estimated", estimated)):
         share = best_possible_recall(sizes, each.reshape(-1, 2), max_ratio)
@@ -163,7 +163,7 @@ def _compare_anchors(recipe: Recipe) -> None:
 
 def _uncached(recipe: Recipe) -> Data:
     """The prepared data as one process reads it, without the pixel cache, which would be made for all samples."""
-    from dataclasses import replace
+    import copy
 
     import torch
 
@@ -171,10 +171,11 @@ def _uncached(recipe: Recipe) -> Data:
     from trainer.data.card import Card
     from trainer.data.prepare import data_dir
 
-    source = recipe.build("data")
+    source = recipe.source
     Card.load(data_dir() / source.name, source.command)
-    settings = recipe.data.model_copy(update={"cache": "off"})
-    return Data(replace(recipe, sections=recipe.sections | {"data": settings}), 0, 1, torch.device("cpu"))
+    uncached = copy.copy(recipe)
+    uncached.data = recipe.data.model_copy(update={"cache": "off"})
+    return Data(uncached, 0, 1, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- --show-samples
@@ -244,6 +245,7 @@ def _painted(image: Tensor, mask: Tensor, num_classes: int) -> Tensor:
 
     from trainer.tasks.drawing import class_colors
 
-    return draw_segmentation_masks(
+    painted: Tensor = draw_segmentation_masks(
         image, mask == torch.arange(num_classes).view(-1, 1, 1), alpha=OPACITY, colors=class_colors(num_classes)
     )
+    return painted

@@ -182,7 +182,7 @@ def _source(args: argparse.Namespace) -> Source:
     component = datasets[args.dataset]
     reader = Reader({})
     settings = Validator(reader, Path(COMMAND_LINE)).section(component.schema, reader.overrides(args.settings)[0], ())
-    if reader.problems:
+    if settings is None or reader.problems:
         raise RecipeError(reader.problems)
     try:
         source: Source = build(component, settings)

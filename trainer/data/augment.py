@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from trainer.components import augmentation
+from trainer.components import Fraction, Size, augmentation
 from trainer.data.objects import TIDY
 from trainer.data.order import Order
 
@@ -35,15 +35,11 @@ def _in_order(interval: list[float]) -> list[float]:
     return interval
 
 
-Size = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
-"""Height and width in pixels."""
-Interval = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
+Interval = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
 """The smallest and the largest."""
 Shares = Annotated[
     list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)
 ]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Strength = Annotated[float, Field(ge=0)]
 
 
 @augmentation()
@@ -81,13 +77,13 @@ def random_resized_crop(
 
 
 @augmentation()
-def horizontal_flip(*, p: Probability = 0.5) -> v2.Transform:
+def horizontal_flip(*, p: Fraction = 0.5) -> v2.Transform:
     """Mirrors left and right with probability `p`."""
     return v2.RandomHorizontalFlip(p)
 
 
 @augmentation()
-def vertical_flip(*, p: Probability = 0.5) -> v2.Transform:
+def vertical_flip(*, p: Fraction = 0.5) -> v2.Transform:
     """Mirrors top and bottom with probability `p`."""
     return v2.RandomVerticalFlip(p)
 
@@ -95,9 +91,9 @@ def vertical_flip(*, p: Probability = 0.5) -> v2.Transform:
 @augmentation()
 def color_jitter(
     *,
-    brightness: Strength = 0.0,
-    contrast: Strength = 0.0,
-    saturation: Strength = 0.0,
+    brightness: NonNegativeFloat = 0.0,
+    contrast: NonNegativeFloat = 0.0,
+    saturation: NonNegativeFloat = 0.0,
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0,
 ) -> v2.Transform:
     """Changes the image's colours by random factors in [1 - strength, 1 + strength];
@@ -178,7 +174,7 @@ def mosaic(
     resize: Sequence[int] | None,
     /,
     *,
-    p: Probability = 1.0,
+    p: Fraction = 1.0,
     size: Size | None = None,
     scale: Annotated[
         list[Annotated[float, Field(ge=0.5)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)

@@ -47,7 +47,7 @@ class Data:
         settings = recipe.data
         self.rank, self.world_size, self.device = rank, world_size, device
         self.batch_size, self.accumulate = settings.batch_size, recipe.train.accumulate
-        self.folder = folder = data_dir() / recipe.build("data").name
+        self.folder = folder = data_dir() / recipe.source.name
         card = Card.load(folder)
         self.identity = card.identity
         if settings.overfit:

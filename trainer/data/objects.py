@@ -89,7 +89,7 @@ class Objects:
         return (boxes[:, 2:] - boxes[:, :2]).double().numpy()
 
 
-class Letterbox(v2.Transform):
+class Letterbox(v2.Transform):  # type: ignore[misc]  # torchvision has no types
     """Enlarges or shrinks an image until it just fits into `size`, keeping its aspect, and pads what is left on both
     sides with grey.
 

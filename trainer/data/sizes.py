@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def sizes_fed(recipe: Recipe) -> dict[str, Sizes]:
         return {}
     before = {"train": resized, "validation": resized}
     if resized is None:
-        folder = data_dir() / recipe.build("data").name
+        folder = data_dir() / recipe.source.name
         with suppress(UserError):  # not prepared, or damaged, which is reported where it is read
             card = Card.load(folder)
             card = card.of_first(settings.overfit) if settings.overfit else card
@@ -61,7 +61,7 @@ def samples_together(recipe: Recipe, processes: int) -> dict[str, int]:
     return {"train": max(1, train), "validation": max(1, validation)}
 
 
-def check_one_size(recipe: Recipe, columns: dict[str, Any], processes: int) -> None:
+def check_one_size(recipe: Recipe, columns: Mapping[str, Any], processes: int) -> None:
     """Makes sure that images that reach the model together have one size, unless they are padded and the task takes
     each at its own size.
 
@@ -88,7 +88,7 @@ def check_one_size(recipe: Recipe, columns: dict[str, Any], processes: int) -> N
             ", with data.resize_mode=letterbox to keep their aspect" if has_objects else ""
         )
         advice += "" if "train" in differing else ", or evaluate.batch_size=1"
-    which = f"{recipe.build('data').name} ({' and '.join(differing)})"
+    which = f"{recipe.source.name} ({' and '.join(differing)})"
     raise UserError(
         f"images of {which} differ in size ({first}, {second}, …), so they can't be joined into batches: {advice}"
     )

@@ -78,7 +78,7 @@ class Control:
         dist.all_gather(gathered, mine, group=self._group)
         return sorted({value for each in gathered for value in each.tolist()} - {-1})
 
-    def _reduce(self, tensor: Tensor, operation: Any) -> Any:
+    def _reduce(self, tensor: Tensor, operation: Any) -> list[Any]:
         if world_size() > 1:
             dist.all_reduce(tensor, operation, group=self._group)
         return tensor.tolist()

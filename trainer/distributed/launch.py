@@ -6,16 +6,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from trainer.errors import UserError
+from trainer.recipe.checks import Check
 from trainer.recipe.file import Problem
 from trainer.recipe.recipe import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 LAUNCH_FILE = Path("accelerate_config.yaml")
 
@@ -92,13 +90,14 @@ class Launch:
                 recipe.data.batch_size,
             )
 
-    def checks(self) -> Any:
+    def checks(self) -> tuple[Check, ...]:
         """For `load_recipe`."""
         return ((("data", "train"), self.check), (("train",), check_device))
 
 
 def _launch_file(file: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     try:
         values = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))

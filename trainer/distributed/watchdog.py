@@ -232,7 +232,7 @@ class Watchdog:
     def _hear(self) -> str:
         """On the others: rank 0's verdict, or that rank 0 itself is lost."""
         if self._store.check([VERDICT]):
-            return self._store.get(VERDICT).decode()
+            return str(self._store.get(VERDICT), "utf-8")
         self._listen(0)
         report, since = self._heard[0]
         silent = time.monotonic() - since

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from trainer.components import loss
@@ -33,7 +33,7 @@ class Focal(CrossEntropy):
         statistics: Mapping[str, Any],
         /,
         *,
-        gamma: Annotated[float, Field(ge=0)] = 2.0,
+        gamma: NonNegativeFloat = 2.0,
         class_weights: ClassWeights = "none",
         max_weight: MaxWeight = 10.0,
     ) -> None:

@@ -36,9 +36,10 @@ class WatershedLoss(Loss):
 
     def forward(self, outputs: WatershedOutput, targets: WatershedTargets) -> dict[str, Tensor]:
         """Local sums, float64 scalars: `nll` in nats, `error` of the distances, and the number of pixels, `weight`."""
+        sums: dict[str, Tensor] = self.cross_entropy(outputs.semantic, targets.semantic)
         error = torch.where(targets.semantic != IGNORE, (outputs.distance - targets.distance).abs(), 0)
         # Image by image first: summing in float64 alone takes several times as long.
-        return self.cross_entropy(outputs.semantic, targets.semantic) | {"error": error.sum((1, 2)).double().sum()}
+        return sums | {"error": error.sum((1, 2)).double().sum()}
 
     def combine(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The two means and `loss`."""

@@ -8,18 +8,16 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from trainer.components import loss
+from trainer.components import FractionBelowOne, loss
 from trainer.detection.boxes import Level, Targets, decode
 from trainer.losses.loss import Loss
 
 EPS = 1e-9
 """The smallest side in pixels, far below what training reaches."""
-
-Factor = Annotated[float, Field(ge=0)]
 
 
 class Matches(NamedTuple):
@@ -164,15 +162,15 @@ class YoloLoss(Loss):
         num_classes: int,
         /,
         *,
-        box_gain: Factor = 0.05,
-        obj_gain: Factor = 1.0,
-        cls_gain: Factor = 0.5,
+        box_gain: NonNegativeFloat = 0.05,
+        obj_gain: NonNegativeFloat = 1.0,
+        cls_gain: NonNegativeFloat = 0.5,
         scale_gains: bool = True,
-        obj_pw: Annotated[float, Field(gt=0)] = 1.0,
-        cls_pw: Annotated[float, Field(gt=0)] = 1.0,
-        label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        obj_pw: PositiveFloat = 1.0,
+        cls_pw: PositiveFloat = 1.0,
+        label_smoothing: FractionBelowOne = 0.0,
         max_ratio: Annotated[float, Field(gt=1, le=4)] = 4.0,
-        balance: Annotated[list[Factor], Field(min_length=3, max_length=3)] = [4.0, 1.0, 0.4],  # noqa: B006
+        balance: Annotated[list[NonNegativeFloat], Field(min_length=3, max_length=3)] = [4.0, 1.0, 0.4],  # noqa: B006
     ) -> None:
         super().__init__()
         self.num_classes = num_classes

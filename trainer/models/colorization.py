@@ -100,4 +100,5 @@ class ColorizationUNet(nn.Module):
         half = self.down1(image)
         up = self.up1(self.down2(half))
         up = self.up2(torch.cat([up, half], dim=1))
-        return self.head(torch.cat([up, image], dim=1))
+        logits: Tensor = self.head(torch.cat([up, image], dim=1))
+        return logits

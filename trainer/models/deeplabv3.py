@@ -21,7 +21,7 @@ BACKBONES = {
 COCO_CLASSES = 21  # of the published weights: the 20 classes of Pascal VOC and background
 
 
-class DeepLabV3(segmentation.DeepLabV3):
+class DeepLabV3(segmentation.DeepLabV3):  # type: ignore[misc]  # torchvision has no types
     """torchvision's DeepLabV3 without its auxiliary classifier; images (B, 3, H, W) to logits (B, C, H, W).
 
     The keys of the state dict are torchvision's: `backbone.…` and `classifier.…`; the last layer is `classifier.4`.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from trainer.components import model
+from trainer.components import Size, model
 from trainer.errors import UserError
 
 FLOOR = 1e-4
@@ -50,9 +49,7 @@ class Frequency(nn.Module):
         UserError: an image has another size.
     """
 
-    def __init__(
-        self, num_classes: int, /, *, size: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
-    ) -> None:
+    def __init__(self, num_classes: int, /, *, size: Size) -> None:
         super().__init__()
         self.counts = nn.Parameter(torch.zeros(num_classes, *size))
 

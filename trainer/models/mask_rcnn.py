@@ -40,7 +40,7 @@ def mask_rcnn(
     max_size: Side = 1333,
     frozen_norm: bool = False,
     weights: Annotated[str, weights_field("coco")] = "none",
-) -> nn.Module:
+) -> MaskRCNN:
     """Builds a plain torchvision `MaskRCNN`, whose class 0 is the background; the classes of the set follow it.
 
     It takes a list of images float (3, H, W) in [0, 1], which it normalises and resizes, and in training a list of

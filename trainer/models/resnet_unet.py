@@ -23,7 +23,7 @@ BACKBONES = {
 WIDTHS = (64, 128, 256, 512)  # of a ResNet's four groups of blocks, before a bottleneck's expansion
 
 
-class ResNetUNet(ResNet):
+class ResNetUNet(ResNet):  # type: ignore[misc]  # torchvision has no types
     """Images (B, 3, H, W) of any size to logits (B, C, H, W).
 
     The encoder's keys of the state dict are torchvision's (`conv1.…` to `layer4.…`), all others are below `decoder`. So

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from trainer.components import model
@@ -28,8 +28,7 @@ PUBLISHED_ANCHORS: list[list[list[float]]] = [
 # Probability that a new head gives to an object, and to each class (Lin et al., "Focal Loss", 2017, section 3.3).
 PRIOR = 0.01
 
-Side = Annotated[float, Field(gt=0)]
-Anchor = Annotated[list[Side], Field(min_length=2, max_length=2)]
+Anchor = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
 Anchors = Annotated[list[Annotated[list[Anchor], Field(min_length=3, max_length=3)]], Field(min_length=3, max_length=3)]
 
 
@@ -192,7 +191,7 @@ class Yolo(nn.Module):
         ]
         self.model = nn.ModuleList(layers)
         if anchors:
-            self.register_load_state_dict_pre_hook(_keep_anchors)
+            self.register_load_state_dict_pre_hook(_keep_anchors)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Tensor) -> tuple[Level, ...]:
         """Applies the layers in turn.

@@ -151,7 +151,8 @@ def draw_precision_recall(table: Mapping[str, Sequence[float]], file: Path) -> N
 def row_shares(counts: np.ndarray) -> np.ndarray:
     """Each count as a share of its row; nan in a row that has none."""
     totals = counts.sum(1, keepdims=True)
-    return np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    shares: np.ndarray = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    return shares
 
 
 def save_sheet(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import nn
 
-from trainer.components import task
+from trainer.components import Fraction, task
 from trainer.detection.boxes import Detections, Targets, postprocess
 from trainer.losses.loss import Loss
 from trainer.tasks.objects import ObjectTask
 from trainer.tasks.task import Batch, Forward
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @task(interface="boxes", fields=("image", "boxes"))
@@ -36,8 +34,8 @@ class Detection(ObjectTask):
         classes: tuple[str, ...],
         /,
         *,
-        conf_threshold: Share = 0.001,
-        iou_threshold: Share = 0.6,
+        conf_threshold: Fraction = 0.001,
+        iou_threshold: Fraction = 0.6,
         max_detections: PositiveInt = 100,
     ) -> None:
         super().__init__(model, loss, classes)

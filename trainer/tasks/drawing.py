@@ -96,7 +96,8 @@ def draw_objects(image: Tensor, objects: Detections, classes: Sequence[str], wit
     drawing = to_pil_image(draw_bounding_boxes(canvas, boxes, colors=colors, width=2))
     for name, color, (left, top, *_) in zip(names, colors, boxes.int().tolist(), strict=True):
         _write(drawing, name, color, left, top)
-    return pil_to_tensor(drawing)
+    drawn: Tensor = pil_to_tensor(drawing)
+    return drawn
 
 
 def _write(drawing: Image.Image, text: str, background: Color, x: int, y: int) -> None:

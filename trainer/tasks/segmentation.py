@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from trainer.components import task
@@ -69,7 +69,7 @@ class Segmentation(Task[Tensor]):
         /,
         *,
         mean: Annotated[list[float], Field(min_length=3, max_length=3)] = IMAGENET_MEAN,
-        std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = IMAGENET_STD,
+        std: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = IMAGENET_STD,
         average_precision: bool = False,
         exclude: Sequence[str] = (),
     ) -> None:

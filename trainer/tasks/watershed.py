@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import nn
 
-from trainer.components import task
+from trainer.components import InnerFraction, task
 from trainer.detection.boxes import Detections
 from trainer.detection.watershed import (
     LIMIT,
@@ -47,7 +45,7 @@ class Watershed(ObjectTask):
         /,
         *,
         limit: PositiveInt = LIMIT,
-        threshold: Annotated[float, Field(gt=0, lt=1)] = THRESHOLD,
+        threshold: InnerFraction = THRESHOLD,
         min_pixels: PositiveInt = MIN_PIXELS,
     ) -> None:
         super().__init__(model, loss, classes)

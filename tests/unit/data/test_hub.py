@@ -29,7 +29,7 @@ from trainer.data.build import Data
 from trainer.data.card import Card
 from trainer.data.images import encode_png, read_indices
 from trainer.recipe.load import load_recipe
-from trainer.tasks.build import TASK_CHECKS
+from trainer.tasks.checks import TASK_CHECKS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_nobodys"

@@ -19,7 +19,8 @@ from trainer.models.resnet_unet import resnet_unet
 from trainer.models.yolo import yolo
 from trainer.recipe.file import RecipeError
 from trainer.recipe.load import load_recipe
-from trainer.tasks.build import TASK_CHECKS, batch_checks, build_task, check_sizes
+from trainer.tasks.build import build_task
+from trainer.tasks.checks import TASK_CHECKS, batch_checks, check_sizes
 from trainer.trainer import Trainer
 
 INFO = DataInfo(("background", "flower"), 255)
@@ -268,7 +269,7 @@ def test_sizes_that_are_known_once_a_set_is_prepared_are_checked_at_the_start_of
     ]
     (tmp_path / "r.yaml").write_text(RECIPES["detection"], encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", native, TASK_CHECKS)
-    prepare(recipe.build("data"), data_dir(), None)
+    prepare(recipe.source, data_dir(), None)
     with pytest.raises(
         UserError,
         match=r"^data.resize: the model takes images whose sides are divisible by 32, and those of the "
@@ -333,7 +334,7 @@ def test_images_of_several_sizes_are_a_mistake_where_batches_need_one(
         ], "nothing is known before"
     (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", native)
-    prepare(recipe.build("data"), data_dir(), None)
+    prepare(recipe.source, data_dir(), None)
     found = [each for each in mistakes(tmp_path, text, *native, processes=processes) if "differ in size" in each]
     if not expected:
         assert found == []

@@ -20,7 +20,8 @@ from trainer.errors import UserError
 from trainer.losses.yolo import YoloLoss
 from trainer.recipe.file import RecipeError
 from trainer.recipe.load import load_recipe
-from trainer.tasks.build import TASK_CHECKS, build_task, build_untrained, learning_layers
+from trainer.tasks.build import build_task, build_untrained, trainable_layers
+from trainer.tasks.checks import TASK_CHECKS
 from trainer.tasks.detection import Detection
 from trainer.tasks.drawing import LEGIBLE, draw_objects
 
@@ -46,14 +47,14 @@ def problems(folder: Path, *overrides: str) -> str:
 def test_freeze_names_the_layers_that_learn(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE, encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", ["train.freeze=10"], TASK_CHECKS)
-    assert learning_layers(recipe, build_untrained(recipe)) == [f"model.{index}" for index in range(10, 25)]
+    assert trainable_layers(recipe, build_untrained(recipe)) == [f"model.{index}" for index in range(10, 25)]
 
 
 def test_a_freeze_that_leaves_nothing_or_contradicts_is_refused(tmp_path: Path) -> None:
     assert "train.freeze: the model has 25 layers, so at most 24 can be frozen (got 25)" in problems(
         tmp_path, "train.freeze=25"
     )
-    assert "train.freeze: says what learns, and so does model.train_only" in problems(
+    assert "train.freeze: chooses the trainable layers, and so does model.train_only" in problems(
         tmp_path, "train.freeze=3", "model.train_only=[model.24]"
     )
 

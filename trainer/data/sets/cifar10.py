@@ -148,7 +148,8 @@ def nearest_centre(image: Pixels, centres: npt.NDArray[np.float64]) -> Pixels:
     """The index of each pixel's nearest centre, uint8 (H, W), for an image (H, W, 3)."""
     pixels = image.reshape(-1, 3) / SCALE
     distances = ((pixels[:, None] - centres) ** 2).sum(axis=2)
-    return distances.argmin(axis=1).astype(np.uint8).reshape(image.shape[:2])
+    nearest: Pixels = distances.argmin(axis=1).astype(np.uint8).reshape(image.shape[:2])
+    return nearest
 
 
 def _decode(name: str, data: bytes) -> Pixels:

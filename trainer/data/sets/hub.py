@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from trainer.components import dataset
+from trainer.components import InnerFraction, dataset
 from trainer.data.archives import Member
 from trainer.data.card import Card
 from trainer.data.images import encode_png
@@ -32,7 +32,6 @@ from trainer.recipe.file import nearest
 
 Names = Annotated[list[str], Field(min_length=2, max_length=256)]
 Label = Annotated[int, Field(ge=0, le=255)]
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 def _owner_and_name(path: str) -> str:
@@ -52,7 +51,7 @@ def hub(
     config: str | None = None,
     revision: str = "main",
     train: str = "train",
-    validation: str | Share = "validation",
+    validation: str | InnerFraction = "validation",
 ) -> Source:
     """Two columns of the repository `path`: encoded images, and masks, which may be lists of lists of labels as well.
 
