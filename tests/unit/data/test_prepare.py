@@ -25,6 +25,7 @@ from filelock import FileLock
 from PIL import Image
 
 from tests.unit.data.test_cifar_batches import official
+from trainer.commands import main
 from trainer.commands import prepare as command
 from trainer.data import parquet
 from trainer.data.archives import Member
@@ -723,10 +724,14 @@ def test_indices_survive_encoding() -> None:
     assert np.array_equal(read_indices(encode_png(indices)), indices)
 
 
-def call(*words: str) -> int:
+def parsed(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command.run(parser.parse_args(words))
+    return command.parse(parser, words)
+
+
+def call(*words: str) -> int:
+    return command.run(parsed(*words))
 
 
 def test_the_command_prepares_tells_and_verifies(
@@ -794,6 +799,87 @@ def test_the_command_prepares_what_its_keys_say(
     assert card.command == "cifar10 category=ship num_colours=3" and len(card.statistics["colour_centres"]) == 3
     assert sum(card.statistics["class_pixels"]) == 10 * 32 * 32
     assert "colour 2 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("cifar10", "category=ship", "num_colours=3", "--verify", "--archives", "there"),
+        ("--archives", "there", "--verify", "cifar10", "category=ship", "num_colours=3"),
+        ("--archives=there", "cifar10", "category=ship", "--verify", "num_colours=3"),
+        ("--verify", "cifar10", "--archives", "there", "category=ship", "num_colours=3"),
+    ],
+    ids=" ".join,
+)
+def test_options_and_keys_stand_in_any_order_before_and_after_the_name(words: tuple[str, ...]) -> None:
+    args = parsed(*words)
+    assert (args.dataset, args.archives, args.verify) == ("cifar10", Path("there"), True)
+    assert args.settings == ["category=ship", "num_colours=3"]
+
+
+def test_a_folder_that_is_called_like_a_data_set_is_not_taken_for_one() -> None:
+    args = parsed("--images", "yolo", "--ignore", "3", "folder", "--masks", "coco", "--name=mine", "--classes", "hub")
+    assert args.dataset == "folder" and args.name == "mine" and args.ignore == 3
+    assert [args.images, args.masks, args.classes] == [Path("yolo"), Path("coco"), Path("hub")]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--masks", "m", "yolo", "--name", "x"], "--masks belongs to `trainer prepare folder`, not to yolo"),
+        (["coco", "--labels=l"], "--labels belongs to `trainer prepare yolo`, not to coco"),
+        (["shapes", "--archive", "x", "--images", "i"], "--images belongs to `trainer prepare folder` or `trainer"),
+        (["folder", "--imges", "x"], "--imges is no option of `trainer prepare folder`; did you mean '--images'?"),
+        (["shapes", "--verfy"], "--verfy is no option of `trainer prepare shapes`; did you mean '--verify'?"),
+        (["--archives", "x", "flower17"], "unknown data set 'flower17'; did you mean 'flowers17'?"),
+        (["yolo", "--name", "x"], "--images, --labels, --classes are missing: trainer prepare yolo --name NAME "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_that_a_data_set_does_not_have_is_a_mistake(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", *words]) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["folder", "--ignore", "road"], ["yolo", "--invalid", "keep"]], ids=" ".join)
+def test_a_command_line_that_argparse_refuses_is_a_mistake_with_the_usage(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["prepare", *words])
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith(
+        " ".join(["usage: trainer prepare", *words[:1]])
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "foreign"),
+    [
+        ("folder", ["--masks", "--ignore", "--validation-masks", "data: {name: folder"], ["--labels", "--annotations"]),
+        ("yolo", ["--labels", "--invalid", "--test-labels", "data: {name: yolo"], ["--masks", "--annotations"]),
+        ("coco", ["--annotations", "--invalid", "--test-images", "data: {name: coco"], ["--masks", "--labels"]),
+        ("cifar10", ["--archives", "key=value", "category, num_colours"], ["--name", "--images"]),
+    ],
+)
+def test_help_lists_the_options_of_one_data_set_alone_with_an_example(
+    kind: str, own: list[str], foreign: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["prepare", kind, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and f"trainer prepare {kind} " in said
+    assert all(each in said for each in own) and not any(each in said for each in foreign)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = "import sys\nfrom trainer.commands import main\ntry:\n    main(['prepare', 'folder', '--help'])\n"
+    script += "finally:\n    print(sorted({'torch', 'datasets', 'pyarrow'} & {*sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[3], check=True
+    )
+    assert "--masks DIR" in done.stdout and done.stdout.endswith("\n[]\n")
 
 
 def test_the_package_is_the_command(tmp_path: Path) -> None:

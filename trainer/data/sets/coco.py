@@ -18,27 +18,33 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from trainer.components import dataset
 from trainer.data.archives import Member
-from trainer.data.files import (
-    REMEDY_OF_OBJECTS,
-    VALIDATION,
-    File,
-    Sample,
-    flag,
-    image_files,
-    names_a_set,
-    prepared_set,
-    refuse,
-    share_of,
-    size_of,
-    source_of_files,
-)
+from trainer.data.files import File, image_files, refuse, size_of
+from trainer.data.options import IMAGES, INVALID, NAME, VALIDATION, FilesCommand, Option, flag
+from trainer.data.own_sets import REMEDY_OF_OBJECTS, names_a_set, prepared_set, source_of_files
 from trainer.data.source import DataInfo, Instance, Role, Row, Source
+from trainer.data.splits import Sample, share_of
 from trainer.errors import UserError
 
-USAGE = (
-    "coco --name NAME --images DIR --annotations FILE [--validation SHARE | --validation FILE [--validation-images "
-    "DIR]] "
-    "[--test FILE [--test-images DIR]] [--invalid refuse|drop]"
+COMMAND = FilesCommand(
+    "coco",
+    "images, and a COCO file of instances",
+    {
+        "name": NAME,
+        "images": IMAGES,
+        "annotations": Option("FILE", "a COCO file of instances (JSON)", Path, required=True),
+        "validation": Option(
+            "SHARE|FILE",
+            f"share of the images that validate (default: {VALIDATION}), or a COCO file of those that do",
+            default=VALIDATION,
+        ),
+        "validation_images": Option("DIR", "holds the images of --validation FILE, where --images doesn't", Path),
+        "test": Option("FILE", "a COCO file of a third split, which no training reads"),
+        "test_images": Option("DIR", "holds the images of --test FILE, where --images doesn't", Path),
+        "invalid": INVALID,
+    },
+    "[--validation SHARE | --validation FILE [--validation-images DIR]] [--test FILE [--test-images DIR]] "
+    "[--invalid refuse|drop]",
+    "--name my_cells --images photos --annotations instances.json",
 )
 CORNERS = 3  # a polygon has at least
 UNKNOWN = -1  # label of a category that the file doesn't list
@@ -47,7 +53,7 @@ Id = int | str
 
 
 @dataset(fields=("image", "boxes", "masks"))
-def coco(*, set: Annotated[str, names_a_set(USAGE, "objects")]) -> Source:
+def coco(*, set: Annotated[str, names_a_set(COMMAND, "objects")]) -> Source:
     """What `trainer prepare coco --name SET` made, as its card describes it; a recipe can't make it again."""
     return prepared_set(set)
 
