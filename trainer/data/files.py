@@ -83,22 +83,22 @@ def files_below(folder: Path, what: str, suffixes: set[str]) -> dict[str, File]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}, which should hold {what}")
-    found: dict[str, File] = {}
+    files: dict[str, File] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.is_file():
             continue
         inside = path.relative_to(folder)
         key = str(inside.with_suffix(""))
-        if key in found:
+        if key in files:
             raise UserError(
-                f"{found[key].path} and {path} are called alike, so what belongs to one can't be told from the "
-                "other's; take one away"
+                f"{files[key].path} and {path} are called alike, so what belongs to one can't be distinguished from "
+                "what belongs to the other; remove one"
             )
         name = (folder.resolve().name / inside).as_posix()
-        found[key] = File(path, name.encode("utf-8", "backslashreplace").decode())  # Parquet holds Unicode only
-    if not found:
+        files[key] = File(path, name.encode("utf-8", "backslashreplace").decode())  # Parquet holds Unicode only
+    if not files:
         raise UserError(f"{folder} holds no {what}")
-    return found
+    return files
 
 
 def refuse(headline: str, problems: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from trainer.errors import UserError
 
 NAME = re.compile(r"\w[\w.-]{0,63}")
 DOWNLOADS = "downloads"  # another folder in $TRAINER_DATA
-REMEDY_OF_OBJECTS = "correct it or take it away; `--invalid drop` leaves out objects that can't be so"
+REMEDY_OF_OBJECTS = "correct it or take it away; `--invalid drop` leaves out invalid objects"
 
 # ---------------------------------------------------------------- in a recipe
 

@@ -74,10 +74,10 @@ def split_folders(options: Mapping[str, Any], *kinds: str) -> tuple[dict[str, An
 
 
 def _folders_named(value: str, train: Sequence[Path]) -> tuple[str, list[Path]]:
-    whole = [folder.resolve() for folder in train]
-    if len({folder.name for folder in whole}) < len(whole):
-        return value, [folder.parent / value for folder in whole]
-    return str(Path(value).resolve()), [Path(value, folder.name) for folder in whole]
+    resolved = [folder.resolve() for folder in train]
+    if len({folder.name for folder in resolved}) < len(resolved):
+        return value, [folder.parent / value for folder in resolved]
+    return str(Path(value).resolve()), [Path(value, folder.name) for folder in resolved]
 
 
 def refuse_leaks(samples: Sequence[Sample[Any]]) -> None:
@@ -93,9 +93,9 @@ def refuse_leaks(samples: Sequence[Sample[Any]]) -> None:
             for sample in alike:
                 by_digest.setdefault(sample.image.digest(), {}).setdefault(sample.split, sample.image)
     leaks = [
-        ", ".join(f"{file.path} ({split})" for split, file in found.items())
-        for found in by_digest.values()
-        if len(found) > 1
+        ", ".join(f"{file.path} ({split})" for split, file in by_split.items())
+        for by_split in by_digest.values()
+        if len(by_split) > 1
     ]
     refuse(
         f"{len(leaks)} images are in more than one split, so metrics would be measured on images used in training; "
