@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,16 @@ def test_a_set_of_any_kind_may_have_a_test_split(tmp_path: Path) -> None:
     assert card.statistics == prepare(source(), tmp_path / "other", None).statistics
     with pytest.raises(UserError, match="no test samples"):
         prepare(dataclasses.replace(source(), splits=("train", "validation", "test")), tmp_path / "third", None)
+
+
+def test_the_notes_on_a_card_are_what_the_set_states_and_no_docstring(tmp_path: Path) -> None:
+    def documented(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
+        """For programmers."""
+        return rows()
+
+    stated = dataclasses.replace(source(), rows=documented, notes=("Split by hand.", "Drawn by lot."))
+    assert prepare(stated, tmp_path, None).notes == ("Split by hand.", "Drawn by lot.")
+    assert prepare(dataclasses.replace(stated, notes=()), tmp_path / "other", None).notes == ()
 
 
 def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path: Path) -> None:
