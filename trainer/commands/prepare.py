@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=command.summary,
             usage=f"trainer prepare {command.usage} [--verify]",
             description=f"Makes a data set of files of your own: {command.summary}.",
-            epilog=f"For example: trainer prepare {kind} {command.example}. "
-            f"A recipe then says data: {{name: {kind}, set: {command.example.split()[1]}, …}}",
+            epilog=f"For example\n  {command.example}\nand in a recipe\n  {command.recipe}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for name, option in command.options.items():
             of_files.add_argument(
@@ -118,16 +118,16 @@ def run(args: argparse.Namespace) -> int:
         UserError: a key or an option is wrong, or see `trainer.data.prepare.prepare`.
     """
     source = _source(args)
-    folder = data_dir() / source.name
+    prepared = data_dir() / source.name
     start = time.monotonic()
     card = ensure_prepared(source, data_dir(), args.archives or archives_dir())
     if args.verify:
-        card.verify(folder)
+        card.verify(prepared)
         print("every file is as it was written")
     rows = sum(split.rows for split in card.splits.values())
     print(", ".join([f"{card.name}: {rows} rows", *(f"{split.rows} {name}" for name, split in card.splits.items())]))
     print(describe_classes(card))
-    print("\n".join([*card.notes, f"in {folder} ({time.monotonic() - start:.1f} s)"]))
+    print("\n".join([*card.notes, f"in {prepared} ({time.monotonic() - start:.1f} s)"]))
     return 0
 
 

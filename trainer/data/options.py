@@ -31,7 +31,8 @@ class FilesCommand:
         summary: of what it makes a set.
         options: by the name of the parameter that each one is.
         alternatives: how the options that aren't required go together.
-        example: of its options.
+        example: a command.
+        recipe: the section of a recipe that names the set.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class FilesCommand:
     options: Mapping[str, Option]
     alternatives: str
     example: str
+    recipe: str
 
     @property
     def required(self) -> str:
@@ -59,7 +61,9 @@ def flag(name: str) -> str:
 
 NAME = Option("NAME", "the set's name, by which recipes refer to it", required=True)
 IMAGES = Option("DIR", "images, in this folder and below", Path, required=True)
-CLASSES = Option("FILE", "text file with the name of a class in each line, in the order of their index", Path, True)
+CLASSES = Option(
+    "FILE", "text file with the name of a class in each line, in the order of their index", Path, required=True
+)
 INVALID = Option(
     "refuse|drop",
     "what to do about an invalid object: refuse the set, or leave the object out (default: refuse)",

@@ -39,7 +39,8 @@ COMMAND = FilesCommand(
     },
     "[--validation SHARE | --validation FILE [--validation-images DIR]] [--test FILE [--test-images DIR]] "
     "[--invalid refuse|drop]",
-    "--name my_cells --images photos --annotations instances.json",
+    "trainer prepare coco --name my_cells --images photos --annotations instances.json",
+    "data: {name: coco, set: my_cells, batch_size: 4}",
 )
 UNKNOWN = -1  # label of a category that the file doesn't list
 

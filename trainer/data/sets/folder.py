@@ -29,7 +29,8 @@ COMMAND = FilesCommand(
     },
     "[--ignore LABEL] [--validation SHARE|DIR | --validation-images DIR --validation-masks DIR] "
     "[--test DIR | --test-images DIR --test-masks DIR]",
-    "--name my_streets --images photos --masks labels --classes classes.txt --ignore 255",
+    "trainer prepare folder --name my_streets --images photos --masks labels --classes classes.txt --ignore 255",
+    "data: {name: folder, set: my_streets, batch_size: 16}",
 )
 MAX_LABELS = 256  # a mask has 8 bits
 

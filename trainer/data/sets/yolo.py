@@ -34,7 +34,8 @@ COMMAND = FilesCommand(
     },
     "[--validation SHARE|DIR | --validation-images DIR --validation-labels DIR] "
     "[--test DIR | --test-images DIR --test-labels DIR] [--invalid refuse|drop]",
-    "--name my_cars --images photos --labels texts --classes classes.txt",
+    "trainer prepare yolo --name my_cars --images photos --labels texts --classes classes.txt",
+    "data: {name: yolo, set: my_cars, batch_size: 16}",
 )
 MAX_CLASSES = 65_536
 NOT_LABELS = "classes"  # classes.txt, which labelling tools write beside the labels
