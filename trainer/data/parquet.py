@@ -135,7 +135,7 @@ class RowGroups:
             if self._stream is None:
                 import datasets
 
-                datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
+                datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, below
                 stream = datasets.load_dataset(
                     "parquet", data_files={"split": [str(file) for file in self.files]}, split="split", streaming=True
                 )

@@ -5,7 +5,7 @@
     <data>/<name>/validation/00000.parquet …
     <data>/<name>/test/00000.parquet …         where there is a test split
 
-Rows are written to a hidden folder beside it, which is renamed at the very end: a set is whole or it isn't there.
+Rows are written to a hidden folder beside it, which is renamed at the very end: a set is complete or it isn't there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainer.signals import STOP
 
 SHOWN = 5  # objects that a note lists, or differences that a message does
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def data_dir() -> Path:
@@ -41,7 +41,7 @@ def archives_dir() -> Path | None:
     return Path(folder) if folder else None
 
 
-def ensure_prepared(source: Source, data_dir: Path, archives_dir: Path | None, say: Say = print) -> Card:
+def ensure_prepared(source: Source, data_dir: Path, archives_dir: Path | None, log: Log = print) -> Card:
     """The card of a set, which is prepared first where it isn't yet; a ready one is only read, without a lock.
 
     Files that have changed since their checksums were last compared are compared again.
@@ -51,29 +51,29 @@ def ensure_prepared(source: Source, data_dir: Path, archives_dir: Path | None, s
         Stopped: see `prepare`.
     """
     folder = data_dir / source.name
-    card = _ready(source, folder) or prepare(source, data_dir, archives_dir, say)
+    card = _ready(source, folder) or prepare(source, data_dir, archives_dir, log)
     card.verify(folder, everything=False)
     return card
 
 
-def prepare(source: Source, data_dir: Path, archives_dir: Path | None, say: Say = print) -> Card:
+def prepare(source: Source, data_dir: Path, archives_dir: Path | None, log: Log = print) -> Card:
     """Prepares a set in `data_dir / source.name`, or returns the card of the one that is there.
 
     Under a file lock, so any number of processes may call it. What a killed one leaves is removed by the next.
 
     Raises:
         UserError: an archive is missing or damaged, an image can't be decoded, a mask doesn't fit its image,
-            an object can't be so, or the folder can't be written.
+            an object is invalid, or the folder can't be written.
         Stopped: a signal asked for a stop, and nothing half-done is left.
     """
     folder = data_dir / source.name
     partial, old = (data_dir / f".{source.name}.{end}" for end in ("partial", "old"))
     with _write_errors_reported(source.name, data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
-        with locked(data_dir / f".{source.name}.lock", f"waiting for another process that prepares {source.name}", say):
+        with locked(data_dir / f".{source.name}.lock", f"waiting for another process that prepares {source.name}", log):
             for leftover in (partial, old):
                 shutil.rmtree(leftover, ignore_errors=True)
-            card = _ready(source, folder, say)
+            card = _ready(source, folder, log)
             if card:
                 return card
             if folder.exists() and not (folder / CARD).exists():
@@ -81,8 +81,8 @@ def prepare(source: Source, data_dir: Path, archives_dir: Path | None, say: Say 
                     f"{folder} exists but isn't a prepared data set; move it away, or set TRAINER_DATA to another "
                     "folder"
                 )
-            paths = locate(source.archives, data_dir, archives_dir, say)
-            say(f"preparing {source.name} in {folder}")
+            paths = locate(source.archives, data_dir, archives_dir, log)
+            log(f"preparing {source.name} in {folder}")
             try:
                 card = _write(source, paths, partial)
                 if folder.exists():
@@ -95,20 +95,20 @@ def prepare(source: Source, data_dir: Path, archives_dir: Path | None, say: Say 
             return card
 
 
-def _ready(source: Source, folder: Path, say: Say = lambda line: None) -> Card | None:
-    """The card in `folder` if the set is whole and what `source` describes today; says why where it isn't."""
+def _ready(source: Source, folder: Path, log: Log = lambda line: None) -> Card | None:
+    """The card in `folder` if the set is intact and what `source` describes today; logs why where it isn't."""
     if not (folder / CARD).exists():
         return None
     try:
         card = Card.load(folder)
     except UserError as error:
-        say(str(error))
+        log(str(error))
         return None
-    made, makes = card.command or card.name, source.command or source.name
+    made_by, makes = card.command or card.name, source.command or source.name
     # A set of files: nothing else can make it again.
-    if made.split()[0] != makes.split()[0] and (card.version or source.version):
+    if made_by.split()[0] != makes.split()[0] and (card.version or source.version):
         raise UserError(
-            f"{folder} was made by `trainer prepare {made}`, which `trainer prepare {makes}` would replace; choose "
+            f"{folder} was made by `trainer prepare {made_by}`, which `trainer prepare {makes}` would replace; choose "
             f"another name, or delete {folder}"
         )
     if (card.info, card.columns, {*card.splits}, card.version) != (
@@ -122,7 +122,7 @@ def _ready(source: Source, folder: Path, say: Say = lambda line: None) -> Card |
         reason = "its card has no class frequencies"
     else:
         return card
-    say(f"{folder} is prepared again: {reason}")
+    log(f"{folder} is prepared again: {reason}")
     return None
 
 
@@ -143,8 +143,8 @@ def _differences(card: Card, source: Source) -> str:
 
     before, after = described(card), described(source)
     pairs = {what: (before.get(what, "absent"), after.get(what, "absent")) for what in before | after}
-    found = [f"{what} was {old} and is now {new}" for what, (old, new) in pairs.items() if old != new]
-    return ", ".join(found[:SHOWN] + ["…"] * (len(found) > SHOWN))
+    changes = [f"{what} was {old} and is now {new}" for what, (old, new) in pairs.items() if old != new]
+    return ", ".join(changes[:SHOWN] + ["…"] * (len(changes) > SHOWN))
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
     notes = list(source.notes)
     if dropped:
         shown = "; ".join(dropped[:SHOWN]) + "; …" * (len(dropped) > SHOWN)
-        notes.append(f"{len(dropped)} objects that can't be so are left out: {shown}")
+        notes.append(f"{len(dropped)} invalid objects are left out: {shown}")
     card = Card(
         name=source.name,
         classes=source.info.classes,

@@ -55,11 +55,11 @@ class Value(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """A value as it is stored.
+    """A value, or a row of them, as it is stored.
 
     Attributes:
         stored: what Parquet holds.
-        size: of an image or a mask.
+        size: of an image or a mask, or of those of the row.
         class_counts: by the name of a statistic, how much of each class it holds, (C,); the card has their sums over
             the training split.
         dropped: what is wrong with objects that are left out.
@@ -69,14 +69,6 @@ class Checked(NamedTuple):
     size: Size | None = None
     class_counts: Mapping[str, Counts] = {}
     dropped: Sequence[str] = ()
-
-
-class CheckedRow(NamedTuple):
-    """A row as it is stored; see `Checked`."""
-
-    stored: Row
-    class_counts: Mapping[str, Counts]
-    dropped: Sequence[str]
 
 
 # ---------------------------------------------------------------- a function for each role
@@ -202,7 +194,7 @@ def arrow_schema(columns: Mapping[str, Role]) -> Any:
     return datasets.Features(features).arrow_schema
 
 
-def check_row(source: Source, row: Row, place: str) -> CheckedRow:
+def check_row(source: Source, row: Row, place: str) -> Checked:
     """Checks all values of a row, those with a size first, which the others may depend on.
 
     Args:
@@ -214,7 +206,8 @@ def check_row(source: Source, row: Row, place: str) -> CheckedRow:
         UserError: a value is invalid, or sizes differ; the message names the file.
     """
     values = [_value(source, column, row[column], place) for column in source.columns]
-    sized, others = ([value for value in values if rules_of(value.role).sized is kind] for kind in (True, False))
+    sized = [value for value in values if rules_of(value.role).sized]
+    others = [value for value in values if not rules_of(value.role).sized]
     checked = {value.column: rules_of(value.role).check(value) for value in sized}
     size = _common_size(sized, {column: each.size for column, each in checked.items()}, place)
     of_image = next((value.place for value in sized if value.role == "image"), place)
@@ -223,8 +216,9 @@ def check_row(source: Source, row: Row, place: str) -> CheckedRow:
     stored = {column: each.stored for column, each in checked.items()}
     if size:
         stored |= {"height": size[1], "width": size[0]}
-    return CheckedRow(
+    return Checked(
         stored,
+        size,
         {statistic: counts for each in checked.values() for statistic, counts in each.class_counts.items()},
         [problem for each in checked.values() for problem in each.dropped],
     )

@@ -29,7 +29,7 @@ class Instance(NamedTuple):
         label: class index.
         mask: its pixels as the counts of COCO's compressed run-length encoding, at the size of the image; b"" where
             none are known.
-        crowd: whether it is a group that can't be told apart: such objects aren't learnt, and predictions within them
+        crowd: whether it is a group that can't be told apart: such objects aren't trained on, and predictions in them
             count neither way.
     """
 

@@ -24,7 +24,7 @@ from trainer.tasks.task import Task
 
 
 def _check_columns(recipe: Recipe) -> Iterator[Problem]:
-    """Whether the set has what the recipe asks for and its component can't say: masks for the task, images to change."""
+    """Whether the set has the masks that the task needs, and images to resize and augment: its component can't say."""
     for key, changes in (("resize", recipe.data.resize), ("augment", recipe.augmentations)):
         if changes and not has_pixels(recipe.source.columns):
             yield recipe.problem(f"data.{key}", f"samples of {recipe.data.name} are no images: leave it out")

@@ -119,12 +119,12 @@ def _centres(archives: tuple[tuple[str, Path], ...], num_colours: int, category:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} can't be read: {error}; replace it, or set data.centres=kmeans") from error
         if centres.shape != (num_colours, 3) or not np.isfinite(centres).all():
-            found = (
+            problem = (
                 "numbers that aren't finite"
                 if centres.shape == (num_colours, 3)
                 else f"an array of shape {centres.shape}, not ({num_colours}, 3)"
             )
-            raise UserError(f"{path} holds {found}; replace it, or set data.centres=kmeans")
+            raise UserError(f"{path} holds {problem}; replace it, or set data.centres=kmeans")
         return centres
     pixels = np.concatenate(
         [_decode(name, data).reshape(-1, 3) for split, name, data in _images(paths, category) if split == "train"]

@@ -28,7 +28,7 @@ NOTES = (
 )
 IMAGES_A_SPECIES = 80  # image numbers run through the 17 species in order
 VALIDATION_SHARE = 0.2
-# The same photograph twice (the hash finds these too): in one split, or the validation figure is learnt by heart.
+# The same photograph twice (the hash finds these too): in one split, or the model has memorised what validates.
 DUPLICATES = ((1214, 1245), (1226, 1248))
 HASH_SIDE = 16
 # Bits of 256 in which two hashes may differ. Measured: 48 pairs of re-encoded photographs differ in 0 to 24, no others

@@ -116,8 +116,8 @@ class _Repository:
     def _builder(self) -> Any:
         import datasets
 
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
-        with self._errors_told():
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, below
+        with self._errors_reported():
             # With hf: it is never a folder of that name.
             builder = datasets.load_dataset_builder(f"hf://datasets/{self.path}", self.config, revision=self.revision)
         if builder.name != "parquet":  # `datasets` reads other formats too, not all of which are mere data
@@ -147,13 +147,13 @@ class _Repository:
     def read(self, split: str, *columns: str) -> Iterator[list[Any]]:
         """The cells of these columns, undecoded, row by row."""
         stream = self._stream(split, *columns).select_columns(list(columns)).decode(False)
-        with self._errors_told():
+        with self._errors_reported():
             for row in stream:
                 yield [row[column] for column in columns]
 
     def _stream(self, split: str, *columns: str) -> Any:
         builder = self._builder
-        with self._errors_told():
+        with self._errors_reported():
             stream = builder.as_streaming_dataset(split=split)
         for column in columns:
             if column not in stream.features:
@@ -161,7 +161,7 @@ class _Repository:
         return stream
 
     @contextmanager
-    def _errors_told(self) -> Iterator[None]:
+    def _errors_reported(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # of datasets, huggingface_hub, httpx and Arrow, which have no base in common
