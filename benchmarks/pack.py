@@ -38,6 +38,9 @@ def repacked(value: Any, role: str, size: tuple[int, int] | None) -> Any:
     return value if role == "label" else resized(value["bytes"], size, role == "mask")
 
 
+NOTES = ("Packed: resized copies of the prepared rows.",)
+
+
 def main() -> None:
     """Writes each recipe's set into the folder, in the form `trainer prepare` writes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -45,20 +48,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     for recipe in map(load_recipe, options.recipes):
-        source = recipe.build("data")
+        source = recipe.source
         card = ensure_prepared(source, data_dir(), archives_dir())
         with_objects = not {*card.columns.values()}.isdisjoint(ROLES)  # which would have to be resized too
         folder, size = data_dir() / card.name, None if with_objects else recipe.data.resize
 
         def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-            """Packed: resized copies of the prepared rows."""
             for split in card.splits:  # noqa: B023  used up before the next turn
                 for file in card.files(folder, split):  # noqa: B023
                     for row in ParquetFile(file).read(list(card.columns)).to_pylist():  # noqa: B023
                         columns = card.columns.items()  # noqa: B023
                         yield split, {column: repacked(row[column], role, size) for column, role in columns}  # noqa: B023
 
-        packed = prepare(replace(source, rows=rows, archives=()), options.out, None)
+        packed = prepare(replace(source, rows=rows, archives=(), notes=NOTES), options.out, None)
         total = sum(
             file.stat().st_size for split in packed.splits for file in packed.files(options.out / packed.name, split)
         )

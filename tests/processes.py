@@ -32,7 +32,7 @@ from trainer.recipe.load import load_recipe
 from trainer.reporting.reporter import Reporter
 from trainer.run import main
 from trainer.signals import STOP
-from trainer.tasks.build import TASK_CHECKS
+from trainer.tasks.checks import TASK_CHECKS
 from trainer.trainer import Trainer
 
 TINY = Path(__file__).with_name("tiny.py")

@@ -20,9 +20,9 @@ import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, create_model
 
 # Where the components of each kind live: a package's modules, or one module.
 CATALOGUE = {
@@ -39,6 +39,13 @@ CATALOGUE = {
 SUFFIX = ".safetensors"  # of a file of weights
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# Ranges of settings, beside pydantic's PositiveInt, NonNegativeFloat, …
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+InnerFraction = Annotated[float, Field(gt=0, lt=1)]  # neither 0 nor 1
+Size = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+"""Height and width in pixels."""
 
 
 class Settings(BaseModel):
@@ -57,8 +64,8 @@ class Component:
         factory: the decorated function or class.
         schema: pydantic model of the keys a recipe may set.
         context: names of the positional-only parameters that the framework supplies.
-        interface: what flows between model, loss and task, e.g. `dense` (logits (B, C, H, W)
-            against class maps (B, H, W)); a recipe's task, model and loss must agree on it.
+        interfaces: what may flow between model, loss and task, e.g. `dense` (logits (B, C, H, W) against class maps
+            (B, H, W)); a recipe's task, model and loss must have one in common.
         fields: for a data set, the fields its samples have; for a task, those it needs.
     """
 
@@ -67,7 +74,7 @@ class Component:
     factory: Callable[..., Any]
     schema: type[Settings]
     context: tuple[str, ...]
-    interface: str | None
+    interfaces: tuple[str, ...]
     fields: tuple[str, ...]
 
     def build(self, settings: Mapping[str, Any], **context: Any) -> Any:
@@ -83,10 +90,12 @@ _loaded: set[str] = set()
 
 def _decorator(kind: str) -> Callable[..., Callable[[F], F]]:
     def decorate(
-        *, name: str | None = None, interface: str | None = None, fields: tuple[str, ...] = ()
+        *, name: str | None = None, interface: str | tuple[str, ...] = "", fields: tuple[str, ...] = ()
     ) -> Callable[[F], F]:
+        interfaces = (interface,) if isinstance(interface, str) else interface
+
         def register(factory: F) -> F:
-            _register(kind, name or factory.__name__.lower(), factory, interface, fields)
+            _register(kind, name or factory.__name__.lower(), factory, interfaces, fields)
             return factory
 
         return register
@@ -95,7 +104,7 @@ def _decorator(kind: str) -> Callable[..., Callable[[F], F]]:
 
 
 def _register(
-    kind: str, name: str, factory: Callable[..., Any], interface: str | None, fields: tuple[str, ...]
+    kind: str, name: str, factory: Callable[..., Any], interfaces: tuple[str, ...], fields: tuple[str, ...]
 ) -> None:
     known = _registered[kind].get(name)
     if known and (known.factory.__module__, known.factory.__qualname__) != (factory.__module__, factory.__qualname__):
@@ -115,7 +124,7 @@ def _register(
         if p.kind is not p.POSITIONAL_ONLY
     }
     schema = create_model(f"{kind}:{name}", __base__=Settings, **keys)
-    _registered[kind][name] = Component(kind, name, factory, schema, context, interface, fields)
+    _registered[kind][name] = Component(kind, name, factory, schema, context, interfaces, fields)
 
 
 task = _decorator("task")

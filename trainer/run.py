@@ -31,7 +31,7 @@ def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
     from trainer.distributed.accelerator import leave_processes
     from trainer.distributed.launch import Launch
     from trainer.recipe.load import load_recipe
-    from trainer.tasks.build import TASK_CHECKS, batch_checks
+    from trainer.tasks.checks import TASK_CHECKS, batch_checks
 
     launch = Launch.read()
     recipe = load_recipe(recipe_path, overrides, [*launch.checks(), *TASK_CHECKS, *batch_checks(launch.processes)])

@@ -43,7 +43,8 @@ from trainer.runs.state import Checkpoint
 from trainer.runs.train_state import TrainState
 from trainer.runs.writer import Writer
 from trainer.signals import STOP, Stopped, TimeLimit
-from trainer.tasks.build import build_task, check_sizes
+from trainer.tasks.build import build_task
+from trainer.tasks.checks import check_sizes
 from trainer.tasks.evaluation import evaluate
 from trainer.tasks.task import Batch, Forward
 
@@ -129,7 +130,7 @@ class Trainer:
 
     def build(self) -> None:
         """Prepares the data set where it is missing; builds data, task and learner."""
-        recipe, source = self.recipe, self.recipe.build("data")
+        recipe, source = self.recipe, self.recipe.source
         self.control.on_main(lambda: ensure_prepared(source, data_dir(), archives_dir(), self.report.say).name)
         self.data = Data(recipe, self.rank, self.world_size, self.device)
         self.clock = Clock(recipe.train.duration, recipe.data.batch_size, self.data.order.size)
@@ -285,8 +286,8 @@ class Trainer:
     def draw(self, line: Line, forward: Forward) -> None:
         """Draws a few validation samples, always the same ones; the model is still in eval mode."""
         shown = self.data.validation.spread(self.recipe.evaluate.pictures)
-        # One by one, since they may differ in size.
-        samples = [self.task.pictures(forward, self.data.validation_batch([each]))[0] for each in shown]
+        batches = (self.data.validation_batch([sample_id]) for sample_id in shown)  # they may differ in size
+        samples = [picture for batch in batches for picture in self.task.pictures(forward, batch)]
         self.report.pictures(line, samples, self.task.panels, self.task.legend)
 
     def save(self) -> None:

@@ -91,9 +91,9 @@ def evaluate_jittered_truth(file: Path, overrides: tuple[str, ...], folder: Path
     """Lets each process find the true boxes, moved at random, also beyond the image, and write them down: sample id,
     class, score, box.
     """
-    find, numbers = Detection.find, count()
+    decode, numbers = Detection.decode, count()
 
-    def finding(task: Detection, outputs: Any, batch: dict[str, Any]) -> Any:
+    def decoding(task: Detection, outputs: Any, batch: dict[str, Any]) -> Any:
         found = []
         for index, number in enumerate(batch["sample_id"].tolist()):
             mine, random = batch["image_index"] == index, torch.Generator().manual_seed(number)
@@ -111,9 +111,9 @@ def evaluate_jittered_truth(file: Path, overrides: tuple[str, ...], folder: Path
                 json.dumps([[number, *row] for row in rows])
             )
         detection.postprocess = lambda *_: found  # type: ignore[assignment]
-        return find(task, outputs, batch)
+        return decode(task, outputs, batch)
 
-    Detection.find = finding  # type: ignore[method-assign]
+    Detection.decode = decoding  # type: ignore[method-assign]
     train(file, overrides)
 
 

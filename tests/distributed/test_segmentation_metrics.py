@@ -64,17 +64,17 @@ evaluate: {every: 2 epochs, best: map_without_nothing_frame, batch_size: 4, pict
 
 def keep_what_is_counted(folder: Path) -> None:
     """Lets each process write down the logits and targets that it evaluates."""
-    counts, numbers = Segmentation.counts, count()
+    sums, numbers = Segmentation.sums, count()
 
-    def keeping(task: Segmentation, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    def keeping(task: Segmentation, outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         np.savez(
             folder / f"rank{os.environ.get('RANK', 0)}_{next(numbers)}.npz",
             logits=outputs.numpy(),
-            targets=targets.numpy(),
+            targets=batch["mask"][:, 0].numpy(),
         )
-        return counts(task, outputs, targets)
+        return sums(task, outputs, batch)
 
-    Segmentation.counts = keeping  # type: ignore[method-assign]
+    Segmentation.sums = keeping  # type: ignore[method-assign]
 
 
 def train_and_keep(recipe: Path, overrides: tuple[str, ...], folder: Path) -> None:

@@ -33,6 +33,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from tests.processes import RECIPE, write_recipe
 from tests.unit.runs.test_checkpoint import make
@@ -42,15 +43,16 @@ from trainer.data.card import Card, sha256
 from trainer.data.images import encode_png
 from trainer.data.order import Order
 from trainer.data.prepare import ensure_prepared, prepare
+from trainer.data.reader import Reader
 from trainer.data.source import Archive, DataInfo, Row, Source
-from trainer.data.stream import Samples
+from trainer.data.stream import TrainingSamples, ValidationSamples
 from trainer.distributed.launch import Launch
 from trainer.errors import TrainingFailed, UserError
 from trainer.recipe.load import load_recipe
 from trainer.runs.folder import RunFolder
 from trainer.runs.resume import open_run
 from trainer.runs.state import Checkpoint
-from trainer.tasks.build import TASK_CHECKS
+from trainer.tasks.checks import TASK_CHECKS
 
 LONG = os.environ.get("TRAINER_FAULTS") == "long"
 RECIPES, FILES = (2000, 170) if LONG else (150, 20)  # files of each of three kinds
@@ -447,7 +449,7 @@ def test_damaged_recipes_are_valid_or_refused_with_a_message(
     os.mkfifo(folder / "pipe.yaml")
     monkeypatch.chdir(tmp_path)  # where a command in a recipe would leave its sentinel
     whole = load_recipe(write_recipe(tmp_path))
-    ensure_prepared(whole.build("data"), tmp_path / "data", None, lambda line: None)
+    ensure_prepared(whole.source, tmp_path / "data", None, lambda line: None)
     case = folder / "case.yaml"
     case.write_bytes(b"")
     keys = [*keys_of(whole.resolved()), "model.weights", "train.x", "x", "..", "data.augment", "track"]
@@ -613,10 +615,12 @@ def damaged_zip_header(draw: random.Random, data: bytes) -> bytes:
 def read_all(folder: Path, card: Card, max_unreadable: int = 0) -> None:
     """Decodes every sample of a set."""
     for split in card.splits:
-        order = Order(card.row_groups(split), 0, 2) if split == "train" else None
-        samples = Samples(folder, card, split, order, [12, 16], [], True, 2, max_unreadable if split == "train" else 0)
-        for position in range(len(samples)):
-            samples.__getitems__([position])
+        tolerated = max_unreadable if split == "train" else None
+        reader = Reader(folder, card, split, resize=v2.Resize([12, 16], antialias=True), max_unreadable=tolerated)
+        order = Order(card.row_groups(split), 0, 2)
+        samples = TrainingSamples(reader, order) if split == "train" else ValidationSamples(reader)
+        for number in range(len(samples)):
+            samples.batch([number])
         dataclasses.asdict(card)
 
 

@@ -53,7 +53,7 @@ def in_save(gate: Gate) -> Callable[[int], None]:
 
 
 def in_preparation(gate: Gate) -> Callable[[int], None]:
-    return lambda rank: before_call(prepare, "_checked_row", gate.stop_here, on_call=20) if rank == 0 else None
+    return lambda rank: before_call(prepare, "check_row", gate.stop_here, on_call=20) if rank == 0 else None
 
 
 def in_building(gate: Gate) -> Callable[[int], None]:

@@ -33,7 +33,7 @@ def _plain(recipe: Path, out: Path) -> None:
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for positions in Slices(8, 1, 0, 1, 0):
-            batch = trainer.data.train.__getitems__(positions)
+            batch = trainer.data.train.batch(positions)
             yield batch["image"], batch["mask"][:, 0]
 
     losses = plain_loop.train(
@@ -101,7 +101,7 @@ def _sgd(recipe: Path, out: Path, options: tuple[str, ...]) -> None:
     trainer = Trainer(load_recipe(recipe, ("name=plain", *options)))
     trainer.build()
     model, data = trainer.task.model, trainer.data
-    whole = data.validation.__getitems__(list(range(len(data.validation))))
+    whole = data.validation.batch(list(range(len(data.validation))))
     validation = whole["image"], whole["mask"][:, 0]
     has_extras = options != SGD
     parts = 2 if has_extras else 1
@@ -114,7 +114,7 @@ def _sgd(recipe: Path, out: Path, options: tuple[str, ...]) -> None:
         losses = []
         for part in range(parts):
             first = step * BATCH + part * BATCH // parts
-            batch = data.train.__getitems__(list(range(first, first + BATCH // parts)))
+            batch = data.train.batch(list(range(first, first + BATCH // parts)))
             logits = model(plain_loop.normalised(batch["image"], torch.float64))
             loss = F.cross_entropy(logits, batch["mask"][:, 0].long(), ignore_index=255)
             (loss / parts).backward()

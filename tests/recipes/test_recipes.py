@@ -10,7 +10,7 @@ import pytest
 from tests.processes import run_processes, train
 from trainer.distributed.launch import Launch
 from trainer.recipe.load import load_recipe
-from trainer.tasks.build import TASK_CHECKS
+from trainer.tasks.checks import TASK_CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

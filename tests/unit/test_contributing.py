@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from trainer.recipe.load import load_recipe
-from trainer.tasks.build import TASK_CHECKS
+from trainer.tasks.checks import TASK_CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,4 +1,6 @@
-"""The `trainer` command: each module of this folder is a verb, with `HELP`, `add_arguments` and `run`."""
+"""The `trainer` command: each module of this folder is a verb, with `HELP`, `add_arguments` and `run`, and with
+`parse` where `parse_intermixed_args` can't read its command line.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     module = importlib.import_module(f"{__name__}.{verb}")
     parser = argparse.ArgumentParser(prog=f"trainer {verb}", description=module.HELP)
     module.add_arguments(parser)
-    options = parser.parse_intermixed_args(rest)
+    parse = getattr(module, "parse", argparse.ArgumentParser.parse_intermixed_args)
     try:
         with STOP.at_once():
-            return exit_code(module.run, options)
+            return exit_code(lambda: module.run(parse(parser, rest)))
     except Stopped:
         print(f"stopped on {STOP.signal_name}; nothing half-done stays", file=sys.stderr)
         return 130

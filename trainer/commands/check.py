@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait f
 
 HELP = "validate recipes and their data; print the resolved recipe"
 SHOWN_SAMPLES, SHOWN_EPOCHS = 4, 4
+MAX_SIDE = 512  # of a picture of a sample, in pixels
 OPACITY = 0.65  # of the class colours over the image
 
 
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     from trainer.errors import UserError
     from trainer.recipe.file import RecipeError
     from trainer.recipe.load import load_recipe
-    from trainer.tasks.build import TASK_CHECKS, batch_checks
+    from trainer.tasks.checks import TASK_CHECKS, batch_checks
 
     paths = [argument for argument in options.recipes if "=" not in argument]
     overrides = [argument for argument in options.recipes if "=" in argument]
@@ -106,7 +107,7 @@ def _data_line(recipe: Recipe, processes: int) -> str:
     from trainer.distributed.accelerator import num_workers
     from trainer.recipe.durations import Clock
 
-    source = recipe.build("data")
+    source = recipe.source
     folder = data_dir() / source.name
     if not (folder / CARD).exists():
         return (
@@ -143,14 +144,14 @@ def _compare_anchors(recipe: Recipe) -> None:
     if (
         "anchors" not in recipe.components["model"].schema.model_fields
         or max_ratio is None
-        or data.train.objects is None
+        or data.train.reader.objects is None
     ):
         raise UserError(
             f"--anchors: {recipe.path} has no model with anchors, or no boxes; it is for the model, the loss and the "
             "task of detection"
         )
-    sizes = data.train.objects.box_sizes()
-    anchors = recipe.model.anchors or PUBLISHED_ANCHORS
+    sizes = data.train.reader.objects.box_sizes()
+    anchors = getattr(recipe.model, "anchors", None) or PUBLISHED_ANCHORS
     estimated = estimate_anchors(sizes).round(1).reshape(3, 3, 2)
     for name, each in (("the model's", np.array(anchors)), ("re-estimated", estimated)):
         share = best_possible_recall(sizes, each.reshape(-1, 2), max_ratio)
@@ -162,16 +163,19 @@ def _compare_anchors(recipe: Recipe) -> None:
 
 def _uncached(recipe: Recipe) -> Data:
     """The prepared data as one process reads it, without the pixel cache, which would be made for all samples."""
-    from dataclasses import replace
+    import copy
+
+    import torch
 
     from trainer.data.build import Data
     from trainer.data.card import Card
     from trainer.data.prepare import data_dir
 
-    source = recipe.build("data")
+    source = recipe.source
     Card.load(data_dir() / source.name, source.command)
-    settings = recipe.data.model_copy(update={"cache": "off"})
-    return Data(replace(recipe, sections=recipe.sections | {"data": settings}), 0, 1)
+    uncached = copy.copy(recipe)
+    uncached.data = recipe.data.model_copy(update={"cache": "off"})
+    return Data(uncached, 0, 1, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- --show-samples
@@ -181,19 +185,18 @@ def _show_samples(recipe: Recipe, file: Path) -> None:
     """Draws a few training samples: as they are, and as each of the first epochs sees them; with their objects,
     or below with their masks.
     """
-    import copy
-
     import torch
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
+    from trainer.data.stream import TrainingSamples
     from trainer.detection.boxes import Detections
     from trainer.errors import UserError
+    from trainer.reporting.figures import save_sheet
     from trainer.tasks.drawing import class_colors, draw_objects
 
     data = _uncached(recipe)
-    plain = copy.copy(data.train)
-    plain.transform, plain.mosaic = None, None
+    if "image" not in data.train.reader.columns:
+        raise UserError(f"--show-samples: {recipe.path}: the samples of {recipe.data.name} have no `image`")
+    plain = TrainingSamples(data.train.reader, data.order)
     size = data.order.size
     # Of each sample.
     positions = [
@@ -203,10 +206,7 @@ def _show_samples(recipe: Recipe, file: Path) -> None:
     rows: list[list[Tensor]] = []
     seen_classes: set[int] = set()
     for sample_id in shown:
-        views = [
-            plain.__getitems__([positions[0][sample_id]]),
-            *(data.train.__getitems__([epoch[sample_id]]) for epoch in positions),
-        ]
+        views = [plain.batch([positions[0][sample_id]]), *(data.train.batch([epoch[sample_id]]) for epoch in positions)]
         rows.append([view["image"][0] for view in views])
         if "mask" in views[0]:
             rows.append([_painted(view["image"][0], view["mask"][0], data.info.num_classes) for view in views])
@@ -220,28 +220,22 @@ def _show_samples(recipe: Recipe, file: Path) -> None:
                 draw_objects(image, truth, data.info.classes, with_scores=False)
                 for image, truth in zip(rows[-1], truths, strict=True)
             ]
-
-    figure = Figure(figsize=(2.4 * len(rows[0]), 2 * len(rows) + 0.6), layout="constrained")
-    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
-    for axis, heading in zip(
-        axes[0], ["as it is", *(f"epoch {epoch + 1}" for epoch in range(SHOWN_EPOCHS))], strict=True
-    ):
-        axis.set_title(heading)
-    for axis, image in zip(axes.flat, (image for row in rows for image in row), strict=True):
-        axis.imshow(image.movedim(0, -1).numpy())
-        axis.set_axis_off()
-    colors = [f"#{bytes(color).hex()}" for color in class_colors(data.info.num_classes)]
-    if seen_classes:
-        figure.legend(
-            handles=[Patch(color=colors[c], label=data.info.classes[c]) for c in sorted(seen_classes)],
-            loc="outside lower center",
-            ncols=8,
-        )
+    headings = ["as it is", *(f"epoch {epoch + 1}" for epoch in range(SHOWN_EPOCHS))]
+    colors = class_colors(data.info.num_classes)
+    legend = {data.info.classes[index]: colors[index] for index in sorted(seen_classes)}
     try:
-        figure.savefig(file)
+        save_sheet([[_fitted(panel) for panel in row] for row in rows], file, headings, legend)
     except OSError as error:
         raise UserError(f"--show-samples {file} can't be written: {error.strerror or error}") from error
     print(f"{len(shown)} training samples in {file}", file=sys.stderr)
+
+
+def _fitted(image: Tensor) -> Tensor:
+    """An image (3, H, W), shrunk where a side is longer than `MAX_SIDE`."""
+    from torchvision.transforms.v2.functional import resize
+
+    scale = MAX_SIDE / max(image.shape[1:])
+    return resize(image, [max(1, round(scale * side)) for side in image.shape[1:]]) if scale < 1 else image
 
 
 def _painted(image: Tensor, mask: Tensor, num_classes: int) -> Tensor:
@@ -251,6 +245,7 @@ def _painted(image: Tensor, mask: Tensor, num_classes: int) -> Tensor:
 
     from trainer.tasks.drawing import class_colors
 
-    return draw_segmentation_masks(
+    painted: Tensor = draw_segmentation_masks(
         image, mask == torch.arange(num_classes).view(-1, 1, 1), alpha=OPACITY, colors=class_colors(num_classes)
     )
+    return painted

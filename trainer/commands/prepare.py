@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer.components import catalogue
 from trainer.data.card import Card
-from trainer.data.files import VALIDATION, flag
+from trainer.data.options import FilesCommand, flag
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared
 from trainer.data.sets import coco, folder, yolo
 from trainer.data.source import Source
@@ -21,113 +20,114 @@ from trainer.recipe.recipe import build
 
 SHOWN = 10  # classes of objects, those with most of them
 HELP = "turn a data set's official archives, or files of your own, into Parquet files"
-# What makes each set of files; its parameters are the options of the command.
-OF_FILES: dict[str, tuple[Callable[..., Source], str]] = {
-    "folder": (folder.from_files, folder.USAGE),
-    "yolo": (yolo.from_yolo, yolo.USAGE),
-    "coco": (coco.from_coco, coco.USAGE),
+OF_FILES: dict[str, tuple[FilesCommand, Callable[..., Source]]] = {
+    "folder": (folder.COMMAND, folder.from_files),
+    "yolo": (yolo.COMMAND, yolo.from_yolo),
+    "coco": (coco.COMMAND, coco.from_coco),
 }
+SWITCHES = ("-h", "--help", "--verify")  # the options that take no value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    parser.add_argument(
-        "dataset",
-        metavar="DATASET",
-        help=f"name of the data set, as in a recipe's data.name; or one of {', '.join(OF_FILES)}",
+    """Adds a parser for each data set."""
+    of_catalogue = {name: component for name, component in catalogue("dataset").items() if name not in OF_FILES}
+    parser.usage = "trainer prepare DATASET …"
+    parser.epilog = (
+        f"Data sets of the catalogue: {', '.join(of_catalogue)}. "
+        "`trainer prepare DATASET --help` lists the keys or options of each."
     )
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="key=value",
-        help="the data set's own keys, as in a recipe's data, e.g. category=ship",
+    parsers = parser.add_subparsers(
+        dest="dataset", metavar="DATASET", required=True, prog="trainer prepare", title="files of your own"
     )
-    parser.add_argument(
-        "--archives",
-        type=Path,
-        metavar="DIR",
-        help="folder with the archives (default: $TRAINER_ARCHIVES); what it lacks is downloaded",
-    )
+    for kind, (command, _) in OF_FILES.items():
+        of_files = parsers.add_parser(
+            kind,
+            help=command.summary,
+            usage=f"trainer prepare {command.usage} [--verify]",
+            description=f"Makes a data set of files of your own: {command.summary}.",
+            epilog=f"For example\n  {command.example}\nand in a recipe\n  {command.recipe}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for name, option in command.options.items():
+            of_files.add_argument(
+                flag(name),
+                metavar=option.metavar,
+                help=option.help,
+                type=option.type,
+                default=option.default,
+                choices=option.choices,
+            )
+        _add_common(of_files, argparse.SUPPRESS)  # it reads none, but scripts may name the folder in every call
+    for name, component in of_catalogue.items():
+        keys = ", ".join(component.schema.model_fields)
+        named = parsers.add_parser(
+            name,
+            usage=f"trainer prepare {name} {'[key=value …] ' if keys else ''}[--archives DIR] [--verify]",
+            description=f"Prepares {name} of the catalogue.",
+            epilog=f"Its keys, as in a recipe's data: {keys}." if keys else None,
+        )
+        _add_common(named, "folder with the archives (default: $TRAINER_ARCHIVES); missing ones are downloaded")
+
+
+def _add_common(parser: argparse.ArgumentParser, archives: str) -> None:
+    parser.add_argument("--archives", type=Path, metavar="DIR", help=archives)
     parser.add_argument("--verify", action="store_true", help="recompute the checksums of what is prepared")
-    usages = "; ".join(f"trainer prepare {usage}" for _, usage in OF_FILES.values())
-    files = parser.add_argument_group(
-        "files of your own",
-        f"{usages}. A recipe says data: {{name: folder, set: NAME, …}}, and likewise for yolo and coco",
-    )
-    files.add_argument("--name", help="of the set")
-    files.add_argument("--images", type=Path, metavar="DIR", help="images, in this folder and below")
-    files.add_argument("--masks", type=Path, metavar="DIR", help="folder: index or palette PNG of the same names")
-    files.add_argument(
-        "--labels",
-        type=Path,
-        metavar="DIR",
-        help="yolo: text files of the same names; an image without one has no objects",
-    )
-    files.add_argument("--annotations", type=Path, metavar="FILE", help="coco: a COCO file of instances (JSON)")
-    files.add_argument(
-        "--classes",
-        type=Path,
-        metavar="FILE",
-        help="text file: the name of a class in each line, in the order of their index",
-    )
-    files.add_argument(
-        "--ignore", type=int, metavar="LABEL", help="folder: the label that counts nowhere (default: none)"
-    )
-    files.add_argument(
-        "--validation",
-        metavar="SHARE | DIR | FILE",
-        help=f"share of the images that validate (default: {VALIDATION}); folder, yolo: or a folder with two called "
-        "like those of --images and of "
-        "--masks or --labels (where these are called alike, the name of the folders beside them); coco: or a COCO "
-        "file of those that do",
-    )
-    files.add_argument(
-        "--validation-images",
-        type=Path,
-        metavar="DIR",
-        help="images that validate; coco: those that the file of --validation lists",
-    )
-    files.add_argument("--validation-masks", type=Path, metavar="DIR", help="folder: the masks of --validation-images")
-    files.add_argument(
-        "--validation-labels", type=Path, metavar="DIR", help="yolo: the text files of --validation-images"
-    )
-    files.add_argument(
-        "--test",
-        metavar="DIR | FILE",
-        help="a third split, which no training reads; otherwise like --validation, but never a share",
-    )
-    files.add_argument(
-        "--test-images",
-        type=Path,
-        metavar="DIR",
-        help="images of the test split; coco: those that the file of --test lists",
-    )
-    files.add_argument("--test-masks", type=Path, metavar="DIR", help="folder: the masks of --test-images")
-    files.add_argument("--test-labels", type=Path, metavar="DIR", help="yolo: the text files of --test-images")
-    files.add_argument(
-        "--invalid", choices=("refuse", "drop"), help="yolo, coco: what becomes of an invalid object (default: refuse)"
-    )
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parses a command line whose options and keys may stand in any order, also before the name of the data set.
+
+    Raises:
+        UserError: no such data set, or an option is not one of its own.
+    """
+    words, known = _name_first(words), catalogue("dataset")
+    if words and not words[0].startswith("-") and words[0] not in known:
+        raise UserError(f"unknown data set {words[0]!r}; {nearest(words[0], known)}")
+    args, settings = parser.parse_known_args(words)
+    for word in settings:
+        if word.startswith("-"):
+            raise UserError(_foreign(args.dataset, word.partition("=")[0]))
+    args.settings = settings
+    return args
+
+
+def _name_first(words: Sequence[str]) -> list[str]:
+    """The words with the first that is neither an option nor its value in front, where a subparser expects it."""
+    before = ""
+    for place, word in enumerate(words):
+        takes_value = before.startswith("-") and "=" not in before and not any(s.startswith(before) for s in SWITCHES)
+        if not word.startswith("-") and not takes_value:
+            return [word, *words[:place], *words[place + 1 :]]
+        before = word
+    return [*words]
+
+
+def _foreign(dataset: str, option: str) -> str:
+    """What is wrong with an option that a data set doesn't have."""
+    owners = [kind for kind, (command, _) in OF_FILES.items() if option in map(flag, command.options)]
+    if owners:
+        return f"{option} belongs to {' or '.join(f'`trainer prepare {kind}`' for kind in owners)}, not to {dataset}"
+    own = OF_FILES[dataset][0].options if dataset in OF_FILES else ("archives",)
+    return f"{option} is no option of `trainer prepare {dataset}`; {nearest(option, [*map(flag, own), '--verify'])}"
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepares the set if it isn't yet, and prints what it holds.
 
     Raises:
-        UserError: no such data set, or see `trainer.data.prepare.prepare`.
+        UserError: a key or an option is wrong, or see `trainer.data.prepare.prepare`.
     """
     source = _source(args)
-    folder = data_dir() / source.name
+    prepared = data_dir() / source.name
     start = time.monotonic()
     card = ensure_prepared(source, data_dir(), args.archives or archives_dir())
     if args.verify:
-        card.verify(folder)
+        card.verify(prepared)
         print("every file is as it was written")
-    counts = {split: written.rows for split, written in card.splits.items()}
-    print(
-        f"{card.name}: {sum(counts.values())} rows, " + ", ".join(f"{rows} {split}" for split, rows in counts.items())
-    )
+    rows = sum(split.rows for split in card.splits.values())
+    print(", ".join([f"{card.name}: {rows} rows", *(f"{split.rows} {name}" for name, split in card.splits.items())]))
     print(describe_classes(card))
-    print("\n".join([*card.notes, f"in {folder} ({time.monotonic() - start:.1f} s)"]))
+    print("\n".join([*card.notes, f"in {prepared} ({time.monotonic() - start:.1f} s)"]))
     return 0
 
 
@@ -135,12 +135,10 @@ def describe_classes(card: Card) -> str:
     """The classes, and how much of each there is to train on."""
     objects = card.statistics.get("class_objects")
     if objects is not None:
-        found = sorted(
-            ((count, name) for count, name in zip(objects, card.classes, strict=True) if count),
-            key=lambda each: -each[0],
-        )
-        listed = ", ".join([f"{name} {count}" for count, name in found[:SHOWN]] + ["…"] * (len(found) > SHOWN))
-        return f"{sum(objects)} training objects, of {len(found)} of {len(objects)} classes: {listed or 'none'}"
+        present = [(name, number) for name, number in zip(card.classes, objects, strict=True) if number]
+        present.sort(key=lambda each: -each[1])
+        listed = ", ".join([f"{name} {number}" for name, number in present[:SHOWN]] + ["…"] * (len(present) > SHOWN))
+        return f"{sum(objects)} training objects, of {len(present)} of {len(objects)} classes: {listed or 'none'}"
     pixels = card.statistics.get("class_pixels", [])
     shares = [f" {count / max(1, sum(pixels)):.2%}" for count in pixels] or [""] * len(card.classes)
     classes = ", ".join(name + share for name, share in zip(card.classes, shares, strict=True))
@@ -150,42 +148,25 @@ def describe_classes(card: Card) -> str:
 
 def _source(args: argparse.Namespace) -> Source:
     """The data set that the command line describes."""
-    datasets = catalogue("dataset")
-    if args.dataset not in datasets:
-        raise UserError(f"unknown data set {args.dataset!r}; {nearest(args.dataset, datasets)}")
-    options = {kind: inspect.signature(make).parameters for kind, (make, _) in OF_FILES.items()}
-    given = {
-        option: value
-        for of_kind in options.values()
-        for option in of_kind
-        if (value := getattr(args, option)) is not None
-    }
-    own = dict(options.get(args.dataset, {}))
-    for option in given:
-        if option not in own:
-            owners = " or ".join(f"`trainer prepare {kind}`" for kind, of_kind in options.items() if option in of_kind)
-            raise UserError(f"{flag(option)} belongs to {owners}, not to {args.dataset}")
-    if own:
-        make, usage = OF_FILES[args.dataset]
-        lacking = [
-            flag(option)
-            for option, parameter in own.items()
-            if parameter.default is parameter.empty and option not in given
-        ]
-        if lacking:
-            raise UserError(
-                f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing: trainer prepare {usage}"
-            )
-        if args.settings:
-            raise UserError(f"{args.settings[0]} is no option: trainer prepare {usage}")
-        return make(**given)
-    component = datasets[args.dataset]
-    reader = Reader({})
+    if args.dataset in OF_FILES:
+        return _source_of_files(args, *OF_FILES[args.dataset])
+    component, reader = catalogue("dataset")[args.dataset], Reader({})
     settings = Validator(reader, Path(COMMAND_LINE)).section(component.schema, reader.overrides(args.settings)[0], ())
-    if reader.problems:
+    if settings is None or reader.problems:
         raise RecipeError(reader.problems)
     try:
         source: Source = build(component, settings)
     except ValueError as error:
         raise UserError(f"{args.dataset}: {error}") from error
     return source
+
+
+def _source_of_files(args: argparse.Namespace, command: FilesCommand, make: Callable[..., Source]) -> Source:
+    given = {name: getattr(args, name) for name in command.options}
+    missing = [flag(name) for name, option in command.options.items() if option.required and given[name] is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{', '.join(missing)} {verb} missing: trainer prepare {command.usage}")
+    if args.settings:
+        raise UserError(f"{args.settings[0]} is no option: trainer prepare {command.usage}")
+    return make(**given)

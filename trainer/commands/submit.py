@@ -131,7 +131,7 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> Recipe:
     """The recipe of a run, checked for as many processes as it will have; this machine's devices don't matter."""
     from trainer.distributed.launch import Launch
     from trainer.recipe.load import load_recipe
-    from trainer.tasks.build import TASK_CHECKS, batch_checks
+    from trainer.tasks.checks import TASK_CHECKS, batch_checks
 
     launch = Launch(processes=options.nodes * (options.processes or options.gpus or 1))
     return load_recipe(

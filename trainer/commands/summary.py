@@ -40,21 +40,26 @@ def run(options: argparse.Namespace) -> None:
     """Prints the tables.
 
     Raises:
-        UserError: the recipe has mistakes, or the size of its images isn't known.
+        UserError: the recipe has mistakes, its samples are no images, or the size of its images isn't known.
     """
+    from trainer.data.roles import has_pixels
+    from trainer.errors import UserError
     from trainer.models.freeze import train_only
     from trainer.profiling.arithmetic import layers
     from trainer.recipe.load import load_recipe
-    from trainer.tasks.build import TASK_CHECKS, build_untrained, learning_layers
+    from trainer.tasks.build import build_untrained, trainable_layers
+    from trainer.tasks.checks import TASK_CHECKS
 
     recipe = load_recipe(options.recipe, options.overrides, TASK_CHECKS)
+    if not has_pixels(recipe.source.columns):
+        raise UserError(f"{options.recipe}: {recipe.data.name} has no images, and `trainer summary` counts per image")
     height, width = _input_size(recipe, options.input_size)
     model = build_untrained(recipe)
-    learning = learning_layers(recipe, model)
+    trainable = trainable_layers(recipe, model)
     channels = _input_channels(model)
 
     def count(model: nn.Module) -> list[list[Layer]]:
-        train_only(model, learning)
+        train_only(model, trainable)
         return [layers(model, (channels, factor * height, factor * width)) for factor in (1, 2)]
 
     try:
@@ -71,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     if {"num_filters", "num_in_channels"} <= recipe.components["model"].schema.model_fields.keys():
         report["polynomials"] = _polynomials(recipe, height, width)
     if not options.no_measure:
-        report["training"] = _measure(recipe, learning, height, width)
+        report["training"] = _measure(recipe, trainable, height, width)
     print(json.dumps(report, indent=2) if options.json else _text(report))
 
 
@@ -93,8 +98,9 @@ def _input_size(recipe: Recipe, given: str | None) -> tuple[int, int]:
         if size := getattr(settings, "size", None):
             return int(size[0]), int(size[1])
     if recipe.data.resize:
-        return tuple(recipe.data.resize)
-    folder = data_dir() / recipe.build("data").name
+        height, width = recipe.data.resize
+        return height, width
+    folder = data_dir() / recipe.source.name
     if not (folder / CARD).exists():
         raise UserError(
             f"{recipe.data.name} isn't prepared, so the size of its images isn't known: give --input-size HxW"
@@ -124,21 +130,20 @@ def _polynomials(recipe: Recipe, height: int, width: int) -> dict[str, str]:
     import torch
 
     from trainer.profiling.arithmetic import layers, polynomial
-
-    component = recipe.components["model"]
-    settings = {key: getattr(recipe.model, key) for key in component.schema.model_fields}
+    from trainer.recipe.recipe import build
 
     def count(NIC: int, NF: int, NC: int) -> dict[str, int]:
         with torch.device("meta"):
-            model = component.build(settings | {"num_in_channels": NIC, "num_filters": NF}, num_classes=NC)
+            settings = recipe.model.model_copy(update={"num_in_channels": NIC, "num_filters": NF})
+            model = build(recipe.components["model"], settings, num_classes=NC)
         totals = _totals(layers(model, (NIC, height, width)))
         return {what: totals[what] for what in ("weights", "outputs", "connections")}
 
     return polynomial(count, VARIABLES)
 
 
-def _measure(recipe: Recipe, learning: list[str], height: int, width: int) -> list[dict[str, Any]]:
-    """Cost of training everything and of training the layers that the recipe has learn,
+def _measure(recipe: Recipe, trainable: list[str], height: int, width: int) -> list[dict[str, Any]]:
+    """Cost of training everything and of training the recipe's trainable layers,
     at this size and at twice the height and width.
     """
     from trainer.data.card import CARD, Card
@@ -147,13 +152,12 @@ def _measure(recipe: Recipe, learning: list[str], height: int, width: int) -> li
     from trainer.profiling.memory import measure
 
     configure_backends(recipe)
-    source = recipe.build("data")
+    source = recipe.source
     info = Card.load(data_dir() / source.name).info if (data_dir() / source.name / CARD).exists() else source.info
     kinds: dict[str, list[str]] = {"everything": []}
-    if learning:
-        kinds[
-            f"only {', '.join(learning)}" if len(learning) <= MAX_NAMED else f"only {learning[0]} to {learning[-1]}"
-        ] = learning
+    if trainable:
+        few = len(trainable) <= MAX_NAMED
+        kinds[f"only {', '.join(trainable) if few else f'{trainable[0]} to {trainable[-1]}'}"] = trainable
     costs = []
     for size in ((height, width), (2 * height, 2 * width)):
         for kind, layers in kinds.items():

@@ -87,7 +87,7 @@ def _checked(options: argparse.Namespace, overrides: list[str]) -> Recipe:
     """The recipe of a run."""
     from trainer.distributed.launch import Launch
     from trainer.recipe.load import load_recipe
-    from trainer.tasks.build import TASK_CHECKS, batch_checks
+    from trainer.tasks.checks import TASK_CHECKS, batch_checks
 
     checks = [*Launch(processes=options.processes).checks(), *TASK_CHECKS, *batch_checks(options.processes)]
     return load_recipe(options.recipe, overrides, checks)

@@ -40,15 +40,15 @@ class Member(NamedTuple):
 
 
 @contextmanager
-def locked(path: Path, waiting: str, say: Callable[[str], None]) -> Iterator[None]:
+def locked(path: Path, waiting: str, log: Callable[[str], None]) -> Iterator[None]:
     """Holds a file lock, which the operating system frees however its process ends;
-    says `waiting` once if another process has it.
+    logs `waiting` once if another process has it.
     """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(waiting)
+        log(waiting)
         while not lock.is_locked:
             STOP.raise_if_asked()
             with suppress(Timeout):
@@ -63,7 +63,7 @@ def locked(path: Path, waiting: str, say: Callable[[str], None]) -> Iterator[Non
 
 
 def locate(
-    archives: Sequence[Archive], data_dir: Path, archives_dir: Path | None, say: Callable[[str], None] = print
+    archives: Sequence[Archive], data_dir: Path, archives_dir: Path | None, log: Callable[[str], None] = print
 ) -> dict[str, Path]:
     """Finds each archive in `archives_dir`, else in `<data_dir>/downloads`, else downloads it there.
 
@@ -75,22 +75,22 @@ def locate(
             f"no folder {archives_dir}; give --archives (or TRAINER_ARCHIVES) the folder that holds the archives"
         )
     downloads = data_dir / "downloads"
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     missing: list[str] = []
     for archive in archives:
         places = [folder / archive.name for folder in (archives_dir, downloads) if folder]
         path = next((place for place in places if place.is_file()), None)
         if path is None:
-            path, reasons = _download(archive, downloads, say)
+            path, reasons = _download(archive, downloads, log)
             if path is None:
                 missing.append("\n".join([f"  {archive.name}", *(f"    {reason}" for reason in reasons)]))
                 continue
-        elif archive.sha256 and (sum_found := sha256(path)) != archive.sha256:
+        elif archive.sha256 and (digest := sha256(path)) != archive.sha256:
             raise UserError(
-                f"{path} is not the official archive: its SHA-256 is {sum_found}, not {archive.sha256}; delete or "
+                f"{path} is not the official archive: its SHA-256 is {digest}, not {archive.sha256}; delete or "
                 "replace it"
             )
-        found[archive.name] = path
+        paths[archive.name] = path
     if missing:
         where = (
             str(archives_dir)
@@ -100,21 +100,21 @@ def locate(
         raise UserError(
             "\n".join([f"these archives are neither here nor can they be downloaded; put them into {where}:", *missing])
         )
-    return found
+    return paths
 
 
-def _download(archive: Archive, folder: Path, say: Callable[[str], None]) -> tuple[Path | None, list[str]]:
+def _download(archive: Archive, folder: Path, log: Callable[[str], None]) -> tuple[Path | None, list[str]]:
     """Tries each URL; returns the file, or None and why each one failed."""
     folder.mkdir(parents=True, exist_ok=True)
     path, part = folder / archive.name, folder / f"{archive.name}.part"
     reasons: list[str] = []
-    with locked(folder / f".{archive.name}.lock", f"waiting for another process that downloads {archive.name}", say):
+    with locked(folder / f".{archive.name}.lock", f"waiting for another process that downloads {archive.name}", log):
         if path.is_file():  # another process was faster
             return path, reasons
         for url in archive.urls:
-            say(f"downloading {url}")
+            log(f"downloading {url}")
             try:
-                _fetch(url, part, say)
+                _fetch(url, part, log)
             except (OSError, http.client.HTTPException) as error:
                 part.unlink(missing_ok=True)
                 reasons.append(f"{url}: {getattr(error, 'reason', None) or error}")
@@ -128,23 +128,20 @@ def _download(archive: Archive, folder: Path, say: Callable[[str], None]) -> tup
     return None, reasons
 
 
-def _fetch(url: str, part: Path, say: Callable[[str], None]) -> None:
-    """Downloads one file; says how far it is every few seconds."""
+def _fetch(url: str, part: Path, log: Callable[[str], None]) -> None:
+    """Downloads one file; logs its progress every few seconds."""
     # Some servers refuse urllib's own name.
     request = urllib.request.Request(url, headers={"User-Agent": "recipe-trainer"})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, part.open("wb") as file:
         expected = int(response.headers.get("Content-Length") or 0)
-        said = time.monotonic()
+        logged = time.monotonic()
         while chunk := response.read(CHUNK_BYTES):
             STOP.raise_if_asked()
             file.write(chunk)
-            if time.monotonic() - said > 5:
-                said = time.monotonic()
-                say(
-                    f"  {file.tell() / 2**20:.0f} of {expected / 2**20:.0f} MiB"
-                    if expected
-                    else f"  {file.tell() / 2**20:.0f} MiB"
-                )
+            if time.monotonic() - logged > 5:
+                logged = time.monotonic()
+                total = f" of {expected / 2**20:.0f}" if expected else ""
+                log(f"  {file.tell() / 2**20:.0f}{total} MiB")
         if expected and file.tell() != expected:
             raise urllib.error.URLError(f"the connection ended after {file.tell()} of {expected} bytes")
         file.flush()

@@ -1,23 +1,32 @@
 """Augmentations of a recipe's `data.augment`, applied in the order it lists them.
 
 Each is one of torchvision's v2 transforms: it moves the image and its masks together (masks by nearest
-neighbour) and draws from torch's generator, which the stream seeds for every sample.
+neighbour) and draws from torch's generator, which the `Augmenter` seeds for every sample.
 
     augment: [{name: random_crop, size: [224, 224]}, {name: horizontal_flip, p: 0.5}]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, Field, PositiveInt
-from torch import Tensor
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from trainer.components import augmentation
+from trainer.components import Fraction, Size, augmentation
+from trainer.data.objects import TIDY
+from trainer.data.order import Order
+
+NEARBY = 64  # positions around a sample that the partners of its mosaic come from
+
+Sample = dict[str, Any]
+"""One sample: its fields by their names."""
+
+Transform = Callable[[Sample], Sample]
 
 
 def _in_order(interval: list[float]) -> list[float]:
@@ -26,15 +35,11 @@ def _in_order(interval: list[float]) -> list[float]:
     return interval
 
 
-Size = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
-"""Height and width in pixels."""
-Interval = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
+Interval = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
 """The smallest and the largest."""
 Shares = Annotated[
     list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)
 ]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Strength = Annotated[float, Field(ge=0)]
 
 
 @augmentation()
@@ -72,13 +77,13 @@ def random_resized_crop(
 
 
 @augmentation()
-def horizontal_flip(*, p: Probability = 0.5) -> v2.Transform:
+def horizontal_flip(*, p: Fraction = 0.5) -> v2.Transform:
     """Mirrors left and right with probability `p`."""
     return v2.RandomHorizontalFlip(p)
 
 
 @augmentation()
-def vertical_flip(*, p: Probability = 0.5) -> v2.Transform:
+def vertical_flip(*, p: Fraction = 0.5) -> v2.Transform:
     """Mirrors top and bottom with probability `p`."""
     return v2.RandomVerticalFlip(p)
 
@@ -86,9 +91,9 @@ def vertical_flip(*, p: Probability = 0.5) -> v2.Transform:
 @augmentation()
 def color_jitter(
     *,
-    brightness: Strength = 0.0,
-    contrast: Strength = 0.0,
-    saturation: Strength = 0.0,
+    brightness: NonNegativeFloat = 0.0,
+    contrast: NonNegativeFloat = 0.0,
+    saturation: NonNegativeFloat = 0.0,
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0,
 ) -> v2.Transform:
     """Changes the image's colours by random factors in [1 - strength, 1 + strength];
@@ -111,7 +116,7 @@ class Mosaic:
     def __init__(self, size: Sequence[int], p: float, scale: Sequence[float]) -> None:
         self.size, self.p, self.scale = size, p, scale
 
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: list[Sample]) -> Sample:
         """One sample from four; boxes may reach beyond it, and those of objects outside have no area."""
         height, width = self.size
         corners = [(0, 0), (0, width), (height, 0), (height, width)]
@@ -120,7 +125,7 @@ class Mosaic:
         inner = [round(side / scale) for side in self.size]
         top, left = (int(torch.randint(2 * side - part + 1, ())) for side, part in zip(self.size, inner, strict=True))
         tiles = [self._tile(sample) for sample in samples]
-        mosaic: dict[str, Any] = {}
+        mosaic: Sample = {}
         for name in tiles[0]:
             parts = [tile[name] for tile in tiles]
             if name in ("boxes", "masks"):
@@ -142,7 +147,7 @@ class Mosaic:
                 mosaic[name] = torch.cat(parts)
         return mosaic
 
-    def _tile(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def _tile(self, sample: Sample) -> Sample:
         """The largest part of an image, without padding, that has the aspect of the mosaic, at a random place;
         resized to a tile.
         """
@@ -169,7 +174,7 @@ def mosaic(
     resize: Sequence[int] | None,
     /,
     *,
-    p: Probability = 1.0,
+    p: Fraction = 1.0,
     size: Size | None = None,
     scale: Annotated[
         list[Annotated[float, Field(ge=0.5)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)
@@ -186,3 +191,39 @@ def mosaic(
     if not size and not resize:
         raise ValueError("mosaic needs a size: set its size=[H,W], or data.resize")
     return Mosaic(size or resize or (), p, scale)
+
+
+class Augmenter:
+    """Augments samples, each with the seed of its position in the training stream.
+
+    Args:
+        transforms: the augmentations; a `Mosaic` is the first.
+        order: gives the seeds, and the partners of a mosaic.
+        read: gives a sample by its id.
+        has_objects: whether boxes must be put in order at the end.
+    """
+
+    def __init__(
+        self, transforms: Sequence[Transform], order: Order, read: Callable[[int], Sample], has_objects: bool
+    ) -> None:
+        self.order, self.read = order, read
+        self.mosaic = transforms[0] if isinstance(transforms[0], Mosaic) else None  # the one that sees several samples
+        self.transform = v2.Compose(
+            [*transforms[1 if self.mosaic else 0 :], *(TIDY if has_objects else [nn.Identity()])]
+        )
+
+    def __call__(self, positions: Sequence[int], samples: Sequence[Sample]) -> list[Sample]:
+        """The samples at these positions, augmented; torch's generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            return [self._augment(*each) for each in zip(positions, samples, strict=True)]
+
+    def _augment(self, position: int, sample: Sample) -> Sample:
+        torch.default_generator.manual_seed(self.order.augment_seed(position))
+        if self.mosaic and torch.rand(()) < self.mosaic.p:
+            # From nearby, where row groups are held in memory.
+            first = max(0, position - NEARBY // 2)
+            near = (first + torch.randint(NEARBY, (self.mosaic.NUM_PARTNERS,))).tolist()
+            sample = self.mosaic([sample, *(self.read(self.order.sample(each)[1]) for each in near)])
+        sample.pop("content", None)  # it would not move with the image
+        augmented: Sample = self.transform(sample)
+        return augmented

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
 
 from trainer.data.card import Card
-from trainer.data.objects import ROLES
+from trainer.data.loader import Batches, to_device
+from trainer.data.objects import ROLES, Letterbox
 from trainer.data.order import Order, Shard, Slices
 from trainer.data.prepare import data_dir
-from trainer.data.sizes import check_one_size, images_together
-from trainer.data.stream import Batches, Samples
+from trainer.data.reader import Reader
+from trainer.data.sizes import check_one_size, samples_together
+from trainer.data.stream import TrainingSamples, ValidationSamples
 from trainer.distributed.accelerator import num_workers
 from trainer.errors import UserError
 from trainer.recipe.recipe import Recipe, build
 
 
 class Data:
-    """A prepared data set as one process reads it.
+    """A prepared data set as one process reads it, with what the model sees on its device.
 
     Args:
         recipe: names the set, which lies prepared in `$TRAINER_DATA`.
-        rank, world_size: of this process.
+        rank, world_size, device: of this process.
 
     Attributes:
         info: classes and ignored label.
         order: of the training samples.
+        train: the training samples, by position in the order.
         validation: the validation samples, by id.
         validation_batches: this process's share of them.
         validation_rounds: batches of the process that has most.
@@ -37,12 +43,11 @@ class Data:
         UserError: the set isn't there, or its images can't be joined into batches.
     """
 
-    def __init__(self, recipe: Recipe, rank: int, world_size: int, device: Any = "cpu") -> None:
-        self.device = device
+    def __init__(self, recipe: Recipe, rank: int, world_size: int, device: torch.device) -> None:
         settings = recipe.data
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.device = rank, world_size, device
         self.batch_size, self.accumulate = settings.batch_size, recipe.train.accumulate
-        self.folder = folder = data_dir() / recipe.build("data").name
+        self.folder = folder = data_dir() / recipe.source.name
         card = Card.load(folder)
         self.identity = card.identity
         if settings.overfit:
@@ -54,33 +59,26 @@ class Data:
         has_objects = bool({*card.columns.values()} & {*ROLES})
         context = {"ignore_index": card.ignore_index, "resize": settings.resize, "has_objects": has_objects}
         augmentations = [build(component, chosen, **context) for component, chosen in recipe.augmentations]
-        read = partial(
-            Samples,
-            folder,
-            card,
-            resize=settings.resize,
-            cache=settings.cache == "auto",
-            window=settings.window,
-            resize_mode=settings.resize_mode,
-        )
-        self.train = read("train", self.order, transforms=augmentations, max_unreadable=settings.max_unreadable)
-        self.validation = read("validation", None, transforms=[])
-        batch_size = images_together(recipe, world_size)["validation"]
+        resize: v2.Resize | Letterbox | None = None
+        if settings.resize:
+            letterbox = settings.resize_mode == "letterbox"
+            resize = Letterbox(settings.resize) if letterbox else v2.Resize(settings.resize, antialias=True)
+        read = partial(Reader, folder, card, resize=resize, cache=settings.cache == "auto", window=settings.window)
+        self.train = TrainingSamples(read("train", max_unreadable=settings.max_unreadable), self.order, augmentations)
+        self.validation = ValidationSamples(read("validation"))
+        batch_size = samples_together(recipe, world_size)["validation"]
         shards = [Shard(len(self.validation), batch_size, each, world_size) for each in range(world_size)]
-        self.validation_batches = Batches(self.validation, shards[rank], self.workers)
+        self.validation_batches = Batches(self.validation, shards[rank], self.workers, device)
         self.validation_rounds = max(len(shard) for shard in shards)
 
-    def validation_batch(self, ids: list[int]) -> dict[str, Any]:
-        return self._to_device(self.validation.__getitems__(ids))
-
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        stay = ("sample_id", "epoch", "unreadable", "height", "width")
-        return {k: v.to(self.device, non_blocking=True) if k not in stay else v for k, v in batch.items()}
-
-    def train_batches(self, first_step: int) -> Iterator[dict[str, Any]]:
+    def train_batches(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """This process's micro-batches from a step on, without end."""
         slices = Slices(self.batch_size, self.accumulate, self.rank, self.world_size, first_step)
-        return map(self._to_device, Batches(self.train, slices, self.workers))
+        return iter(Batches(self.train, slices, self.workers, self.device))
+
+    def validation_batch(self, sample_ids: Sequence[int]) -> dict[str, Tensor]:
+        """These validation samples as one batch."""
+        return to_device(self.validation.batch(sample_ids), self.device)
 
     def check_unchanged(self, identity: str | None) -> None:
         """Compares the set with the one that a run began with; None is unknown, as in checkpoints of older versions.

@@ -68,7 +68,7 @@ class Card:
         columns: role of each column that the source describes; `height` and `width` come on top.
         splits: `train` and `validation`, and perhaps `test`, which no training reads.
         archives: SHA-256 of each archive the rows were read from.
-        notes: sentences for people, e.g. how the set was split.
+        notes: lines for people, e.g. how the set was split.
         statistics: what was measured when it was prepared: `class_pixels` (list of int, the pixels of each class in the
             training split; ignored ones left out) where there is a column `mask`, `class_objects` (list of int, the
             objects of each class in the training split; crowds left out) where there is a column `objects`, and what
@@ -161,10 +161,10 @@ class Card:
         except OSError as error:
             raise UserError(f"{folder / CARD} can't be read: {error.strerror}") from error
         try:
-            found = json.loads(text).get("format")
-            if found != FORMAT:
+            version = json.loads(text).get("format")
+            if version != FORMAT:
                 raise UserError(
-                    f"{folder / CARD} has format {found}, this version reads format {FORMAT}; {makes} again"
+                    f"{folder / CARD} has format {version}, this version reads format {FORMAT}; {makes} again"
                 )
             card = _reader.validate_json(text)
             if not card._is_sound():

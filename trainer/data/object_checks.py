@@ -10,7 +10,6 @@ import numpy as np
 from trainer.data.source import DataInfo, Instance, Row, Source
 from trainer.errors import UserError
 
-OBJECTS = "objects"  # the column of boxes or instances
 ROUNDING = 1.0  # pixels by which a box may stick out of its image
 
 
@@ -40,46 +39,46 @@ def run_lengths(counts: bytes) -> list[int]:
     return runs
 
 
-def _checked_object(found: Instance, info: DataInfo, size: tuple[int, int], has_mask: bool) -> Instance:
+def _checked_object(given: Instance, info: DataInfo, size: tuple[int, int], has_mask: bool) -> Instance:
     """An object of an image with this width and height; what sticks out of it by rounding is cut off its box.
 
     Raises:
-        ValueError: the object can't be so.
+        ValueError: the object is invalid.
     """
     width, height = size
-    left, top, right, bottom = found.box
-    box = f"its box ({', '.join(f'{side:g}' for side in found.box)})"
-    if not 0 <= found.label < info.num_classes:
-        raise ValueError(f"its label {found.label} is no class; classes are 0 to {info.num_classes - 1}")
-    if not np.isfinite(found.box).all():
+    left, top, right, bottom = given.box
+    box = f"its box ({', '.join(f'{side:g}' for side in given.box)})"
+    if not 0 <= given.label < info.num_classes:
+        raise ValueError(f"its label {given.label} is no class; classes are 0 to {info.num_classes - 1}")
+    if not np.isfinite(given.box).all():
         raise ValueError(f"{box} isn't finite")
     if left >= right or top >= bottom:
         raise ValueError(f"{box} has no area")
     inside = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
-    if inside[0] >= inside[2] or inside[1] >= inside[3] or np.abs(np.subtract(inside, found.box)).max() > ROUNDING:
+    if inside[0] >= inside[2] or inside[1] >= inside[3] or np.abs(np.subtract(inside, given.box)).max() > ROUNDING:
         raise ValueError(f"{box} is not within the image, {width} x {height}")
     if has_mask:
-        runs = run_lengths(found.mask)
+        runs = run_lengths(given.mask)
         if min(runs) < 0 or sum(runs) != width * height:
             raise ValueError(f"its mask is not one of {width} x {height} pixels")
         if not sum(runs[1::2]):
             raise ValueError("its mask has no pixels")
-    return found._replace(box=inside)
+    return given._replace(box=inside)
 
 
 def checked_objects(
-    source: Source, objects: Sequence[Instance], size: tuple[int, int], place: str
+    source: Source, objects: Sequence[Instance], size: tuple[int, int], place: str, has_masks: bool
 ) -> tuple[list[Row], list[str]]:
-    """The objects of an image as they are written, and what is wrong with those that are left out.
+    """The objects of an image of this width and height as they are written, and what is wrong with those left out.
 
     Raises:
-        UserError: an object can't be so, and the source refuses those.
+        UserError: an object is invalid, and the source refuses those.
     """
     checked: list[Row] = []
     dropped: list[str] = []
-    for number, found in enumerate(objects, start=1):
+    for number, each in enumerate(objects, start=1):
         try:
-            checked.append(_checked_object(found, source.info, size, source.columns[OBJECTS] == "instances")._asdict())
+            checked.append(_checked_object(each, source.info, size, has_masks)._asdict())
         except ValueError as error:
             if source.invalid == "refuse":
                 raise UserError(f"{place}, object {number}: {error}; {source.remedy}") from error

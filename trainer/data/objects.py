@@ -1,6 +1,4 @@
-"""Boxes and masks of the objects in images: kept in memory as Parquet holds them, decoded sample by sample,
-joined into batches.
-"""
+"""Boxes and masks of the objects in images: kept in memory as Parquet holds them, decoded sample by sample."""
 
 from __future__ import annotations
 
@@ -18,7 +16,6 @@ from torchvision.transforms import v2
 from trainer.detection.rle import decode_masks
 
 ROLES = ("boxes", "instances")  # of columns that hold objects
-OF_OBJECTS = ("boxes", "labels", "crowd", "masks")  # what a sample says of each of its objects
 
 
 def _fit_boxes(sample: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,7 +89,7 @@ class Objects:
         return (boxes[:, 2:] - boxes[:, :2]).double().numpy()
 
 
-class Letterbox(v2.Transform):
+class Letterbox(v2.Transform):  # type: ignore[misc]  # torchvision has no types
     """Enlarges or shrinks an image until it just fits into `size`, keeping its aspect, and pads what is left on both
     sides with grey.
 
@@ -124,41 +121,3 @@ class Letterbox(v2.Transform):
         resized = v2.functional.resize(inpt, [bottom - top, right - left], antialias=True)
         padding = [left, top, self.size[1] - right, self.size[0] - bottom]
         return v2.functional.pad(resized, padding, fill=self.GREY if isinstance(inpt, tv_tensors.Image) else 0)
-
-
-def join(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of samples with objects.
-
-    Images and masks are padded with zeros, at the right and at the bottom, to the largest of the batch; `height` and
-    `width`, int64 (B,), are those of each. The objects stand one after the other; `image_index`, int64 (M,), says which
-    image each is in. `content`, float32 (B, 4), says what of each image isn't the padding of a letterbox; augmented
-    samples have none.
-    """
-    sizes = torch.tensor([sample["image"].shape[-2:] for sample in samples])
-    height, width = sizes.amax(0).tolist()
-    index = torch.repeat_interleave(torch.tensor([len(sample["boxes"]) for sample in samples]))
-    batch = {
-        "height": sizes[:, 0],
-        "width": sizes[:, 1],
-        "image_index": index,
-        "image": torch.stack([_padded(sample["image"], height, width) for sample in samples]),
-    }
-    if "content" in samples[0]:
-        batch["content"] = torch.stack([sample["content"] for sample in samples])
-    for name in OF_OBJECTS:
-        if name in samples[0]:
-            parts = [
-                _padded(sample[name], height, width) if name == "masks" else sample[name].as_subclass(Tensor)
-                for sample in samples
-            ]
-            batch[name] = torch.cat(parts)
-    return batch
-
-
-def _padded(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Pixels (…, H, W) of one image with zeros up to a height and width."""
-    if tuple(pixels.shape[-2:]) == (height, width):
-        return pixels.as_subclass(Tensor)
-    padded = pixels.new_zeros(*pixels.shape[:-2], height, width).as_subclass(Tensor)
-    padded[..., : pixels.shape[-2], : pixels.shape[-1]] = pixels
-    return padded

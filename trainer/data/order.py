@@ -31,19 +31,35 @@ class _Epoch(NamedTuple):
     groups: tuple[Integers, ...]  # row groups of each window
 
 
-class Order:
+class Layout:
+    """Where samples lie: sample ids count the rows of the Parquet files.
+
+    Args:
+        row_groups: rows in each row group, in file order.
+    """
+
+    def __init__(self, row_groups: Sequence[int]) -> None:
+        self.row_groups = np.asarray(row_groups, dtype=np.int64)
+        self.first_ids = np.concatenate([[0], np.cumsum(self.row_groups)])
+        self.size = int(self.first_ids[-1])
+
+    def group(self, sample_id: int) -> tuple[int, int]:
+        """Row group of a sample, and its row in there."""
+        group = int(np.searchsorted(self.first_ids, sample_id, side="right")) - 1
+        return group, int(sample_id - self.first_ids[group])
+
+
+class Order(Layout):
     """Maps positions to samples.
 
     Args:
-        row_groups: rows in each Parquet row group, in file order; sample ids count rows in that order.
+        row_groups: rows in each Parquet row group, in file order.
         seed: the recipe's seed.
         window: row groups that are shuffled together: larger mixes better and reads more at once.
     """
 
     def __init__(self, row_groups: Sequence[int], seed: int, window: int) -> None:
-        self.row_groups = np.asarray(row_groups, dtype=np.int64)
-        self.first_ids = np.concatenate([[0], np.cumsum(self.row_groups)])
-        self.size = int(self.first_ids[-1])
+        super().__init__(row_groups)
         self.seed = seed
         self.window = window
         self._remember()
@@ -77,11 +93,6 @@ class Order:
         starts = self._epoch(epoch).starts
         window = int(np.searchsorted(starts, index, side="right")) - 1
         return epoch, int(self._window(epoch, window)[index - starts[window]])
-
-    def group(self, sample_id: int) -> tuple[int, int]:
-        """Row group of a sample, and its row in there."""
-        group = int(np.searchsorted(self.first_ids, sample_id, side="right")) - 1
-        return group, int(sample_id - self.first_ids[group])
 
     def augment_seed(self, position: int) -> int:
         """Seed of the augmentation at `position`."""

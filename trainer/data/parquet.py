@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.card import Card, Shard, Split, sha256
-from trainer.data.source import Role, Row
+from trainer.data.source import Row
 from trainer.errors import UserError
 
 # An epoch shuffles row groups, so a set needs several, and a row group is what a reader holds in memory.
@@ -23,23 +23,6 @@ GROUP_BYTES = 2**20
 MIN_GROUPS = 8
 
 FILE_BYTES = 256 * 2**20
-
-
-def arrow_schema(columns: Mapping[str, Role]) -> Any:
-    """Arrow schema with the `datasets` features of each column."""
-    from datasets import Features, List, Value
-    from datasets import Image as ImageFeature
-
-    of_object = {
-        "box": List(Value("float64"), length=4),
-        "label": Value("int64"),
-        "mask": Value("binary"),
-        "crowd": Value("bool"),
-    }
-    features = {"image": ImageFeature(mode="RGB"), "mask": ImageFeature(mode="L"), "label": Value("int64")}
-    features |= dict.fromkeys(("boxes", "instances"), List(of_object))
-    sizes = {"height": Value("int64"), "width": Value("int64")} if {"image", "mask"} & set(columns.values()) else {}
-    return Features({column: features[role] for column, role in columns.items()} | sizes).arrow_schema
 
 
 class SplitWriter:
@@ -152,7 +135,7 @@ class RowGroups:
             if self._stream is None:
                 import datasets
 
-                datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
+                datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, below
                 stream = datasets.load_dataset(
                     "parquet", data_files={"split": [str(file) for file in self.files]}, split="split", streaming=True
                 )
@@ -172,6 +155,10 @@ class RowGroups:
     def integers(self, name: str) -> npt.NDArray[np.int64]:
         """A column of integers, read whole."""
         return np.array(self.column(name).to_pylist(), dtype=np.int64)
+
+    def arrays(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """A column of arrays, read whole: float32 (N, …)."""
+        return np.concatenate([chunk.flatten().to_numpy() for chunk in self.column(name).chunks]).reshape(-1, *shape)
 
     def sizes(self) -> npt.NDArray[np.int64]:
         """Height and width of every image as it was prepared, (N, 2)."""

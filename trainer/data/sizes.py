@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from trainer.data.card import Card
 from trainer.data.objects import ROLES
 from trainer.data.parquet import RowGroups
 from trainer.data.prepare import data_dir
+from trainer.data.roles import has_pixels
 from trainer.errors import UserError
 from trainer.recipe.recipe import Recipe, build
 
@@ -43,23 +44,24 @@ def sizes_fed(recipe: Recipe) -> dict[str, Sizes]:
         return {}
     before = {"train": resized, "validation": resized}
     if resized is None:
-        folder = data_dir() / recipe.build("data").name
+        folder = data_dir() / recipe.source.name
         with suppress(UserError):  # not prepared, or damaged, which is reported where it is read
             card = Card.load(folder)
             card = card.of_first(settings.overfit) if settings.overfit else card
-            before = {split: _native(folder, card, split) for split in before}
+            if has_pixels(card.columns):
+                before = {split: _native(folder, card, split) for split in before}
     fed = {"train": _augmented(before["train"], transforms), "validation": before["validation"]}
     return {split: sizes for split, sizes in fed.items() if sizes is not None}
 
 
-def images_together(recipe: Recipe, processes: int) -> dict[str, int]:
-    """How many images of each split a process feeds to the model at a time."""
+def samples_together(recipe: Recipe, processes: int) -> dict[str, int]:
+    """How many samples of each split a process feeds to the model at a time."""
     train = recipe.data.batch_size // (recipe.train.accumulate * processes)
     validation = (recipe.evaluate.batch_size or recipe.data.batch_size) // processes
     return {"train": max(1, train), "validation": max(1, validation)}
 
 
-def check_one_size(recipe: Recipe, columns: dict[str, Any], processes: int) -> None:
+def check_one_size(recipe: Recipe, columns: Mapping[str, Any], processes: int) -> None:
     """Makes sure that images that reach the model together have one size, unless they are padded and the task takes
     each at its own size.
 
@@ -74,7 +76,7 @@ def check_one_size(recipe: Recipe, columns: dict[str, Any], processes: int) -> N
     has_objects = bool({*columns.values()} & {*ROLES})  # those of sets of objects are padded to one size
     if has_objects and not getattr(recipe.components["task"].factory, "fixed_shapes", True):
         return
-    together = images_together(recipe, processes)
+    together = samples_together(recipe, processes)
     differing = {split: sizes for split, sizes in sizes_fed(recipe).items() if len(sizes) > 1 and together[split] > 1}
     if not differing:
         return
@@ -86,7 +88,7 @@ def check_one_size(recipe: Recipe, columns: dict[str, Any], processes: int) -> N
             ", with data.resize_mode=letterbox to keep their aspect" if has_objects else ""
         )
         advice += "" if "train" in differing else ", or evaluate.batch_size=1"
-    which = f"{recipe.build('data').name} ({' and '.join(differing)})"
+    which = f"{recipe.source.name} ({' and '.join(differing)})"
     raise UserError(
         f"images of {which} differ in size ({first}, {second}, …), so they can't be joined into batches: {advice}"
     )

@@ -6,15 +6,18 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-Role = Literal["image", "mask", "label", "boxes", "instances"]
-"""What a column holds: an encoded RGB image, an encoded one-channel index image, an integer, a list of `Instance`,
-or one of those with masks.
+from pydantic import Field
+
+Role = Annotated[str, Field(pattern=r"^(image|mask|label|boxes|instances|array\[\d+(,\d+)*\])$")]
+"""What a column holds: an encoded RGB image, an encoded one-channel index image, an integer, a list of `Instance`, one
+of those with masks, or numbers in a fixed shape, e.g. `array[4]` or `array[3,8]`.
 """
+
 Row = dict[str, Any]
-"""One sample: encoded bytes for images and masks, an int for labels, a list for boxes and instances;
-keys are column names.
+"""One sample: encoded bytes for images and masks, an int for labels, a list for boxes and instances, numbers in their
+shape for arrays; keys are column names.
 """
 
 
@@ -26,7 +29,7 @@ class Instance(NamedTuple):
         label: class index.
         mask: its pixels as the counts of COCO's compressed run-length encoding, at the size of the image; b"" where
             none are known.
-        crowd: whether it is a group that can't be told apart: such objects aren't learnt, and predictions within them
+        crowd: whether it is a group that can't be told apart: such objects aren't trained on, and predictions in them
             count neither way.
     """
 
@@ -88,9 +91,10 @@ class Source:
         version: of the files it is read from where these are no archives; a set that was prepared from another one is
             made again.
         remedy: what to do about a row that can't be used.
-        invalid: what becomes of an object that can't be so: the set is refused, or the object left out, which the
-            card's notes say.
+        invalid: what becomes of an invalid object: the set is refused, or the object left out, which the card's notes
+            say.
         splits: `train` and `validation`, and perhaps `test`, which no training reads.
+        notes: lines for people, e.g. how the set is split; its card keeps them, and `trainer prepare` prints them.
         ignore_option: what tells the set to ignore a label, which replaces `{}`, e.g. `--ignore {}`; "" where nothing
             does.
     """
@@ -106,6 +110,7 @@ class Source:
     remedy: str = "replace the archive it comes from"
     invalid: Literal["refuse", "drop"] = "refuse"
     splits: tuple[str, ...] = ("train", "validation")
+    notes: tuple[str, ...] = ()
     ignore_option: str = ""
 
 

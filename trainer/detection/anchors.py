@@ -1,7 +1,7 @@
-"""Anchors of a data set: whether given ones fit its boxes, and ones that fit better.
+"""Anchors for a data set: how well given ones fit its boxes, and ones that fit better.
 
-An anchor fits a box if neither its width nor its height is more than `max_ratio` times the box's, or less than that
-part of it: the rule by which the loss assigns boxes to anchors. What no anchor fits is never learnt.
+An anchor fits a box if their widths and their heights differ by less than the factor `max_ratio`: the rule by which
+the loss assigns boxes to anchors. A box that no anchor fits is not trained on.
 Sizes are (width, height) in pixels of the network's input, thus after resizing.
 """
 
@@ -16,9 +16,9 @@ Sizes = npt.NDArray[np.floating]
 
 
 def side_ratios(sizes: Sizes, anchors: Sizes) -> npt.NDArray[np.float64]:
-    """By how much each box differs from the anchor most like it: float64 (M,), at least 1.
+    """The factor by which each box differs from the most similar anchor: float64 (M,), at least 1.
 
-    Of a box and an anchor that is the larger of the two sides' ratios, taken so that it isn't below 1.
+    For a box and an anchor this is the larger ratio of their sides, the longer side over the shorter one.
 
     Args:
         sizes: (M, 2), of boxes.
@@ -36,14 +36,14 @@ def best_possible_recall(sizes: Sizes, anchors: Sizes, max_ratio: float = 4.0) -
 def estimate_anchors(sizes: Sizes, count: int = 9, seed: int = 0) -> npt.NDArray[np.float64]:
     """Anchors for boxes of these sizes, the smallest area first: float64 (count, 2).
 
-    They are the centres of k-means over (log width, log height), so geometric means: there distances are ratios of
-    sides, and ratios are what decides whether an anchor fits. (Redmon & Farhadi, "YOLO9000", 2017, cluster by IoU.)
-    The best of ten seeded starts is taken. For a model of three levels with three anchors each:
+    They are the centres of k-means over (log width, log height), so geometric means: distances there are ratios of
+    sides, and ratios decide whether an anchor fits. (Redmon & Farhadi, "YOLO9000", 2017, cluster by IoU.) The best of
+    ten seeded starts is taken. For a model of three levels with three anchors each:
     `estimate_anchors(sizes).round().reshape(3, 3, 2).tolist()`.
 
     Args:
         sizes: (M, 2), above 0.
-        count: how many anchors.
+        count: number of anchors.
         seed: of the random starts.
 
     Raises:

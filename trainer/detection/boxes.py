@@ -1,7 +1,7 @@
-"""What an anchor-based detector puts out, the boxes that it means by it, and which of these are kept.
+"""The output of an anchor-based detector, the boxes that it decodes to, and the selection of detections.
 
-It stands between model, loss and task, since all three must mean the same: the model puts out `Level`s, the loss
-compares the boxes they decode to with `Targets`, and evaluation turns them into `Detections`.
+Model, loss and task share these definitions: the model outputs `Level`s, the loss compares the boxes that they decode
+to with `Targets`, and evaluation turns them into `Detections`.
 Boxes are (left, top, right, bottom) in pixels of the network's input.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_convert
 
-MAX_CANDIDATES = 5_000  # boxes of an image that enter the suppression, whose cost is quadratic
+MAX_CANDIDATES = 5_000  # boxes of an image that enter the non-maximum suppression, whose cost is quadratic
 
 
 class Level(NamedTuple):
@@ -22,7 +22,7 @@ class Level(NamedTuple):
 
     Attributes:
         logits: (B, A, H, W, 5 + C): x, y, width, height, objectness, then the classes.
-        anchors: (A, 2), width and height in pixels that the boxes' sizes are relative to.
+        anchors: (A, 2), width and height in pixels; sizes of boxes are relative to them.
         stride: pixels along the side of a cell.
     """
 
@@ -37,7 +37,7 @@ class Targets(NamedTuple):
     Attributes:
         boxes: float (M, 4).
         labels: int64 (M,), class indices.
-        image_index: int64 (M,), which image of the batch each is in.
+        image_index: int64 (M,), the index of its image in the batch.
     """
 
     boxes: Tensor
@@ -46,13 +46,13 @@ class Targets(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """What was found in one image, the best first.
+    """The objects detected in one image, the best first.
 
     Attributes:
         boxes: float (D, 4); they may reach beyond the image.
         scores: float (D,) in [0, 1].
         labels: int64 (D,), class indices.
-        masks: bool (D, H, W) at the size of the image, or None where only boxes are looked for.
+        masks: bool (D, H, W) at the size of the image, or None if only boxes are detected.
     """
 
     boxes: Tensor
@@ -61,28 +61,28 @@ class Detections(NamedTuple):
     masks: Tensor | None = None
 
 
-def clip(found: Detections, content: Tensor) -> Detections:
-    """Cuts boxes and masks off where the image ends.
+def clip(detections: Detections, content: Tensor) -> Detections:
+    """Clips boxes and masks at the borders of the image.
 
     Args:
-        found: in one image.
-        content: float (4,), left, top, right and bottom of the image, which padding may surround.
+        detections: in one image.
+        content: float (4,), left, top, right and bottom of the image, which may be surrounded by padding.
     """
     low, high = content.view(2, 2).repeat(1, 2)
-    masks = found.masks
+    masks = detections.masks
     if masks is not None:
         left, top, right, bottom = content.int().tolist()
         inside = torch.zeros_like(masks)
         inside[:, top:bottom, left:right] = masks[:, top:bottom, left:right]
         masks = inside
-    return found._replace(boxes=found.boxes.clamp(low, high), masks=masks)
+    return detections._replace(boxes=detections.boxes.clamp(low, high), masks=masks)
 
 
 def decode(logits: Tensor, cells: Tensor, anchors: Tensor, stride: int) -> Tensor:
-    """The boxes that logits stand for, as (centre x, centre y, width, height) in pixels.
+    """Decodes logits to boxes, as (centre x, centre y, width, height) in pixels.
 
     xy = (2 · sigmoid - 0.5 + cell) · stride, wh = (2 · sigmoid)² · anchor: a centre can lie up to half a cell outside
-    its own, and a side is at most four times its anchor's. Leading dimensions are broadcast.
+    its own cell, and a side is at most four times its anchor's. Leading dimensions are broadcast.
 
     Args:
         logits: (..., 4 or more): x, y, width, height, then others.
@@ -101,7 +101,7 @@ def decode(logits: Tensor, cells: Tensor, anchors: Tensor, stride: int) -> Tenso
 def decode_levels(levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
     """All boxes (B, N, 4) and their scores (B, N, C): objectness times the probability of the class.
 
-    With a single class the score is the objectness, as there is nothing that the class could add.
+    With a single class the score is the objectness alone.
     """
     boxes, scores = [], []
     for logits, anchors, stride in levels:
@@ -120,24 +120,24 @@ def decode_levels(levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
 def postprocess(
     levels: Sequence[Level], conf_threshold: float, iou_threshold: float, max_detections: int
 ) -> list[Detections]:
-    """What a detector has found, image by image.
+    """The detections in each image.
 
-    A box counts once for each class that it scores above `conf_threshold` in. Of boxes of one class that overlap, the
+    A box is a candidate for each class whose score is above `conf_threshold`. Of boxes of one class that overlap, the
     best is kept (non-maximum suppression).
 
     Args:
         levels: a detector's output.
         conf_threshold: scores up to this one are dropped.
         iou_threshold: a box whose IoU with a better one of its class is above this is dropped.
-        max_detections: at most so many are kept of an image.
+        max_detections: at most this many are kept for an image.
     """
-    found = []
-    # One by one: an image's result must not depend on its neighbours'.
+    detections = []
+    # One by one: the result for an image must not depend on its neighbours.
     for boxes, scores in zip(*decode_levels(levels), strict=True):
         index, labels = (scores > conf_threshold).nonzero(as_tuple=True)
         values, order = scores[index, labels].sort(descending=True, stable=True)
         values, order = values[:MAX_CANDIDATES], order[:MAX_CANDIDATES]
         boxes, labels = boxes[index[order]], labels[order]
         kept = batched_nms(boxes, values, labels, iou_threshold)[:max_detections]
-        found.append(Detections(boxes[kept], values[kept], labels[kept]))
-    return found
+        detections.append(Detections(boxes[kept], values[kept], labels[kept]))
+    return detections

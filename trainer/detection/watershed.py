@@ -1,8 +1,8 @@
-"""Deep watershed: instances as basins of a map that says how far each pixel is from its instance's boundary.
+"""Deep watershed: instances as basins of a map of each pixel's distance to its instance's boundary.
 
 After Bai & Urtasun, "Deep Watershed Transform for Instance Segmentation", 2017, without their network of directions:
-one network puts out the class of each pixel and the distance. Where two instances touch, the distance drops to nearly
-0; a watershed from the places that lie deep inside thus tells them apart.
+one network outputs the class of each pixel and the distance. Where two instances touch, the distance drops to nearly 0,
+so a watershed from the places deep inside separates them.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torchvision.ops import masks_to_boxes
 from trainer.detection.boxes import Detections
 from trainer.errors import UserError
 
-IGNORE = 255  # the class of pixels that count nowhere: padding and crowds
-# With these the true maps of Penn-Fudan give back the true instances with a mask AP50 of 0.97, at 256 x 256 pixels and
-# at full size.
+IGNORE = 255  # the class of ignored pixels: padding and crowds
+# With these values, the true maps of Penn-Fudan reproduce the true instances with a mask AP50 of 0.97, at 256 x 256
+# pixels and at full size.
 LIMIT = 8
-"""Pixels from the boundary from which on a pixel counts as deep inside."""
+"""Distance in pixels to the boundary at which the depth reaches its maximum."""
 THRESHOLD = 0.3
-"""Depth above which a pixel marks an instance."""
+"""Pixels deeper than this mark an instance."""
 MIN_PIXELS = 64
-"""Of an instance, and of a marker."""
+"""The smallest instance, and the smallest marker."""
 
 
 class WatershedOutput(NamedTuple):
-    """What the network puts out.
+    """The output of the network.
 
     Attributes:
         semantic: logits (B, C + 1, H, W), the background first.
-        distance: (B, H, W), about 0 to 1: an estimate of `boundary_distance`, which may lie beyond.
+        distance: (B, H, W), an estimate of `boundary_distance`, which may lie outside 0 to 1.
     """
 
     semantic: Tensor
@@ -42,10 +42,10 @@ class WatershedOutput(NamedTuple):
 
 
 class WatershedTargets(NamedTuple):
-    """What it learns.
+    """The ground truth for it.
 
     Attributes:
-        semantic: int64 (B, H, W): 0 for background, 1 + class index in an instance, `IGNORE` where nothing counts.
+        semantic: int64 (B, H, W): 0 for background, 1 + class index in an instance, `IGNORE` at ignored pixels.
         distance: float (B, H, W) in [0, 1], 0 in the background: see `boundary_distance`.
     """
 
@@ -54,10 +54,10 @@ class WatershedTargets(NamedTuple):
 
 
 def boundary_distance(masks: Tensor, limit: int = LIMIT) -> Tensor:
-    """How deep inside its instance each pixel lies: 0 outside, 1 / limit at the boundary, 1 from `limit` pixels on.
+    """The depth of each pixel inside its instance: 0 outside, 1 / limit at the boundary, 1 from `limit` pixels on.
 
-    A pixel's depth is how many erosions by a square of 3 x 3 pixels it takes to remove it (chessboard distance to the
-    nearest pixel outside). The edge of the image is no boundary: an instance may go on there.
+    A pixel's depth is the number of erosions by a square of 3 x 3 pixels that removes it (chessboard distance to the
+    nearest pixel outside). The border of the image is no boundary: an instance may continue beyond it.
 
     Args:
         masks: bool or uint8 (M, H, W).
@@ -77,14 +77,14 @@ def boundary_distance(masks: Tensor, limit: int = LIMIT) -> Tensor:
 def watershed_targets(
     masks: Tensor, labels: Tensor, crowd: Tensor, image_index: Tensor, height: Tensor, width: Tensor, limit: int = LIMIT
 ) -> WatershedTargets:
-    """The targets of a batch of B padded images with M instances in all. Where instances overlap, the last one is on
+    """The targets of a batch of B padded images with M instances in all. If instances overlap, the last one is on
     top.
 
     Args:
         masks: uint8 (M, H, W), at the padded size.
         labels: int64 (M,), class indices without background.
-        crowd: bool (M,): instances whose pixels count nowhere.
-        image_index: int64 (M,), which image each is in.
+        crowd: bool (M,), instances whose pixels are ignored.
+        image_index: int64 (M,), the index of its image.
         height: int64 (B,), of the images without padding.
         width: int64 (B,), likewise.
         limit: see `boundary_distance`.
@@ -108,21 +108,20 @@ def instances(
 ) -> Detections:
     """The instances of one image, by a watershed from markers (Meyer, 1991).
 
-    The foreground is where some class is more likely than the background. Each connected part of it that is deeper than
+    In the foreground some class is more likely than the background. Each connected part of it that is deeper than
     `threshold` is a marker, unless it is small: an arm or a leg is deep in places, but no instance of its own. Markers
-    grow to the watersheds of the distance. A part of the foreground without a marker, a small or a thin one, is one
-    instance. An instance has the class of most of its pixels, and its score is the mean probability that these are
-    foreground.
+    grow to the watersheds of the distance. A part of the foreground without a marker, small or thin, is one instance.
+    An instance has the class of most of its pixels, and its score is the mean probability that these are foreground.
 
     Args:
         probabilities: float (C + 1, H, W), of background and the C classes.
         distance: float (H, W), about 0 to 1: see `boundary_distance`.
-        threshold: between 0 and 1; a lower one joins instances that touch, a higher one breaks those that have narrow
+        threshold: between 0 and 1; a lower one joins touching instances, a higher one splits instances with narrow
             places.
         min_pixels: smaller parts of an instance are no markers, and smaller instances are dropped.
 
     Returns:
-        On the CPU, with masks; boxes end after the last pixel.
+        The instances on the CPU, with masks; boxes end after the last pixel.
 
     Raises:
         UserError: scikit-image isn't installed.

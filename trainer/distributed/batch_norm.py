@@ -72,6 +72,7 @@ class GlobalBatchNorm(_BatchNorm):
         """Normalises (B, C, …) over everything but C."""
         if not self.training or world_size() == 1:
             return super().forward(input)
+        output: Tensor
         output, mean, variance, elements = _Normalize.apply(input, self.weight, self.bias, self.eps)
         if (
             self.track_running_stats

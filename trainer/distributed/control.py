@@ -86,7 +86,7 @@ class Control:
         padded = [*values, *[-1] * (int(longest) - len(values))]
         return sorted({value for each in self.gather(padded) for value in each} - {-1})
 
-    def _reduce(self, tensor: Tensor, operation: Any) -> Any:
+    def _reduce(self, tensor: Tensor, operation: Any) -> list[Any]:
         if world_size() > 1:
             dist.all_reduce(tensor, operation, group=self._group)
         return tensor.tolist()

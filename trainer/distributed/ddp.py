@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 def wrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """The model as training calls it: under autocast, and in DDP where there are several processes."""
     if world_size() == 1:
-        return accelerator.prepare_model(model, evaluation_mode=True)
-    wrapped = accelerator.prepare_model(model)
+        alone: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
+        return alone
+    wrapped: nn.Module = accelerator.prepare_model(model)
     # Trainable batch norms use the statistics of all processes and frozen ones don't change: buffers are equal anyway.
     # The constructor's argument of this name is deprecated in torch 2.15; older versions and Accelerate don't know its
     # successor.
-    wrapped.broadcast_buffers = False
+    wrapped.broadcast_buffers = False  # type: ignore[assignment]
     return wrapped
 
 

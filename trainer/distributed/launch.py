@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trainer.errors import UserError
+from trainer.recipe.checks import Check
 from trainer.recipe.file import Problem
 from trainer.recipe.recipe import Recipe
 
@@ -90,13 +91,14 @@ class Launch:
                 recipe.data.batch_size,
             )
 
-    def checks(self) -> Any:
+    def checks(self) -> tuple[Check, ...]:
         """The checks for `load_recipe`, each with the sections that it reads."""
         return ((("data", "train"), self.check), (("train",), check_device))
 
 
 def _launch_file(file: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     try:
         values = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))

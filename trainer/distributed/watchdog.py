@@ -238,7 +238,7 @@ class Watchdog:
     def _check_rank_0(self) -> str:
         """On the others: why the job must end, as rank 0 wrote or because rank 0 itself is lost; empty otherwise."""
         if self._store.check([REASON]):
-            return self._store.get(REASON).decode()
+            return str(self._store.get(REASON), "utf-8")
         self._poll(0)
         heartbeat, since = self._last_seen[0]
         silence = time.monotonic() - since

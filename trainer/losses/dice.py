@@ -1,4 +1,4 @@
-"""Dice loss: how little predicted and true areas overlap, on average over the classes."""
+"""Dice loss: one minus the overlap of predicted and true areas, averaged over the classes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Dice(Loss):
 
     X is the softmax probability of the class and Y is 1 where it is true, else 0 (Milletari et al., "V-Net", 2016; they
     square X and Y in the denominator, which is here that of Sudre et al., "Generalised Dice Overlap", 2017). The mean
-    is over the classes that occur in the micro-batch: one that doesn't has nothing to overlap with, and wherever it is
-    predicted, one that does overlaps the less. Takes logits (B, C, H, W) and class indices (B, H, W), long or uint8.
-    Without a valid pixel the loss is 0.
+    is over the classes that occur in the micro-batch: one that does not occur has nothing to overlap with, and
+    predicting it reduces the overlap of those that do. Takes logits (B, C, H, W) and class indices (B, H, W), long or
+    uint8. Without a valid pixel the loss is 0.
     """
 
     def __init__(self, num_classes: int, ignore_index: int | None, /) -> None:
@@ -34,7 +34,7 @@ class Dice(Loss):
             valid = (targets != self.ignore_index)[:, None]
             predicted, true = predicted * valid, true * valid
         areas = {"overlap": predicted * true, "predicted": predicted, "true": true}
-        # Image by image first, as adding up in float64 alone takes several times as long.
+        # Image by image first: summing in float64 alone takes several times as long.
         return {name: area.sum((2, 3)).double().sum(0) for name, area in areas.items()}
 
     def combine(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:

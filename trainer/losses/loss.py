@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class Loss(nn.Module):
     """A loss as a function of sums over the whole micro-batch.
 
-    `forward` returns this process's sums; the Trainer adds the other processes' and calls `combine`
-    on the totals. A ratio of sums (soft IoU, weighted cross entropy) thus has the value and the
-    gradient that one process would compute on the whole micro-batch.
+    `forward` returns this process's sums; the Trainer adds those of the other processes and calls `combine` on the
+    totals. A ratio of sums (soft IoU, weighted cross entropy) thus has the value and the gradient that one process
+    would compute on the whole micro-batch.
     """
 
     @abstractmethod

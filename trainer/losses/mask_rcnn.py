@@ -1,4 +1,4 @@
-"""The loss of Mask R-CNN, which torchvision's model works out itself."""
+"""The loss of Mask R-CNN, which torchvision's model computes itself."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class MaskRCNNLoss(Loss):
     """The sum of torchvision's five terms: objectness and boxes of the proposals; classes, boxes and masks of the
     regions.
 
-    Each is a mean over the anchors or regions that torchvision draws in the images of one process; over processes the
-    mean is taken by the number of images. So N processes compute what one computes but for what is drawn: the mask loss
-    alone is a mean over however many regions show an object.
+    Each is a mean over the anchors or regions that torchvision samples in the images of one process; the mean over
+    processes is weighted by the number of images. So N processes compute what one computes, apart from the sampling
+    and from the mask loss, which is a mean over a varying number of regions: those that show an object.
     """
 
     def forward(self, outputs: dict[str, Tensor], targets: int) -> dict[str, Tensor]:

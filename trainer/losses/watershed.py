@@ -1,4 +1,4 @@
-"""The loss of a deep watershed: the class of each pixel, and how deep inside its instance it lies."""
+"""The loss of a deep watershed: the class of each pixel, and its depth inside its instance."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from trainer.losses.loss import Loss
 
 @loss(name="watershed", interface="watershed")
 class WatershedLoss(Loss):
-    """The weighted sum of two terms, each a mean over the pixels that count.
+    """The weighted sum of two terms, each a mean over the pixels that are not ignored.
 
     - `semantic_loss`: cross entropy of background and the classes.
-    - `distance_loss`: the absolute difference of the distances. (The squared one makes the narrow valleys between
-      instances that touch cheap to miss.)
+    - `distance_loss`: the absolute difference of the distances. (The squared one penalises too little if a model
+      misses the narrow valleys between touching instances.)
 
-    Takes a `WatershedOutput` and `WatershedTargets`. Without a pixel that counts the loss is 0.
+    Takes a `WatershedOutput` and `WatershedTargets`. If all pixels are ignored, the loss is 0.
 
     Args:
         num_classes: C, without background.
@@ -35,12 +35,11 @@ class WatershedLoss(Loss):
         self.distance_weight = distance_weight
 
     def forward(self, outputs: WatershedOutput, targets: WatershedTargets) -> dict[str, Tensor]:
-        """Local sums, float64 scalars: `nll` in nats, `error` of the distances, and their number of pixels,
-        `weight`.
-        """
+        """Local sums, float64 scalars: `nll` in nats, `error` of the distances, and the number of pixels, `weight`."""
+        sums: dict[str, Tensor] = self.cross_entropy(outputs.semantic, targets.semantic)
         error = torch.where(targets.semantic != IGNORE, (outputs.distance - targets.distance).abs(), 0)
-        # Image by image first, as adding up in float64 alone takes several times as long.
-        return self.cross_entropy(outputs.semantic, targets.semantic) | {"error": error.sum((1, 2)).double().sum()}
+        # Image by image first: summing in float64 alone takes several times as long.
+        return sums | {"error": error.sum((1, 2)).double().sum()}
 
     def combine(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The two means and `loss`."""

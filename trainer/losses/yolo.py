@@ -1,4 +1,4 @@
-"""The loss of an anchor-based detector: where boxes are, whether there is one, and what is in it."""
+"""The loss of an anchor-based detector: the position of boxes, whether there is one, and its class."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from trainer.components import loss
+from trainer.components import FractionBelowOne, loss
 from trainer.detection.boxes import Level, Targets, decode
 from trainer.losses.loss import Loss
 
 EPS = 1e-9
-"""Sides below this many pixels count as this long; far below what training reaches."""
-
-Factor = Annotated[float, Field(ge=0)]
+"""The smallest side in pixels, far below what training reaches."""
 
 
 class Matches(NamedTuple):
-    """Which predictions of a level answer for which boxes: P pairs, each field int64 (P,).
+    """The predictions of a level that are responsible for boxes: P pairs, each field int64 (P,).
 
     Attributes:
         image, anchor, row, column: the prediction.
@@ -41,13 +39,13 @@ def assign(level: Level, targets: Targets, max_ratio: float) -> Matches:
     """Assigns boxes to the anchors that fit them, in the three cells nearest to their centre.
 
     An anchor fits if width and height differ from the box's by less than the factor `max_ratio`. The cells are the one
-    that the centre is in, and of its neighbours the nearer one in the row and the nearer one in the column: a decoded
-    centre reaches half a cell beyond its own cell.
+    that contains the centre, its nearer neighbour in the row and its nearer neighbour in the column: a decoded centre
+    can lie up to half a cell outside its own cell.
 
     Args:
         level: one scale of the output.
         targets: the true boxes of the batch.
-        max_ratio: above 1; at most 4 can be learnt, since a side decodes to at most four times its anchor's.
+        max_ratio: above 1 and at most 4, since a side decodes to at most four times its anchor's.
     """
     height, width = level.logits.shape[2:4]
     boxes = targets.boxes.double()
@@ -57,7 +55,7 @@ def assign(level: Level, targets: Targets, max_ratio: float) -> Matches:
     centres = (boxes[:, :2] + boxes[:, 2:]) / (2 * level.stride)
     last = boxes.new_tensor([width - 1, height - 1])
     own = centres.floor().clamp(torch.zeros_like(last), last)
-    towards = (centres - own - 0.5).sign()  # the nearer neighbours: -1, 1, or 0 where both are as near
+    towards = (centres - own - 0.5).sign()  # the nearer neighbours: -1, 1, or 0 if both are equally near
     cells = torch.cat([own[:, None], own[:, None] + torch.diag_embed(towards)], dim=1)  # (M, 3, 2)
     exists = ((cells >= 0) & (cells <= last)).all(dim=2)
     exists[:, 1:] &= towards != 0
@@ -70,8 +68,8 @@ def assign(level: Level, targets: Targets, max_ratio: float) -> Matches:
 def complete_iou(predicted: Tensor, true: Tensor) -> Tensor:
     """The complete IoU of pairs of boxes (Zheng et al., "Distance-IoU Loss", 2020, equations 8 to 11).
 
-    It is smaller than the IoU by the squared distance of the centres over the squared diagonal of the smallest box
-    around both, and by α · v for different aspects, with α a constant in the backward pass.
+    The IoU minus the squared distance of the centres over the squared diagonal of the smallest box around both, minus
+    α · v for different aspect ratios, with α a constant in the backward pass.
 
     Args:
         predicted: (P, 4) as (centre x, centre y, width, height).
@@ -100,20 +98,20 @@ def complete_iou(predicted: Tensor, true: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor, place: Tensor, num_places: int) -> Tensor:
-    """The largest of the values (P,) at each place, 0 where there is none; `scatter_reduce` isn't deterministic on
+    """The largest of the values (P,) at each place, 0 at a place without one; `scatter_reduce` is not deterministic on
     CUDA.
 
     Args:
         values: at least 0.
         place: int64 (P,).
-        num_places: so many results.
+        num_places: length of the result.
     """
     order = values.argsort(stable=True)
     order = order[place[order].argsort(stable=True)]  # by place, then by value
     values, place = values[order], place[order]
     largest = torch.ones_like(place, dtype=torch.bool)
     largest[:-1] = place[1:] != place[:-1]
-    # The others go to a place of their own: to leave them out, the host would wait for the device.
+    # The others go to a place of their own: to drop them, the host would have to wait for the device.
     place = torch.where(largest, place, num_places)
     return values.new_zeros(num_places + 1).scatter(0, place, torch.where(largest, values, 0.0))[:num_places]
 
@@ -131,27 +129,27 @@ def _angle(sizes: Tensor) -> Tensor:
 class YoloLoss(Loss):
     """The weighted sum of three terms, each of which is a mean over the predictions of a scale, summed over the scales.
 
-    - `box_loss`: 1 - complete IoU, of the predictions that answer for a box (see `assign`).
+    - `box_loss`: 1 - complete IoU, of the predictions that are responsible for a box (see `assign`).
     - `objectness_loss`: binary cross entropy, of all predictions. The target is the complete IoU with the box that a
-      prediction answers for, the largest where it does for several, and 0 where it is negative or there is no box. It
+      prediction is responsible for, the largest if there are several, and 0 if it is negative or there is no box. It
       is a constant in the backward pass.
-    - `class_loss`: binary cross entropy, of the predictions that answer for a box, a mean over the classes too. The
-      target is 1 - ε / 2 for the true class and ε / 2 for the others. With a single class there is no such term.
+    - `class_loss`: binary cross entropy, of the predictions that are responsible for a box, also a mean over the
+      classes. The target is 1 - ε / 2 for the true class and ε / 2 for the others. A single class has no such term.
 
-    Takes `Level`s and `Targets`. Without a box only the objectness counts.
+    Takes `Level`s and `Targets`. Without boxes only the objectness contributes.
 
-    Targets, default gains and their scaling are those that YOLO v5's weights were published with. The defaults are
-    meant for 80 classes, 640 x 640 pixels and three scales; for other ones, `scale_gains` multiplies the gain of the
+    Targets, default gains and their scaling are those that YOLO v5's weights were trained with. The defaults are
+    meant for 80 classes, 640 x 640 pixels and three scales; for others, `scale_gains` multiplies the gain of the
     classes by C / 80, that of the objectness by the pixels of the network's input over 640², and all by 3 / number of
     scales. The terms are reported without gains.
 
     Args:
         num_classes: C.
         box_gain, obj_gain, cls_gain: weights of the terms in the loss.
-        scale_gains: whether they are scaled.
-        obj_pw, cls_pw: how much more the positive part of a cross entropy weighs.
+        scale_gains: whether the gains are scaled.
+        obj_pw, cls_pw: weights of the positive part of a cross entropy.
         label_smoothing: ε.
-        max_ratio: by which a side of a box and of an anchor that answers for it may differ.
+        max_ratio: the largest ratio between the sides of a box and of an anchor that is responsible for it.
         balance: weights of the scales in the objectness, the finest first. Fine ones have many cells and few boxes.
     """
 
@@ -164,15 +162,15 @@ class YoloLoss(Loss):
         num_classes: int,
         /,
         *,
-        box_gain: Factor = 0.05,
-        obj_gain: Factor = 1.0,
-        cls_gain: Factor = 0.5,
+        box_gain: NonNegativeFloat = 0.05,
+        obj_gain: NonNegativeFloat = 1.0,
+        cls_gain: NonNegativeFloat = 0.5,
         scale_gains: bool = True,
-        obj_pw: Annotated[float, Field(gt=0)] = 1.0,
-        cls_pw: Annotated[float, Field(gt=0)] = 1.0,
-        label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        obj_pw: PositiveFloat = 1.0,
+        cls_pw: PositiveFloat = 1.0,
+        label_smoothing: FractionBelowOne = 0.0,
         max_ratio: Annotated[float, Field(gt=1, le=4)] = 4.0,
-        balance: Annotated[list[Factor], Field(min_length=3, max_length=3)] = [4.0, 1.0, 0.4],  # noqa: B006
+        balance: Annotated[list[NonNegativeFloat], Field(min_length=3, max_length=3)] = [4.0, 1.0, 0.4],  # noqa: B006
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -180,25 +178,25 @@ class YoloLoss(Loss):
         self.scale_gains = scale_gains
         self.label_smoothing = label_smoothing
         self.max_ratio = max_ratio
-        # Buffers, so that they are on the device that they are needed on.
+        # Buffers, so that they move to the device with the loss.
         for name, value in (("obj_pw", obj_pw), ("cls_pw", cls_pw), ("balance", balance)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
 
     def forward(self, outputs: Sequence[Level], targets: Targets) -> dict[str, Tensor]:
         """Local sums of each scale, float64 (3,).
 
-        `box`, `objectness` and `classes`, which become the terms; how many predictions answer for a box, `positives`,
-        and how many there are, `cells`; how many `images`, and their `pixels`.
+        `box`, `objectness` and `classes`, which become the terms; the number of predictions that are responsible for a
+        box, `positives`, and of all, `cells`; the number of `images` and of their `pixels`.
         """
         scales = [self._scale_sums(level, targets) for level in outputs]
         return {name: torch.stack([sums[name] for sums in scales]) for name in scales[0]}
 
     def _scale_sums(self, level: Level, targets: Targets) -> dict[str, Tensor]:
-        """In double precision, which costs little: these are few numbers beside those of the network."""
+        """In double precision, which costs little: these are few numbers compared with those of the network."""
         matches = assign(level, targets, self.max_ratio)
-        found = level.logits[matches.image, matches.anchor, matches.row, matches.column].double()  # (P, 5 + C)
+        logits = level.logits[matches.image, matches.anchor, matches.row, matches.column].double()  # (P, 5 + C)
         cells = torch.stack([matches.column, matches.row], dim=1)
-        predicted = decode(found, cells, level.anchors.double()[matches.anchor], level.stride)
+        predicted = decode(logits, cells, level.anchors.double()[matches.anchor], level.stride)
         ciou = complete_iou(predicted, box_convert(targets.boxes.double(), "xyxy", "cxcywh")[matches.target])
 
         objectness = level.logits[..., 4].double()
@@ -213,7 +211,7 @@ class YoloLoss(Loss):
                 objectness, expected, pos_weight=self.obj_pw, reduction="sum"
             ),
             "classes": F.binary_cross_entropy_with_logits(
-                found[:, 5:], smoothed, pos_weight=self.cls_pw, reduction="sum"
+                logits[:, 5:], smoothed, pos_weight=self.cls_pw, reduction="sum"
             ),
             "positives": torch.full_like(self.obj_pw, len(matches.target)),
             "cells": torch.full_like(self.obj_pw, objectness.numel()),
@@ -222,7 +220,7 @@ class YoloLoss(Loss):
         }
 
     def combine(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The `loss`, and the terms that it is the weighted sum of."""
+        """The `loss` and its three terms."""
         positives = sums["positives"].clamp(min=1)
         terms = {
             "box_loss": (sums["box"] / positives).sum(),
@@ -237,7 +235,7 @@ class YoloLoss(Loss):
         }
 
     def _gain_scales(self, sums: dict[str, Tensor]) -> dict[str, Any]:
-        """What the gain of each term is multiplied by."""
+        """The factor of each term's gain."""
         if not self.scale_gains:
             return dict.fromkeys(self.gains, 1.0)
         levels = 3 / len(sums["images"])

@@ -15,13 +15,13 @@ def lower_is_better(metric: str) -> bool:
 
 @dataclass
 class Best:
-    """The best value of a recipe's `evaluate.best` so far. A better one is kept as a checkpoint; too long without one
-    may lower the learning rate (schedule `plateau`) or end the training (`evaluate.stop_after`).
+    """The best value of a recipe's `evaluate.best` so far. A better one is kept as a checkpoint; too many evaluations
+    without one may lower the learning rate (schedule `plateau`) or end the training (`evaluate.stop_after`).
 
     Attributes:
         metric: its name.
         value, step: of the best evaluation; None before the first one that has a value.
-        improvements: whether it was the best so far, for each evaluation.
+        improvements: for each evaluation, whether it was the best so far.
     """
 
     metric: str
@@ -35,7 +35,7 @@ class Best:
         return value is not None and isfinite(value) and (self.value is None or sign * value > sign * self.value)
 
     def add(self, value: float | None, step: int, improved: bool) -> None:
-        """Counts an evaluation."""
+        """Records an evaluation."""
         self.improvements.append(improved)
         if improved:
             self.value, self.step = value, step
@@ -48,9 +48,7 @@ class Best:
         )
 
     def plateaus(self, patience: int) -> int:
-        """How often more than `patience` evaluations in a row brought nothing better; after each,
-        they are counted anew.
-        """
+        """How often more than `patience` evaluations in a row brought no improvement; the count restarts after each."""
         count = waited = 0
         for improved in self.improvements:
             waited = 0 if improved else waited + 1
@@ -63,7 +61,7 @@ class Best:
         return {"best": self.value, "best_step": self.step, "improvements": list(self.improvements)}
 
     def restore(self, counters: Mapping[str, Any]) -> None:
-        """Takes over what a checkpoint holds."""
+        """Restores what a checkpoint holds."""
         self.value, self.step, self.improvements = (
             counters["best"],
             counters["best_step"],

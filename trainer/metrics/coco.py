@@ -1,7 +1,7 @@
 """Average precision of boxes and masks as COCO defines it (Lin et al., "Microsoft COCO", 2014), computed by
 pycocotools.
 
-Precision depends on the order of all scores, so it can't be summed up: what is found in each image is kept as rows,
+Precision depends on the order of all scores, so it can't be summed up: the detections in each image are kept as rows,
 which are joined over batches and processes.
 """
 
@@ -25,34 +25,33 @@ Kind = Literal["bbox", "segm"]
 """Whether boxes or masks are compared, in COCO's words."""
 Rows = dict[str, Tensor]
 THRESHOLDS = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]  # of the IoU
-RECALLS = 101  # 0, 0.01, … 1, at which precision is looked up
+RECALLS = 101  # 0, 0.01, … 1, at which precision is sampled
 
 
-def rows(batch: dict[str, Any], found: Sequence[Detections]) -> Rows:
-    """What is true and what is found in the images of a batch, as tensors that can be joined along their first
-    dimension.
+def rows(batch: dict[str, Any], detections: Sequence[Detections]) -> Rows:
+    """Ground truth and detections in the images of a batch, as tensors that can be joined along their first dimension.
 
-    `images` int64 (B, 3): sample id, height, width. `truth` float64 (M, 7): sample id, class, crowd, box. `found`
-    float64 (D, 7): sample id, class, score, box. Where masks were found, `truth_rle` and `found_rle` uint8 hold their
-    run lengths one after the other, and `truth_rle_bytes` and `found_rle_bytes` int64 how long each is.
+    `images` int64 (B, 3): sample id, height, width. `true` float64 (M, 7): sample id, class, crowd, box. `detected`
+    float64 (D, 7): sample id, class, score, box. If the detections have masks, `true_rle` and `detected_rle` uint8 hold
+    the masks' run lengths one after the other, and `true_rle_bytes` and `detected_rle_bytes` int64 the length of each.
     """
-    device = batch["image"].device
+    device = batch["boxes"].device
     ids, heights, widths = (batch[name].cpu() for name in ("sample_id", "height", "width"))
     index = batch["image_index"].cpu()
-    found_index = torch.repeat_interleave(torch.tensor([len(each.labels) for each in found]))
+    detected_index = torch.repeat_interleave(torch.tensor([len(each.labels) for each in detections]))
     labels, scores, boxes = (
-        torch.cat([getattr(each, name) for each in found]).double().cpu() for name in ("labels", "scores", "boxes")
+        torch.cat([getattr(each, name) for each in detections]).double().cpu() for name in ("labels", "scores", "boxes")
     )
     out = {
         "images": torch.stack([ids, heights, widths], dim=1),
-        "truth": _columns(ids[index], batch["labels"], batch["crowd"], batch["boxes"]),
-        "found": _columns(ids[found_index], labels, scores, boxes),
+        "true": _columns(ids[index], batch["labels"], batch["crowd"], batch["boxes"]),
+        "detected": _columns(ids[detected_index], labels, scores, boxes),
     }
-    if "masks" in batch and all(each.masks is not None for each in found):
+    if "masks" in batch and all(each.masks is not None for each in detections):
         sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
-        truth = [mask[: sizes[i][0], : sizes[i][1]] for mask, i in zip(batch["masks"], index.tolist(), strict=True)]
-        predicted = [mask for each in found for mask in (() if each.masks is None else each.masks)]
-        for name, masks in (("truth", truth), ("found", predicted)):
+        true = [mask[: sizes[i][0], : sizes[i][1]] for mask, i in zip(batch["masks"], index.tolist(), strict=True)]
+        detected = [mask for each in detections for mask in (() if each.masks is None else each.masks)]
+        for name, masks in (("true", true), ("detected", detected)):
             counts = [encode_masks(mask[None])[0] for mask in masks]
             out[f"{name}_rle"] = (
                 torch.frombuffer(bytearray(b"".join(counts)), dtype=torch.uint8)
@@ -70,14 +69,14 @@ def _columns(ids: Tensor, labels: Tensor, third: Tensor, boxes: Tensor) -> Tenso
 
 
 def as_coco(joined: Rows, classes: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The joined rows in the form of COCO's files: an annotation file, and a result file with `bbox` and, of masks,
-    `segmentation`.
+    """The joined rows in the form of COCO's files: an annotation file, and a result file with `bbox` and, if there are
+    masks, `segmentation`.
 
     Category ids count from 1, as COCO's do.
     """
     sizes = {sample_id: (height, width) for sample_id, height, width in joined["images"].tolist()}
     entries: dict[str, list[dict[str, Any]]] = {}
-    for name in ("truth", "found"):
+    for name in ("true", "detected"):
         entries[name] = []
         counts = _split(joined[f"{name}_rle"], joined[f"{name}_rle_bytes"]) if f"{name}_rle" in joined else None
         for number, (sample_id, label, third, *box) in enumerate(joined[name].tolist()):
@@ -89,7 +88,7 @@ def as_coco(joined: Rows, classes: Sequence[str]) -> tuple[dict[str, Any], list[
             }
             if counts is not None:
                 entry["segmentation"] = {"size": list(sizes[int(sample_id)]), "counts": counts[number]}
-            if name == "truth":
+            if name == "true":
                 area = (
                     codec().area(entry["segmentation"]) if counts is not None else entry["bbox"][2] * entry["bbox"][3]
                 )
@@ -97,15 +96,15 @@ def as_coco(joined: Rows, classes: Sequence[str]) -> tuple[dict[str, Any], list[
             else:
                 entry["score"] = third
             entries[name].append(entry)
-    truth = {
+    annotations = {
         "info": {},
         "images": [
             {"id": sample_id, "height": height, "width": width} for sample_id, (height, width) in sorted(sizes.items())
         ],
         "categories": [{"id": index + 1, "name": name} for index, name in enumerate(classes)],
-        "annotations": entries["truth"],
+        "annotations": entries["true"],
     }
-    return truth, entries["found"]
+    return annotations, entries["detected"]
 
 
 def _split(joined: Tensor, lengths: Tensor) -> list[str]:
@@ -117,7 +116,7 @@ def _split(joined: Tensor, lengths: Tensor) -> list[str]:
 
 
 class AveragePrecision(NamedTuple):
-    """What COCO's evaluation finds, over all sizes of objects and at most 100 detections an image.
+    """The result of COCO's evaluation, over all sizes of objects and at most 100 detections an image.
 
     Attributes:
         mean: mean over the IoU thresholds 0.50, 0.55, … 0.95 and the classes that have objects; nan without any.
@@ -133,7 +132,7 @@ class AveragePrecision(NamedTuple):
     curves: np.ndarray
 
 
-def average_precision(truth: dict[str, Any], found: Sequence[dict[str, Any]], kind: Kind) -> AveragePrecision:
+def average_precision(annotations: dict[str, Any], results: Sequence[dict[str, Any]], kind: Kind) -> AveragePrecision:
     """Average precision of COCO results against COCO annotations.
 
     Raises:
@@ -147,20 +146,19 @@ def average_precision(truth: dict[str, Any], found: Sequence[dict[str, Any]], ki
             "average precision of boxes needs pycocotools: pip install 'recipe-trainer[detection]'"
         ) from None
 
-    num_classes = len(truth["categories"])
-    if not found:  # which pycocotools can't load
-        present = np.isin(
-            np.arange(1, num_classes + 1), [each["category_id"] for each in truth["annotations"] if not each["iscrowd"]]
-        )
+    num_classes = len(annotations["categories"])
+    if not results:  # which pycocotools can't load
+        objects = [each["category_id"] for each in annotations["annotations"] if not each["iscrowd"]]
+        present = np.isin(np.arange(1, num_classes + 1), objects)
         zero = np.where(present, 0.0, np.nan)
         return _averaged(np.tile(zero, (len(THRESHOLDS), RECALLS, 1)))
     if kind == "segm":  # the area of a result with a box would be that of the box
-        found = [{name: value for name, value in each.items() if name != "bbox"} for each in found]
+        results = [{name: value for name, value in each.items() if name != "bbox"} for each in results]
     with redirect_stdout(io.StringIO()):  # it prints tables
-        annotations = COCO()
-        annotations.dataset = truth
-        annotations.createIndex()
-        evaluation = COCOeval(annotations, annotations.loadRes([dict(each) for each in found]), kind)
+        ground_truth = COCO()
+        ground_truth.dataset = annotations
+        ground_truth.createIndex()
+        evaluation = COCOeval(ground_truth, ground_truth.loadRes([dict(each) for each in results]), kind)
         evaluation.evaluate()
         evaluation.accumulate()
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, classes)
@@ -168,7 +166,7 @@ def average_precision(truth: dict[str, Any], found: Sequence[dict[str, Any]], ki
 
 
 def _averaged(precision: np.ndarray) -> AveragePrecision:
-    """From precisions (thresholds, recalls, classes), which are nan of classes without objects."""
+    """From precisions (thresholds, recalls, classes), nan for classes without objects."""
     by_class = precision.mean(axis=(0, 1))
     present = precision[..., ~np.isnan(by_class)]
     chosen = [present, present[THRESHOLDS.index(0.5)], present[THRESHOLDS.index(0.75)]]

@@ -27,11 +27,11 @@ class Block(nn.Sequential):
 
 
 class Up(nn.Module):
-    """Doubles the resolution of what comes from below by a transposed convolution, then a `Block`.
+    """Doubles the resolution by a transposed convolution, followed by a `Block`.
 
     Args:
-        below: channels of what comes from below.
-        beside: channels of the encoder's level at the doubled resolution where it is seen too, else 0.
+        below: channels of the coarser input.
+        beside: channels of the encoder's level at the doubled resolution if there is a skip, else 0.
         out_channels: channels of the result.
     """
 
@@ -42,9 +42,7 @@ class Up(nn.Module):
         self.block = Block(beside + out_channels, out_channels)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """From x (B, below, ⌈H/2⌉, ⌈W/2⌉) to (B, out_channels, H, W),
-        where H and W are those of the encoder's `level`.
-        """
+        """From x (B, below, ⌈H/2⌉, ⌈W/2⌉) to (B, out_channels, H, W), with H and W of the encoder's `level`."""
         x = self.enlarge(x)[..., : level.shape[-2], : level.shape[-1]]
         result: Tensor = self.block(torch.cat([level, x], dim=1) if self.skip else x)
         return result
@@ -59,7 +57,7 @@ class Decoder(nn.Module):
             the one before.
         width: channels at a half and a quarter of the resolution; coarser ones have twice and four times as many, the
             full one half.
-        skips: whether every level is seen at its resolution, beside what comes from below.
+        skips: whether each step up also gets the encoder's level at its resolution.
     """
 
     def __init__(self, num_classes: int, channels: Sequence[int], width: int, skips: bool) -> None:
@@ -72,9 +70,7 @@ class Decoder(nn.Module):
         self.head = nn.Conv2d(widths[-1], num_classes, 1)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """Logits (B, num_classes, H, W), given the image (B, 3, H, W) and the encoder's levels after it,
-        fine to coarse.
-        """
+        """Logits (B, num_classes, H, W) from the image (B, 3, H, W) and the encoder's levels, fine to coarse."""
         *finer, x = levels
         for up, level in zip(self.up, reversed(finer), strict=True):
             x = up(x, level)
@@ -88,7 +84,7 @@ class BaseConv(nn.Module):
     Args:
         num_classes: C.
         width: channels of the first level; the five have 1, 1, 2, 4 and 8 times as many.
-        skips: whether the decoder sees each level of the encoder.
+        skips: whether the decoder gets each level of the encoder.
     """
 
     def __init__(self, num_classes: int, width: int, skips: bool) -> None:

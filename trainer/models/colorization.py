@@ -78,8 +78,8 @@ def conv_transpose_net(
 
 @model(name="colorization_unet", interface="dense")
 class ColorizationUNet(nn.Module):
-    """`conv_transpose_net` with skips: the fourth block sees the first one's output too, the last convolution the
-    image.
+    """`conv_transpose_net` with skips: the fourth block also gets the output of the first one, the last convolution
+    the image.
 
     Images (B, num_in_channels, H, W) to logits (B, num_classes, H, W).
     """
@@ -100,4 +100,5 @@ class ColorizationUNet(nn.Module):
         half = self.down1(image)
         up = self.up1(self.down2(half))
         up = self.up2(torch.cat([up, half], dim=1))
-        return self.head(torch.cat([up, image], dim=1))
+        logits: Tensor = self.head(torch.cat([up, image], dim=1))
+        return logits

@@ -18,10 +18,10 @@ BACKBONES = {
         segmentation.DeepLabV3_MobileNet_V3_Large_Weights.COCO_WITH_VOC_LABELS_V1,
     ),
 }
-COCO_CLASSES = 21  # of the published weights: the 20 classes of Pascal VOC, and background
+COCO_CLASSES = 21  # of the published weights: the 20 classes of Pascal VOC and background
 
 
-class DeepLabV3(segmentation.DeepLabV3):
+class DeepLabV3(segmentation.DeepLabV3):  # type: ignore[misc]  # torchvision has no types
     """torchvision's DeepLabV3 without its auxiliary classifier; images (B, 3, H, W) to logits (B, C, H, W).
 
     The keys of the state dict are torchvision's: `backbone.…` and `classifier.…`; the last layer is `classifier.4`.
@@ -63,7 +63,7 @@ def deeplabv3(
         net = build(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False)
         for module in net.modules():
             # MobileNetV3's momentum of 0.01 is meant for very long trainings: within a few hundred steps the running
-            # statistics never arrive, and a net that fits its training set answers background in evaluation.
+            # statistics don't converge, and a net that fits its training set predicts background in evaluation.
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.1
     return DeepLabV3(net.backbone, net.classifier)

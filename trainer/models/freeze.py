@@ -1,4 +1,4 @@
-"""Fine-tuning: some layers learn, the rest stays bit for bit what it is."""
+"""Fine-tuning: some layers are trainable, the rest is frozen and stays bit-identical."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train_only(model: nn.Module, layers: Sequence[str]) -> None:
 
 
 def layers_after(model: nn.Module, count: int) -> list[str]:
-    """The layers that learn while the first `count` stay as they are, in a model whose layers are numbered: `model.0`,
+    """The layers that are trainable if the first `count` are frozen, in a model whose layers are numbered: `model.0`,
     `model.1`, …
 
     Raises:
@@ -35,7 +35,7 @@ def layers_after(model: nn.Module, count: int) -> list[str]:
     numbered = getattr(model, "model", None)
     if not isinstance(numbered, nn.ModuleList | nn.Sequential):
         raise ValueError(
-            "train.freeze: this model doesn't number its layers; name those that learn in model.train_only"
+            "train.freeze: this model doesn't number its layers; name the trainable ones in model.train_only"
         )
     if count >= len(numbered):
         raise ValueError(
@@ -45,20 +45,20 @@ def layers_after(model: nn.Module, count: int) -> list[str]:
 
 
 def set_train_mode(model: nn.Module) -> None:
-    """Puts what learns into training mode and what is frozen into evaluation mode.
+    """Puts trainable modules into training mode and frozen ones into evaluation mode.
 
-    Frozen parameters alone don't make a frozen layer: in training mode a batch norm would still move its running
-    statistics, and a dropout would disturb features that no longer adapt to it. A module is in training mode if a
-    parameter in it learns; one without parameters (dropout) if all parameters of the module it is part of do.
-    Decided by `requires_grad` alone, so wrappers around the model (DDP, compile) don't matter.
+    Frozen parameters alone don't make a frozen layer: in training mode a batch norm would still update its running
+    statistics, and a dropout would disturb features that no longer adapt to it. A module is in training mode if one of
+    its parameters is trainable; one without parameters (dropout) if all parameters of the module it is part of are.
+    Only `requires_grad` decides, so wrappers around the model (DDP, compile) don't matter.
     """
-    _set_mode(model, learns=True)
+    _set_mode(model, trainable=True)
 
 
-def _set_mode(module: nn.Module, learns: bool) -> None:
+def _set_mode(module: nn.Module, trainable: bool) -> None:
     flags = [parameter.requires_grad for parameter in module.parameters()]
     if flags:
-        learns = all(flags)
-    module.training = any(flags) or learns
+        trainable = all(flags)
+    module.training = any(flags) or trainable
     for child in module.children():
-        _set_mode(child, learns)
+        _set_mode(child, trainable)

@@ -1,4 +1,4 @@
-"""Layers as recipes name them: by the path of a module, which stands for all that is below it."""
+"""Layers as recipes name them: by the path of a module, which includes all modules below it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_layers(model: nn.Module, layers: Sequence[str], key: str) -> None:
 
 
 def check_sides(divisor: int, height: int, width: int, whose: str = "these") -> None:
-    """Makes sure that images have sides that a model can halve as often as it does.
+    """Makes sure that a model can halve the sides of its images as often as it needs to.
 
     Raises:
         UserError: a side isn't divisible by `divisor`.

@@ -24,8 +24,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from trainer.components import model, weights_field
 from trainer.models.weights import load_published
 
-COCO_CLASSES = 91  # of the published weights, with background
-ROI_SIZE = 7  # cells along the side of what the box head sees of a region
+COCO_CLASSES = 91  # of the published weights, including background
+ROI_SIZE = 7  # cells along the side of a region of interest, the input of the box head
 
 Side = Annotated[int, Field(ge=32, le=4096)]
 
@@ -40,13 +40,13 @@ def mask_rcnn(
     max_size: Side = 1333,
     frozen_norm: bool = False,
     weights: Annotated[str, weights_field("coco")] = "none",
-) -> nn.Module:
+) -> MaskRCNN:
     """Builds a plain torchvision `MaskRCNN`, whose class 0 is the background; the classes of the set follow it.
 
     It takes a list of images float (3, H, W) in [0, 1], which it normalises and resizes, and in training a list of
-    torchvision's targets. In training it returns torchvision's losses, otherwise what it found in each image. Boxes are
-    float32 at least, under autocast too. The keys of the state dict are torchvision's; a file made from the published
-    weights fits once `roi_heads.box_predictor` and `roi_heads.mask_predictor` start new (`reset_layers`), with
+    torchvision's targets. In training it returns torchvision's losses, otherwise the detections in each image. Boxes
+    are float32 at least, under autocast too. The keys of the state dict are torchvision's; a file made from the
+    published weights fits if `roi_heads.box_predictor` and `roi_heads.mask_predictor` are reset (`reset_layers`), with
     `frozen_norm: true` if it is for `resnet50`.
 
     Args:
@@ -54,19 +54,19 @@ def mask_rcnn(
         backbone: `resnet50` (44 million parameters), `resnet50_v2` (46 million: Li et al., "Benchmarking Detection
             Transfer Learning with Vision Transformers", 2021) or `resnet18` (12 million, and fewer regions; a CPU
             trains it).
-        min_size: pixels to which the shorter side of an image is resized,
+        min_size: the shorter side of an image is resized to this many pixels,
         max_size: unless the longer one would then have more than this.
-        frozen_norm: batch norms of `resnet50` that learn nothing and keep the statistics that they are loaded with.
+        frozen_norm: whether the batch norms of `resnet50` are frozen, and keep the statistics of the loaded weights.
         weights: `coco` for torchvision's weights, downloaded at first use, with new predictors and, as in torchvision,
-            `frozen_norm` and a first group of blocks and a stem that don't learn; `none` for random ones, and batch
-            norms that learn. (A file is loaded into the model once it is built.)
+            `frozen_norm` and a frozen stem and first group of blocks; `none` for random ones, and trainable batch
+            norms. (A file is loaded into the model once it is built.)
 
     Raises:
         ConnectionError: the weights can't be downloaded, or the downloaded file is damaged.
         ValueError: the backbone has no such weights or norms.
     """
     if frozen_norm and backbone != "resnet50":
-        raise ValueError(f"frozen_norm is for backbone resnet50; the batch norms of {backbone} learn")
+        raise ValueError(f"frozen_norm is for backbone resnet50; the batch norms of {backbone} are trainable")
     if backbone == "resnet18":
         if weights == "coco":
             raise ValueError(
@@ -96,7 +96,7 @@ def _large(backbone: str, num_outputs: int, min_size: int, max_size: int, frozen
     )
     for module in net.modules():
         if isinstance(module, FrozenBatchNorm2d):
-            module.eps = 0.0  # the published weights were trained without
+            module.eps = 0.0  # as the published weights were trained
     return net
 
 
@@ -150,7 +150,7 @@ def _widened(values: Any) -> Any:
 
 
 def _without_values(anchor_generator: nn.Module, inputs: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
-    """Feature maps of which anchors see the shape, the device and a dtype, float32 at least."""
+    """Feature maps reduced to all that anchors depend on: the shape, the device and a dtype, float32 at least."""
     images, features = inputs
     return images, [feature.new_empty((), dtype=_wide(feature)).expand_as(feature) for feature in features]
 

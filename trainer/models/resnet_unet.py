@@ -14,7 +14,7 @@ from trainer.components import model, weights_field
 from trainer.models.base_conv import Decoder
 from trainer.models.weights import load_published
 
-# Kind of block, how many of them at each level, published weights.
+# Type of block, number of blocks in each group, published weights.
 BACKBONES = {
     "resnet18": (BasicBlock, [2, 2, 2, 2], ResNet18_Weights.IMAGENET1K_V1),
     "resnet34": (BasicBlock, [3, 4, 6, 3], ResNet34_Weights.IMAGENET1K_V1),
@@ -23,18 +23,18 @@ BACKBONES = {
 WIDTHS = (64, 128, 256, 512)  # of a ResNet's four groups of blocks, before a bottleneck's expansion
 
 
-class ResNetUNet(ResNet):
+class ResNetUNet(ResNet):  # type: ignore[misc]  # torchvision has no types
     """Images (B, 3, H, W) of any size to logits (B, C, H, W).
 
     The encoder's keys of the state dict are torchvision's (`conv1.…` to `layer4.…`), all others are below `decoder`. So
-    a safetensors file of a torchvision ResNet fits once `decoder` starts new, `reset_layers: [decoder]`; its classifier
-    isn't used.
+    a safetensors file of a torchvision ResNet fits if `decoder` is reset, `reset_layers: [decoder]`; its classifier is
+    not used.
 
     Args:
         num_classes: C.
-        block: kind of residual block.
-        depths: how many of them in each of the four groups.
-        skips: whether the decoder sees each level of the encoder.
+        block: type of residual block.
+        depths: number of blocks in each of the four groups.
+        skips: whether the decoder gets each level of the encoder.
     """
 
     unused_layers = ("fc",)
@@ -71,7 +71,7 @@ def resnet_unet(
         backbone: the encoder.
         weights: `imagenet` for torchvision's weights of the encoder, downloaded at first use; `none` for random ones.
             (A file is loaded into the model once it is built.)
-        skips: whether the decoder sees each level of the encoder; without, it is a plain encoder and decoder.
+        skips: whether the decoder gets each level of the encoder; without skips it is a plain encoder and decoder.
 
     Raises:
         ConnectionError: the weights can't be downloaded, or the downloaded file is damaged.

@@ -1,4 +1,4 @@
-"""A U-Net with two heads: what each pixel is, and how deep inside its instance it lies."""
+"""A U-Net with two heads: the class of each pixel, and its depth inside its instance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WatershedUNet(nn.Module):
         self.unet = UNet(num_classes + 2, width, depth)
 
     def forward(self, images: Tensor) -> WatershedOutput:
-        """The U-Net's channels, told apart."""
+        """The U-Net's channels, split into the two heads."""
         channels = self.unet(images)
         return WatershedOutput(channels[:, :-1], channels[:, -1])
 

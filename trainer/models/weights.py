@@ -19,7 +19,7 @@ from trainer.components import SUFFIX
 from trainer.models.layers import check_layers, is_below
 
 MAX_NAMED = 5  # tensors listed in an error; a wrong file differs in hundreds
-NUM_EXAMPLES = 3  # tensors that show whose network a file is of
+NUM_EXAMPLES = 3  # tensors listed if a file is of another network
 
 Shapes = dict[str, tuple[int, ...]]
 """Of tensors, by name."""
@@ -32,12 +32,12 @@ def load_safetensors(
 ) -> None:
     """Loads the tensors of `file` into `model`, all but those below `reset_layers`, which keep their initial values.
 
-    Strict: where `check_safetensors` finds a difference, nothing is loaded at all.
+    Strict: if `check_safetensors` finds a difference, nothing is loaded at all.
 
     Args:
-        model: where the weights go.
+        model: receives the weights.
         file: a safetensors file whose names are the keys of the model's state dict.
-        reset_layers: paths of modules that start new, e.g. `classifier.4`.
+        reset_layers: paths of modules that are not loaded, e.g. `classifier.4`.
         alternatives: see `check_safetensors`.
 
     Raises:
@@ -59,18 +59,18 @@ def check_safetensors(
     """Compares the tensors of `file`, of which it reads the header alone, with those of `model`, all but those below
     `reset_layers`.
 
-    They must be the same in names and shapes. A model may name, as `unused_layers`, what published files hold and it
-    has no use for (auxiliary classifiers).
+    Names and shapes must be the same. A model may name, as `unused_layers`, layers of published files that it has no
+    use for (auxiliary classifiers).
 
     Args:
         model: on any device, meta too.
         file: a safetensors file.
-        reset_layers: paths of modules that start new.
-        alternatives: other models that the file may be for, each with the settings that make it; the nearest first.
+        reset_layers: paths of modules that are not loaded.
+        alternatives: other models that the file may be for, each with the settings that make it; the closest first.
 
     Raises:
         ValueError: a layer doesn't exist, the file can't be read, or its tensors don't fit; the message says which
-            setting or which layers to reset would make them fit, where that is known.
+            setting or which layers to reset would make them fit, if that is known.
     """
     shapes = _read_shapes(Path(file))
     comparison = _compare(shapes, model, reset_layers)
@@ -78,16 +78,16 @@ def check_safetensors(
         return
     candidates = {"": comparison}
     for settings, other in alternatives:
-        with suppress(ValueError):  # it has no such layer to reset
+        with suppress(ValueError):  # it lacks a layer to reset
             candidates[settings] = _compare(shapes, other, reset_layers)
     fitting = [settings for settings, each in candidates.items() if each.new_layers is not None]
-    # Of equals the first, which is the nearest.
+    # The first of equals is the closest.
     best = min(fitting, key=lambda settings: len(candidates[settings].differing), default=None)
     new_layers = candidates[best].new_layers if best is not None else None
     reset = f"model.reset_layers=[{', '.join([*reset_layers, *new_layers])}]" if new_layers else ""
     if best:
         raise ValueError(f"{file} doesn't fit the model, but fits {best}" + (f" with {reset}" if reset else ""))
-    advice = f"; to start these layers new, set {reset}" if reset else ""
+    advice = f"; to reset these layers, set {reset}" if reset else ""
     raise ValueError(f"{file} doesn't fit the model: {comparison.explained()}{advice}")
 
 
@@ -106,7 +106,7 @@ def load_published(net: nn.Module, published: WeightsEnum, unused_layers: Sequen
         # weights_only: torchvision's own builders would unpickle the file, and with it any code it may hold.
         state = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
         net.load_state_dict({name: tensor for name, tensor in state.items() if not is_below(name, unused_layers)})
-    except Exception as error:  # sockets, HTTP, checksums, truncated files: they have no narrower base in common
+    except Exception as error:  # sockets, HTTP, checksums, truncated files: they have no narrower base class in common
         file = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
         what = f"{file} is damaged; delete it" if file.exists() else f"could not download {published.url}"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -118,22 +118,22 @@ def load_published(net: nn.Module, published: WeightsEnum, unused_layers: Sequen
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The tensors of a file and those that a model expects, by name: their shapes."""
+    """The shapes of a file's tensors and of those that a model expects, by name."""
 
-    found: Shapes
+    given: Shapes
     expected: Shapes
 
     @cached_property
     def missing(self) -> list[str]:
-        return [name for name in self.expected if name not in self.found]
+        return [name for name in self.expected if name not in self.given]
 
     @cached_property
     def unexpected(self) -> list[str]:
-        return [name for name in self.found if name not in self.expected]
+        return [name for name in self.given if name not in self.expected]
 
     @cached_property
     def reshaped(self) -> list[str]:
-        return [name for name, shape in self.expected.items() if self.found.get(name, shape) != shape]
+        return [name for name, shape in self.expected.items() if self.given.get(name, shape) != shape]
 
     @property
     def differing(self) -> list[str]:
@@ -145,11 +145,11 @@ class _Comparison:
 
     @property
     def is_of_another_network(self) -> bool:
-        return not self.same or 2 * self.same < min(len(self.found), len(self.expected))
+        return not self.same or 2 * self.same < min(len(self.given), len(self.expected))
 
     @cached_property
     def new_layers(self) -> list[str] | None:
-        """The few layers that must start new for the rest to fit; None where that would not be enough, or not a few."""
+        """The layers to reset for the rest to fit; None if that would not be enough, or if there are too many."""
         if self.unexpected or self.is_of_another_network:
             return None
         lacking = dict.fromkeys(_module(name) for name in self.differing)
@@ -159,24 +159,24 @@ class _Comparison:
         return list(lacking) if len(lacking) <= MAX_NAMED else None
 
     def explained(self) -> str:
-        """What differs; of another network's file a few examples."""
-        wrong = {name: f"{name} {self.found[name]} instead of {self.expected[name]}" for name in self.reshaped}
+        """The differences; a few examples for a file of another network."""
+        wrong = {name: f"{name} {self.given[name]} instead of {self.expected[name]}" for name in self.reshaped}
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape of": list(wrong.values())}
         if not self.is_of_another_network:
             return "; ".join(f"{kind} {_listed(names)}" for kind, names in kinds.items() if names)
         by_turns = zip_longest(*([f"{kind} {name}" for name in names] for kind, names in kinds.items()))
         examples = [example for turn in by_turns for example in turn if example][:NUM_EXAMPLES]
         return (
-            f"it is a file of another network ({self.same} of its {len(self.found)} tensors fit; e.g. "
+            f"it is a file of another network ({self.same} of its {len(self.given)} tensors fit; e.g. "
             f"{', '.join(examples)})"
         )
 
 
-def _compare(found: Shapes, model: nn.Module, reset_layers: Sequence[str]) -> _Comparison:
+def _compare(given: Shapes, model: nn.Module, reset_layers: Sequence[str]) -> _Comparison:
     check_layers(model, reset_layers, "model.reset_layers")
     skipped = [*reset_layers, *getattr(model, "unused_layers", ())]
     return _Comparison(
-        found={name: shape for name, shape in found.items() if not is_below(name, skipped)},
+        given={name: shape for name, shape in given.items() if not is_below(name, skipped)},
         expected={
             name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not is_below(name, reset_layers)
         },

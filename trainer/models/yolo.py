@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from trainer.components import model
@@ -19,7 +19,7 @@ from trainer.models.layers import check_sides
 
 SIZES = {"n": (0.33, 0.25), "s": (0.33, 0.5), "m": (0.67, 0.75), "l": (1.0, 1.0)}  # factors of depth and width
 STRIDES = (8, 16, 32)
-# Width and height in pixels, three at each stride: those of the weights that are published for COCO.
+# Width and height in pixels, three at each stride: those of the weights published for COCO.
 PUBLISHED_ANCHORS: list[list[list[float]]] = [
     [[10, 13], [16, 30], [33, 23]],
     [[30, 61], [62, 45], [59, 119]],
@@ -28,8 +28,7 @@ PUBLISHED_ANCHORS: list[list[list[float]]] = [
 # Probability that a new head gives to an object, and to each class (Lin et al., "Focal Loss", 2017, section 3.3).
 PRIOR = 0.01
 
-Side = Annotated[float, Field(gt=0)]
-Anchor = Annotated[list[Side], Field(min_length=2, max_length=2)]
+Anchor = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
 Anchors = Annotated[list[Annotated[list[Anchor], Field(min_length=3, max_length=3)]], Field(min_length=3, max_length=3)]
 
 
@@ -43,13 +42,13 @@ class Conv(nn.Module):
         self.act = nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """One after the other."""
+        """Applies the three in turn."""
         activated: Tensor = self.act(self.bn(self.conv(x)))
         return activated
 
 
 class Bottleneck(nn.Module):
-    """A 1x1 and a 3x3 convolution; their input is added where there is a shortcut."""
+    """A 1x1 and a 3x3 convolution; a shortcut adds their input."""
 
     def __init__(self, channels: int, shortcut: bool) -> None:
         super().__init__()
@@ -65,7 +64,7 @@ class Bottleneck(nn.Module):
 
 class C3(nn.Module):
     """A cross-stage partial block of three convolutions: half of the channels go through the bottlenecks,
-    half past them.
+    half bypass them.
     """
 
     def __init__(self, channels_in: int, channels_out: int, depth: int, shortcut: bool = True) -> None:
@@ -83,7 +82,7 @@ class C3(nn.Module):
 
 
 class SPPF(nn.Module):
-    """Spatial pyramid pooling, fast: a 5x5 maximum taken once, twice and three times sees 5, 9 and 13 pixels."""
+    """Spatial pyramid pooling, fast: a 5x5 maximum, applied one to three times, covers 5, 9 and 13 pixels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -123,7 +122,7 @@ class Detect(nn.Module):
     def __init__(self, num_classes: int, anchors: list[list[list[float]]], channels: list[int]) -> None:
         super().__init__()
         strides = torch.tensor(STRIDES).view(-1, 1, 1)
-        # In cells, as published weights have them.
+        # In cells, as in the published weights.
         self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32) / strides)
         self.m = nn.ModuleList(
             nn.Conv2d(width, len(level) * (5 + num_classes), 1) for width, level in zip(channels, anchors, strict=True)
@@ -151,8 +150,8 @@ class Yolo(nn.Module):
         num_classes: C.
         depth: factor of the number of bottlenecks.
         width: factor of the number of channels.
-        anchors: width and height in pixels, three at each scale; None for those of the weights that are loaded, or else
-            the published ones.
+        anchors: width and height in pixels, three at each scale; None for those of the loaded weights, or else the
+            published ones.
     """
 
     size_divisor = STRIDES[-1]
@@ -192,10 +191,10 @@ class Yolo(nn.Module):
         ]
         self.model = nn.ModuleList(layers)
         if anchors:
-            self.register_load_state_dict_pre_hook(_keep_anchors)
+            self.register_load_state_dict_pre_hook(_keep_anchors)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Tensor) -> tuple[Level, ...]:
-        """One layer after the other.
+        """Applies the layers in turn.
 
         Raises:
             UserError: a side isn't divisible by 32.
@@ -213,7 +212,7 @@ class Yolo(nn.Module):
 
 
 def _keep_anchors(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Anchors that a recipe names are used with weights that were trained for others."""
+    """Anchors that a recipe names replace those of the weights."""
     state[f"{prefix}model.24.anchors"] = module.get_buffer("model.24.anchors")
 
 
@@ -230,8 +229,8 @@ def yolo(
     Args:
         num_classes: C.
         size: for 80 classes n has 1.9 million parameters, s 7.2, m 21.2 and l 46.6.
-        anchors: width and height in pixels, three for each of the strides 8, 16 and 32; without them those of
-            `weights`, or else the ones that are published for COCO.
+        anchors: width and height in pixels, three for each of the strides 8, 16 and 32; by default those of `weights`,
+            or else the ones published for COCO.
     """
     depth, width = SIZES[size]
     return Yolo(num_classes, depth, width, anchors)

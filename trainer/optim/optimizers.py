@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import nn
 
-from trainer.components import optimizer
-from trainer.recipe.settings import LearningRate
-
-NotNegative = Annotated[float, Field(ge=0)]
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from trainer.components import FractionBelowOne, optimizer
 
 
 @optimizer()
@@ -22,9 +16,9 @@ def sgd(
     parameters: Iterable[nn.Parameter],
     /,
     *,
-    lr: LearningRate,
-    momentum: Fraction = 0.9,
-    weight_decay: NotNegative = 0.0,
+    lr: PositiveFloat,
+    momentum: FractionBelowOne = 0.9,
+    weight_decay: NonNegativeFloat = 0.0,
     nesterov: bool = False,
 ) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum."""
@@ -43,11 +37,11 @@ def adam(
     parameters: Iterable[nn.Parameter],
     /,
     *,
-    lr: LearningRate,
-    beta1: Fraction = 0.9,
-    beta2: Fraction = 0.999,
+    lr: PositiveFloat,
+    beta1: FractionBelowOne = 0.9,
+    beta2: FractionBelowOne = 0.999,
     eps: float = 1e-8,
-    weight_decay: NotNegative = 0.0,
+    weight_decay: NonNegativeFloat = 0.0,
 ) -> torch.optim.Optimizer:
     """Adam (Kingma & Ba, 2015); `weight_decay` is an L2 term in the gradient."""
     return torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
@@ -58,11 +52,11 @@ def adamw(
     parameters: Iterable[nn.Parameter],
     /,
     *,
-    lr: LearningRate,
-    beta1: Fraction = 0.9,
-    beta2: Fraction = 0.999,
+    lr: PositiveFloat,
+    beta1: FractionBelowOne = 0.9,
+    beta2: FractionBelowOne = 0.999,
     eps: float = 1e-8,
-    weight_decay: NotNegative = 0.01,
+    weight_decay: NonNegativeFloat = 0.01,
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019)."""
     return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import NonNegativeInt, PositiveFloat
 
-from trainer.components import schedule
+from trainer.components import Fraction, InnerFraction, schedule
 from trainer.errors import UserError
 from trainer.metrics.best import Best
 from trainer.recipe.durations import Clock, DurationOrZero, Span
@@ -26,8 +26,6 @@ Schedule = Callable[[float], float]
 Share = Callable[[Span], float]
 
 NONE = Span.parse("0%")
-
-Factor = Annotated[float, Field(ge=0, le=1)]
 
 
 def build_schedule(recipe: Recipe, clock: Clock, best: Best) -> Schedule:
@@ -58,15 +56,13 @@ def constant(share: Share, /, *, warmup: DurationOrZero = NONE) -> Schedule:
 
 
 @schedule()
-def cosine(share: Share, /, *, warmup: DurationOrZero = NONE, final: Factor = 0.0) -> Schedule:
+def cosine(share: Share, /, *, warmup: DurationOrZero = NONE, final: Fraction = 0.0) -> Schedule:
     """Half a cosine from 1 down to `final` (Loshchilov & Hutter, 2017, without restarts)."""
     return _after_warmup(share(warmup), lambda p: final + (1 - final) * (1 + math.cos(math.pi * p)) / 2)
 
 
 @schedule()
-def polynomial(
-    share: Share, /, *, warmup: DurationOrZero = NONE, power: Annotated[float, Field(gt=0)] = 0.9
-) -> Schedule:
+def polynomial(share: Share, /, *, warmup: DurationOrZero = NONE, power: PositiveFloat = 0.9) -> Schedule:
     """(1 - progress) ** power, as in DeepLab (Chen et al., 2017)."""
     return _after_warmup(share(warmup), lambda p: (1 - p) ** power)
 
@@ -77,8 +73,8 @@ def plateau(
     best: Best,
     /,
     *,
-    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-    patience: Annotated[int, Field(ge=0)] = 5,
+    factor: InnerFraction = 0.1,
+    patience: NonNegativeInt = 5,
     warmup: DurationOrZero = NONE,
 ) -> Schedule:
     """Multiplies by `factor` whenever `patience` evaluations in a row, and one more,
@@ -89,7 +85,7 @@ def plateau(
 
 @schedule()
 def one_cycle(
-    share: Share, /, *, warmup: DurationOrZero = Span.parse("30%"), start: Factor = 0.04, final: Factor = 1e-6
+    share: Share, /, *, warmup: DurationOrZero = Span.parse("30%"), start: Fraction = 0.04, final: Fraction = 1e-6
 ) -> Schedule:
     """Half a cosine up from `start`, half a cosine down to `final` (Smith & Topin, 2018);
     `optimizer.lr` is the peak.

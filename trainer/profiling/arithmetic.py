@@ -38,7 +38,7 @@ class Layer:
         kind: its class.
         shape: of its output for one image, (C, H, W).
         weights, outputs, connections, flops: see this module.
-        trainable: how many of the weights learn.
+        trainable: how many of the weights are trainable.
     """
 
     name: str

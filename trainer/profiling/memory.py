@@ -35,10 +35,10 @@ class Cost:
     """What one training step takes.
 
     Attributes:
-        trainable: weights that learn.
+        trainable: trainable parameters.
         saved_bytes: of activations that the forward pass of a micro-batch keeps for the backward pass, each storage
             once.
-        gradient_bytes, optimizer_bytes: of what belongs to the weights that learn.
+        gradient_bytes, optimizer_bytes: of what belongs to the trainable parameters.
         peak_bytes: of the device at the worst moment, above what was there before the model; None where the system
             doesn't tell.
         flops: of the forward and backward passes of a step.
@@ -55,20 +55,20 @@ class Cost:
 
 
 def measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, width: int) -> Cost:
-    """Trains a new model for a few steps, with only `layers` learning (empty: all), as the recipe says but for
+    """Trains a new model for a few steps, with only `layers` trainable (empty: all), as the recipe says but for
     `compile`; one process.
 
-    A step is `data.batch_size` made-up samples in `train.accumulate` micro-batches; `saved_bytes` is that of one of
+    A step is `data.batch_size` synthetic samples in `train.accumulate` micro-batches; `saved_bytes` is that of one of
     these.
 
     Raises:
-        UserError: memory is out.
+        UserError: out of memory.
     """
     try:
         return _measure(recipe, info, layers, height, width)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(
-            f"memory is out with {height}x{width} pixels and {recipe.data.batch_size // recipe.train.accumulate} "
+            f"out of memory with {height}x{width} pixels and {recipe.data.batch_size // recipe.train.accumulate} "
             "samples at a time: lower data.batch_size, "
             "raise train.accumulate, give a smaller --input-size, or only count with --no-measure"
         ) from error
@@ -86,7 +86,7 @@ def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, wid
     ema = Ema(model, recipe.train.ema) if recipe.train.ema else None
     optimizer = recipe.build("optimizer", parameters=trainable)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    batch = _made_up(recipe, info, height, width, device)
+    batch = _synthetic_batch(recipe, info, height, width, device)
     saved: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -147,7 +147,7 @@ def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, wid
     )
 
 
-def _made_up(recipe: Recipe, info: DataInfo, height: int, width: int, device: torch.device) -> dict[str, Any]:
+def _synthetic_batch(recipe: Recipe, info: DataInfo, height: int, width: int, device: torch.device) -> dict[str, Any]:
     """A micro-batch of noise with the fields that the task needs; with objects, of which each image has four,
     one in each quarter.
     """

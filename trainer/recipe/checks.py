@@ -9,19 +9,19 @@ from trainer.recipe.durations import Clock, Span
 from trainer.recipe.file import Problem
 from trainer.recipe.recipe import Recipe, build
 
-Check = Callable[[Recipe], Iterator[Problem]]
-"""Looks at a recipe and yields problems; reads only the sections it is registered for."""
-
-
-# ---------------------------------------------------------------- cross-field checks
+Check = tuple[tuple[str, ...], Callable[[Recipe], Iterator[Problem]]]
+"""What a check reads of a recipe, of its sections and `source`, and the check: it runs where all of these are valid."""
 
 
 def _check_interfaces(recipe: Recipe) -> Iterator[Problem]:
     task = recipe.components["task"]
+    shared = {*task.interfaces}
     for section in ("model", "loss"):
         found = recipe.components[section]
-        if found.interface != task.interface:
-            fits = [c.name for c in catalogue(section).values() if c.interface == task.interface]
+        if shared & {*found.interfaces}:
+            shared &= {*found.interfaces}
+        else:
+            fits = [c.name for c in catalogue(section).values() if shared & {*c.interfaces}]
             yield recipe.problem(
                 section,
                 f"{section} {found.name} doesn't fit task {task.name}; choose one of {', '.join(fits)}",
@@ -94,7 +94,7 @@ def _check_durations(recipe: Recipe) -> Iterator[Problem]:
                 )
 
 
-CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
+CHECKS: tuple[Check, ...] = (
     (("task", "data", "model", "loss"), _check_interfaces),
     (("data",), _check_augmentations),
     (("data",), _check_resize),

@@ -77,15 +77,11 @@ def place_of(places: Mapping[KeyPath, Place], path: KeyPath, default: object) ->
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown word: the nearest known one, else all of them."""
     known = list(known)
+    if not known:
+        return "there are none"
     by_lower = {name.lower(): name for name in known}
     match = difflib.get_close_matches(word.lower(), by_lower, 1, cutoff=0.6)
-    return (
-        f"did you mean {by_lower[match[0]]!r}?"
-        if match
-        else f"known: {', '.join(known)}"
-        if known
-        else "there are none"
-    )
+    return f"did you mean {by_lower[match[0]]!r}?" if match else f"known: {', '.join(known)}"
 
 
 class Reader:
@@ -183,27 +179,19 @@ class Reader:
         base, top = self._long_form(base), self._long_form(top)
         for section, shared in self.shared.items():
             old, new = base.get(section), top.get(section)
-            if not (
-                isinstance(old, dict)
-                and isinstance(new, dict)
-                and "name" in old
-                and "name" in new
-                and old["name"] != new["name"]
-            ):
-                continue
-            base[section] = {key: value for key, value in old.items() if key in shared}
-            lost: list[KeyPath] = [(section, key) for key in old if key not in base[section]]
-            if section == "data" and "reference" in base:  # published values, which hold for their data
-                del base["reference"]
-                lost.append(("reference",))
-            for path in [path for path in below if path[:1] in lost or path[:2] in lost]:
-                del below[path]
-            dropped = [dotted(path) for path in lost if path not in places and path != (section, "name")]
-            if dropped:
-                place = place_of(places, (section, "name"), COMMAND_LINE)
-                self.dropped.append(
-                    f"{place}: {section}.name changed from {old['name']} to {new['name']}: dropped {', '.join(dropped)}"
-                )
+            if isinstance(old, dict) and isinstance(new, dict) and _names_differ(old, new):
+                base[section] = {key: value for key, value in old.items() if key in shared}
+                lost: list[KeyPath] = [(section, key) for key in old if key not in base[section]]
+                if section == "data" and "reference" in base:  # published values, which hold for their data
+                    del base["reference"]
+                    lost.append(("reference",))
+                for path in [path for path in below if path[:1] in lost or path[:2] in lost]:
+                    del below[path]
+                dropped = [dotted(path) for path in lost if path not in places and path != (section, "name")]
+                if dropped:
+                    place = place_of(places, (section, "name"), COMMAND_LINE)
+                    change = f"{section}.name changed from {old['name']} to {new['name']}"
+                    self.dropped.append(f"{place}: {change}: dropped {', '.join(dropped)}")
         below |= places
         return _over(base, top)
 
@@ -214,72 +202,90 @@ class Reader:
         }
 
     def _parse(self, text: str, file: str, places: dict[KeyPath, Place]) -> Any:
-        yaml = YAML(typ="safe", pure=True)
+        return _Document(file, places, self.problems).parse(text)
+
+
+class _Document:
+    """One YAML text, to be turned into plain values.
+
+    Args:
+        file: where the text stands.
+        places: takes the place of each key.
+        problems: takes what is wrong.
+    """
+
+    def __init__(self, file: str, places: dict[KeyPath, Place], problems: list[Problem]) -> None:
+        self.file, self.places, self.problems = file, places, problems
+        self.yaml = YAML(typ="safe", pure=True)
+        self.nodes = 0
+
+    def parse(self, text: str) -> Any:
+        """The values; None where there are none or the text isn't YAML."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML allows it
-                node = yaml.compose(io.StringIO(text))
-            return None if node is None else self._plain(yaml, node, (), file, places, budget=[MAX_NODES])
+                node = self.yaml.compose(io.StringIO(text))
+            return None if node is None else self._value(node, ())
         except RecursionError:
-            self.problems.append(Problem(file, (), "nested too deeply, or an alias that holds itself"))
-            return None
+            return self._refused(self.file, (), "nested too deeply, or an alias that holds itself")
         except MarkedYAMLError as error:
+            what = f"not valid YAML: {error.problem or error.context}"
             mark = error.problem_mark or error.context_mark
-            override = file == COMMAND_LINE
-            place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark and not override else file
-            self.problems.append(
-                Problem(
-                    place, (), f"not valid YAML: {error.problem or error.context}", short(text) if override else None
-                )
-            )
-            return None
+            if self.file == COMMAND_LINE:
+                return self._refused(self.file, (), what, short(text))
+            return self._refused(self._place(mark) if mark else self.file, (), what)
         except (YAMLError, ValueError) as error:
-            self.problems.append(Problem(file, (), f"not valid YAML: {str(error).splitlines()[0]}"))
-            return None
+            return self._refused(self.file, (), f"not valid YAML: {str(error).splitlines()[0]}")
 
-    def _plain(
-        self, yaml: YAML, node: Node, path: KeyPath, file: str, places: dict[KeyPath, Place], budget: list[int]
-    ) -> Any:
-        budget[0] -= 1
-        place = f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-        if budget[0] < 0:
-            if budget[0] == -1:
-                self.problems.append(
-                    Problem(place, path, f"more than {MAX_NODES} values; a recipe this large is a mistake")
-                )
+    def _value(self, node: Node, path: KeyPath) -> Any:
+        place = self._place(node.start_mark)
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            if self.nodes == MAX_NODES + 1:
+                self._refused(place, path, f"more than {MAX_NODES} values; a recipe this large is a mistake")
             return None
-        places.setdefault(path, place)
-        if not str(node.tag).startswith("tag:yaml.org,2002:") or "python" in str(node.tag):
-            self.problems.append(Problem(place, path, "tags are refused: a recipe holds plain values", str(node.tag)))
-            return None
+        self.places.setdefault(path, place)
+        tag = str(node.tag)
+        if not tag.startswith("tag:yaml.org,2002:") or "python" in tag:
+            return self._refused(place, path, "tags are refused: a recipe holds plain values", tag)
         if isinstance(node, MappingNode):
-            out: dict[Any, Any] = {}
-            first: dict[Any, int] = {}
-            for key_node, value_node in node.value:
-                key = key_node.value if isinstance(key_node, ScalarNode) else None
-                key_place = f"{file}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
-                if key is None:
-                    self.problems.append(Problem(key_place, path, "a key is a word"))
-                elif key in out:
-                    self.problems.append(
-                        Problem(key_place, (*path, key), f"duplicate key; it stands on line {first[key]} already")
-                    )
-                else:
-                    first[key] = key_node.start_mark.line + 1
-                    places[(*path, key)] = key_place
-                    out[key] = self._plain(yaml, value_node, (*path, key), file, places, budget)
-            return out
+            return self._mapping(node, path)
         if isinstance(node, SequenceNode):
-            return [self._plain(yaml, child, (*path, i), file, places, budget) for i, child in enumerate(node.value)]
+            return [self._value(child, (*path, i)) for i, child in enumerate(node.value)]
         try:
-            value = yaml.constructor.construct_object(node, deep=True)
+            value = self.yaml.constructor.construct_object(node, deep=True)
         except Exception:  # constructors raise all kinds of errors where a tag doesn't fit its value
-            self.problems.append(Problem(place, path, "not a plain value", short(node.value)))
-            return None
+            return self._refused(place, path, "not a plain value", short(node.value))
         if isinstance(value, int) and abs(value) >= 2**63:
-            self.problems.append(Problem(place, path, "too large for a whole number", short(node.value)))
-            return None
+            return self._refused(place, path, "too large for a whole number", short(node.value))
         return value
+
+    def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            place = self._place(key_node.start_mark)
+            if not isinstance(key_node, ScalarNode):
+                self._refused(place, path, "a key is a word")
+                continue
+            key = key_node.value
+            if key in values:
+                self._refused(place, (*path, key), f"duplicate key; it stands on line {lines[key]} already")
+                continue
+            lines[key] = key_node.start_mark.line + 1
+            self.places[(*path, key)] = place
+            values[key] = self._value(value_node, (*path, key))
+        return values
+
+    def _place(self, mark: Any) -> Place:
+        return f"{self.file}:{mark.line + 1}:{mark.column + 1}"
+
+    def _refused(self, place: Place, path: KeyPath, what: str, got: str | None = None) -> None:
+        self.problems.append(Problem(place, path, what, got))
+
+
+def _names_differ(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return "name" in old and "name" in new and bool(old["name"] != new["name"])
 
 
 def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -14,17 +14,144 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError, create_model
 
 from trainer.components import Component, Settings, catalogue
+from trainer.errors import UserError
 from trainer.recipe.checks import CHECKS, Check
 from trainer.recipe.file import KeyPath, Place, Problem, Reader, RecipeError, nearest, place_of, short
 from trainer.recipe.recipe import Choice, Recipe
-from trainer.recipe.settings import DEFAULTS, SECTIONS, SHARED, NamedSettings
+from trainer.recipe.settings import DEFAULTS, KINDS, SCHEMAS, SHARED, NamedSettings
 
-# ---------------------------------------------------------------- validation
+S = TypeVar("S", bound=Settings)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), checks: Iterable[Check] = ()) -> Recipe:
+    """Reads, merges and validates a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.path=value` arguments, applied last.
+        checks: further cross-field checks.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    path = Path(path)
+    reader = Reader(SHARED)
+    tree = reader.read(path)
+    top, places = reader.overrides(overrides)
+    tree = reader.merge(tree, top, places)
+    validator = Validator(reader, path)
+    recipe = Recipe(path.stem, path, reader.places, reader.dropped)
+    _check_keys(tree, validator)
+    _plugins(tree.get("plugins", []), recipe, validator)
+    _name(tree.get("name"), recipe, validator)
+    _reference(tree.get("reference", {}), recipe, validator)
+    if not reader.complete:  # what seems to be missing may stand in what couldn't be read
+        raise RecipeError(reader.problems)
+    data = tree.get("data")
+    if isinstance(data, dict):
+        recipe.augmentations = validator.choices("augmentation", data.pop("augment", []), ("data", "augment"))
+    recipe.trackers = validator.choices("tracker", tree.get("track", []), ("track",))
+    for section in SCHEMAS:
+        _section(section, tree.get(section, DEFAULTS.get(section)), recipe, validator)
+    if hasattr(recipe, "data"):
+        try:
+            recipe.source = recipe.build("data")
+        except (ValueError, UserError) as error:
+            validator.report(("data",), str(error))
+    for needs, check in (*CHECKS, *checks):
+        if all(hasattr(recipe, part) for part in needs):
+            reader.problems.extend(check(recipe))
+    if reader.problems:
+        raise RecipeError(reader.problems)
+    return recipe
+
+
+def _check_keys(tree: dict[str, Any], validator: Validator) -> None:
+    known = ["name", "inherit", "plugins", "track", "reference", *SCHEMAS]
+    for key in tree:
+        if key not in known:
+            validator.report((key,), f"unknown key; {nearest(key, known)}", tree[key])
+
+
+def _name(name: Any, recipe: Recipe, validator: Validator) -> None:
+    if isinstance(name, str) and re.fullmatch(r"\w[\w.+=,-]{0,127}", name):
+        recipe.name = name
+    elif name is not None:
+        validator.report(("name",), "a run's name is made of letters, digits and . _ - + = , (it names a folder)", name)
+
+
+def _reference(reference: Any, recipe: Recipe, validator: Validator) -> None:
+    if isinstance(reference, dict) and all(
+        isinstance(key, str) and type(value) in (int, float) for key, value in reference.items()
+    ):
+        recipe.reference = {key: float(value) for key, value in reference.items()}
+    else:
+        validator.report(("reference",), "must map names of metrics to numbers, e.g. {accuracy: 0.58}", reference)
+
+
+def _plugins(plugins: Any, recipe: Recipe, validator: Validator) -> None:
+    """Imports the listed modules, whose components a recipe can name from then on."""
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        validator.report(("plugins",), "must be a list of module names or .py files", plugins)
+        return
+    place = place_of(recipe.places, ("plugins",), recipe.path)
+    for i, plugin in enumerate(plugins):
+        try:
+            recipe.plugins.append(_import_plugin(plugin, place))
+        except (ImportError, OSError, SyntaxError, ValueError, TypeError) as error:
+            validator.report(("plugins", i), f"can't be imported: {error}", plugin)
+
+
+def _import_plugin(plugin: str, place: Place) -> str:
+    """Imports a listed module; a `.py` file is looked up beside the recipe that lists it."""
+    if not plugin.endswith(".py"):
+        importlib.import_module(plugin)
+        return plugin
+    file = (Path(place.rsplit(":", 2)[0]).parent / plugin).resolve()
+    name = f"trainer_plugin_{file.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None or not file.is_file():
+            raise ImportError(f"no file {file}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]  # half a module would be taken for a complete one the next time
+            raise
+    return str(file)
+
+
+def _section(section: str, value: Any, recipe: Recipe, validator: Validator) -> None:
+    """Validates a section, by its own keys and those of the component that it names; the recipe gets a valid one."""
+    if value is None:
+        validator.report((section,), "must be a mapping" if section in DEFAULTS else "this section is required")
+        return
+    schema = SCHEMAS[section]
+    if section in KINDS:
+        component = validator.component(KINDS[section], value, (section,))
+        if component is None:
+            return
+        recipe.components[section] = component
+        schema = joined_schema(schema, component)
+    elif not isinstance(value, dict):
+        validator.report((section,), "must be a mapping", value)
+        return
+    settings = validator.section(schema, value, (section,))
+    if settings is not None:
+        setattr(recipe, section, settings)
+
+
+def joined_schema(shared: type[S], component: Component) -> type[S]:
+    """The schema of a section: the keys all its components share, and those of the one it names."""
+    keys: dict[str, Any] = {key: (info.annotation, info) for key, info in component.schema.model_fields.items()}
+    return create_model(component.schema.__name__, __base__=shared, **keys)
 
 
 class Validator:
@@ -66,7 +193,7 @@ class Validator:
                 chosen.append((component, settings))
         return chosen
 
-    def section(self, schema: type[Settings], value: Any, path: KeyPath) -> Any:
+    def section(self, schema: type[S], value: Any, path: KeyPath) -> S | None:
         """Validates a mapping; reports every mistake in it and returns None if there is one."""
         try:
             return schema.model_validate(value)
@@ -126,115 +253,3 @@ def _keys(schema: type[Settings], location: tuple[str | int, ...]) -> list[str]:
             continue
         schema = annotation
     return list(schema.model_fields)
-
-
-def load_recipe(
-    path: str | Path, overrides: Iterable[str] = (), checks: Iterable[tuple[tuple[str, ...], Check]] = ()
-) -> Recipe:
-    """Reads, merges and validates a recipe.
-
-    Args:
-        path: the YAML file.
-        overrides: `key.path=value` arguments, applied last.
-        checks: further cross-field checks, each with the sections it reads: it runs when these are valid.
-
-    Raises:
-        RecipeError: with every problem found.
-    """
-    path = Path(path)
-    reader = Reader(SHARED)
-    tree = reader.read(path)
-    top, places = reader.overrides(overrides)
-    tree = reader.merge(tree, top, places)
-    validator = Validator(reader, path)
-    recipe = Recipe(name=path.stem, path=path, places=reader.places, dropped=reader.dropped)
-    _top_level(tree, recipe, validator)
-    if not reader.complete:  # what seems to be missing may stand in what couldn't be read
-        raise RecipeError(reader.problems)
-    data = tree.get("data")
-    if isinstance(data, dict):
-        recipe.augmentations = validator.choices("augmentation", data.pop("augment", []), ("data", "augment"))
-    recipe.trackers = validator.choices("tracker", tree.get("track", []), ("track",))
-    for section, (kind, shared, required) in SECTIONS.items():
-        value = tree.get(section, DEFAULTS.get(section))
-        if value is None:
-            validator.report((section,), "this section is required" if required else "must be a mapping")
-            continue
-        schema = shared
-        if kind:
-            component = validator.component(kind, value, (section,))
-            if component is None:
-                continue
-            recipe.components[section] = component
-            schema = joined_schema(shared, component)
-        elif not isinstance(value, dict):
-            validator.report((section,), "must be a mapping", value)
-            continue
-        settings = validator.section(schema, value, (section,))
-        if settings is not None:
-            recipe.sections[section] = settings
-    for needs, check in (*CHECKS, *checks):
-        if all(section in recipe.sections for section in needs):
-            reader.problems.extend(check(recipe))
-    if reader.problems:
-        raise RecipeError(reader.problems)
-    return recipe
-
-
-def joined_schema(shared: type[Settings], component: Component) -> type[Settings]:
-    """The schema of a section: the keys all its components share, and those of the one it names."""
-    keys: dict[str, Any] = {key: (info.annotation, info) for key, info in component.schema.model_fields.items()}
-    return create_model(component.schema.__name__, __base__=shared, **keys)
-
-
-def _top_level(tree: dict[str, Any], recipe: Recipe, validator: Validator) -> None:
-    known = ["name", "inherit", "plugins", "track", "reference", *SECTIONS]
-    for key in tree:
-        if key not in known:
-            validator.report((key,), f"unknown key; {nearest(key, known)}", tree[key])
-    name = tree.get("name")
-    if name is not None:
-        if isinstance(name, str) and re.fullmatch(r"[\w][\w.+=,-]{0,127}", name):
-            recipe.name = name
-        else:
-            validator.report(
-                ("name",), "a run's name is made of letters, digits and . _ - + = , (it names a folder)", name
-            )
-    reference = tree.get("reference", {})
-    if isinstance(reference, dict) and all(
-        isinstance(key, str) and type(value) in (int, float) for key, value in reference.items()
-    ):
-        recipe.reference = {key: float(value) for key, value in reference.items()}
-    else:
-        validator.report(("reference",), "must map names of metrics to numbers, e.g. {accuracy: 0.58}", reference)
-    plugins = tree.get("plugins", [])
-    if not isinstance(plugins, list) or not all(isinstance(p, str) for p in plugins):
-        validator.report(("plugins",), "must be a list of module names or .py files", plugins)
-        return
-    for i, plugin in enumerate(plugins):
-        try:
-            recipe.plugins.append(_import_plugin(plugin, place_of(validator.reader.places, ("plugins",), recipe.path)))
-        except (ImportError, OSError, SyntaxError, ValueError, TypeError) as error:
-            validator.report(("plugins", i), f"can't be imported: {error}", plugin)
-
-
-def _import_plugin(plugin: str, place: Place) -> str:
-    """Imports a listed module; a `.py` file is looked up beside the recipe that lists it."""
-    if not plugin.endswith(".py"):
-        importlib.import_module(plugin)
-        return plugin
-    file = Path(plugin) if Path(plugin).is_absolute() else Path(place.rsplit(":", 2)[0]).parent / plugin
-    file = file.resolve()
-    name = f"trainer_plugin_{file.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        if spec is None or spec.loader is None or not file.is_file():
-            raise ImportError(f"no file {file}")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]  # half a module would pass for a whole one the next time
-            raise
-    return str(file)

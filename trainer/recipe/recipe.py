@@ -5,52 +5,58 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.components import Component, Settings
 from trainer.recipe.durations import Span
 from trainer.recipe.file import KeyPath, Place, Problem, place_of
-from trainer.recipe.settings import RESUMABLE, SECTIONS
+from trainer.recipe.settings import RESUMABLE, SCHEMAS, Sections
+
+if TYPE_CHECKING:  # the room of data lies above this one
+    from trainer.data.source import Source
 
 Choice = tuple[Component, Settings]
 """A component that a list in the recipe names, with its settings."""
 
 
-@dataclass
-class Recipe:
-    """A validated recipe: a settings object for each section, and the component it names.
+@dataclass(eq=False, repr=False)
+class Recipe(Sections):
+    """A validated recipe: its sections, and the components they name.
 
-    While checks run, a section that has mistakes of its own is missing from `sections`.
+    Attributes:
+        name: of the run.
+        path: of the recipe's file.
+        places: where each key stands.
+        dropped: inherited keys that a change of `name` dropped, a line for each change.
+        plugins: modules and files that were imported for their components.
+        components: what `task`, `data`, `model`, `loss`, `optimizer` and `schedule` name.
+        source: the data set that `data` names.
+        augmentations: those of `data.augment`.
+        trackers: those of `track`.
+        reference: published values of metrics, for reports.
     """
 
     name: str
     path: Path
+    places: dict[KeyPath, Place]
+    dropped: list[str]
     plugins: list[str] = field(default_factory=list)
-    sections: dict[str, Any] = field(default_factory=dict)
     components: dict[str, Component] = field(default_factory=dict)
-    trackers: list[Choice] = field(default_factory=list)
+    source: Source = field(init=False)
     augmentations: list[Choice] = field(default_factory=list)
-    reference: dict[str, float] = field(default_factory=dict)  # published values of metrics, for reports
-    places: dict[KeyPath, Place] = field(default_factory=dict)
-    # Inherited keys that a change of `name` dropped, a line for each change.
-    dropped: list[str] = field(default_factory=list)
-
-    def __getattr__(self, section: str) -> Any:
-        try:
-            return self.__dict__["sections"][section]
-        except KeyError:
-            raise AttributeError(section) from None
+    trackers: list[Choice] = field(default_factory=list)
+    reference: dict[str, float] = field(default_factory=dict)
 
     def build(self, section: str, **context: Any) -> Any:
         """Builds the component that `section` names; `context` is what its factory takes before `/`."""
-        return build(self.components[section], self.sections[section], **context)
+        return build(self.components[section], getattr(self, section), **context)
 
     def resolved(self) -> dict[str, Any]:
         """The whole recipe with every default written out; it can be run again."""
         out: dict[str, Any] = {"name": self.name}
         if self.plugins:
             out["plugins"] = list(self.plugins)
-        out |= {section: self.sections[section].model_dump(mode="json") for section in SECTIONS}
+        out |= {section: getattr(self, section).model_dump(mode="json") for section in SCHEMAS}
         out["data"]["augment"] = [settings.model_dump(mode="json") for _, settings in self.augmentations]
         out["track"] = [settings.model_dump(mode="json") for _, settings in self.trackers]
         if self.reference:
@@ -59,12 +65,12 @@ class Recipe:
 
     def at_default(self) -> set[str]:
         """The keys (dotted) of its sections that have their default value."""
-        fields = (
-            (section, settings, key, info)
-            for section, settings in self.sections.items()
-            for key, info in type(settings).model_fields.items()
-        )
-        return {f"{section}.{key}" for section, settings, key, info in fields if getattr(settings, key) == info.default}
+        keys: set[str] = set()
+        for section in SCHEMAS:
+            settings = getattr(self, section)
+            fields = type(settings).model_fields.items()
+            keys |= {f"{section}.{key}" for key, info in fields if getattr(settings, key) == info.default}
+        return keys
 
     def problem(self, path: str, what: str, got: Any = None) -> Problem:
         """A problem at `path` (dotted), placed where the recipe says that key, or the nearest one above it."""

@@ -151,28 +151,32 @@ def draw_precision_recall(table: Mapping[str, Sequence[float]], file: Path) -> N
 def row_shares(counts: np.ndarray) -> np.ndarray:
     """Each count as a share of its row; nan in a row that has none."""
     totals = counts.sum(1, keepdims=True)
-    return np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    shares: np.ndarray = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    return shares
 
 
 def save_sheet(
-    samples: Sequence[Tensor], file: Path, panels: Sequence[str] = (), legend: Mapping[str, tuple[int, int, int]] = {}
+    samples: Sequence[Tensor | Sequence[Tensor]],
+    file: Path,
+    panels: Sequence[str] = (),
+    legend: Mapping[str, tuple[int, int, int]] = {},
 ) -> None:
     """Writes samples one below the other, each a row of panels; small ones enlarged by a whole factor.
 
     Args:
-        samples: uint8 (P, 3, H, W) each; they may differ in size.
+        samples: P panels each, uint8 (3, H, W); all may differ in size.
         file: the PNG to write.
         panels: what stands above each of the P columns.
         legend: what colours (RGB, 0 to 255) mean, to stand below.
     """
     font = ImageFont.load_default(TEXT)
-    scale = max(1, MIN_HEIGHT // max(sample.shape[2] for sample in samples))
-    column = GAP + scale * max(sample.shape[3] for sample in samples)
+    scale = max(1, MIN_HEIGHT // max(panel.shape[1] for sample in samples for panel in sample))
+    column = GAP + scale * max(panel.shape[2] for sample in samples for panel in sample)
     width = GAP + column * len(samples[0])
     entry = 2 * TEXT + GAP + round(max(map(font.getlength, legend), default=0))  # a square of the colour and its name
     entries_in_line = max(1, (width - GAP) // entry)
     heading, line = (TEXT + GAP if texts else 0 for texts in (panels, legend))
-    heights = [GAP + scale * sample.shape[2] for sample in samples]
+    heights = [GAP + scale * max(panel.shape[1] for panel in sample) for sample in samples]
     sheet = Image.new("RGB", (width, heading + sum(heights) + GAP + line * -(-len(legend) // entries_in_line)), "white")
     draw = ImageDraw.Draw(sheet)
     for index, name in enumerate(panels):

@@ -14,20 +14,19 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from trainer.detection.boxes import Detections
 from trainer.tasks.task import Color
 
-LEGIBLE = 384  # pixels: smaller images are enlarged, so that names fit in
+LEGIBLE = 384  # pixels: smaller images are enlarged to make room for names
 MASK_OPACITY = 0.5
-MIN_TEXT, TEXT_SHARE = 12, 48  # pixels of a name's letters, and how many of them the longer side of an image has
+MIN_TEXT, TEXT_SHARE = 12, 48  # height of a name in pixels: at least the first, or the longer side over the second
 MARGIN = 2  # pixels around a name
-# Of colours.
 BACKGROUND, BLACK, WHITE = (52, 56, 70), (0, 0, 0), (255, 255, 255)
-LEVELS = 16  # of red, green and blue that are chosen from
-MIN_CHROMA = 0.08  # in OKLab: greys are what is ignored
-DARK = 0.18  # luminance up to which white stands out more than black
+LEVELS = 16  # of red, green and blue among the candidate colours
+MIN_CHROMA = 0.08  # in OKLab: ignored pixels are grey
+DARK = 0.18  # up to this luminance white stands out more than black
 
 
 def class_colors(num_classes: int) -> list[Color]:
-    """The RGB colours (0 to 255) of the classes, always the same ones: a dark grey first,
-    then each as far from those before as can be.
+    """The RGB colours (0 to 255) of the classes, always the same: a dark grey first, then each as far as possible from
+    those before it.
     """
     return list(_palette(num_classes))
 
@@ -72,7 +71,7 @@ def _oklab(rgb: Tensor) -> Tensor:
     return (_linear(rgb) @ rgb.new_tensor(cones).T) ** (1 / 3) @ rgb.new_tensor(opponents).T
 
 
-def draw_objects(image: Tensor, found: Detections, classes: Sequence[str], with_scores: bool) -> Tensor:
+def draw_objects(image: Tensor, objects: Detections, classes: Sequence[str], with_scores: bool) -> Tensor:
     """Draws boxes with names, and masks, over an image uint8 (3, H, W), which is enlarged by a whole factor where it is
     small.
 
@@ -80,28 +79,29 @@ def draw_objects(image: Tensor, found: Detections, classes: Sequence[str], with_
     """
     factor = max(1, LEGIBLE // max(image.shape[1:]))
     canvas = image.cpu().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    if not len(found.labels):
+    if not len(objects.labels):
         return canvas
-    order = found.boxes[:, [0, 2]].mean(dim=1).argsort().cpu()
-    found = Detections(*(None if part is None else part.cpu()[order] for part in found))  # type: ignore[arg-type]
-    if found.masks is not None:
-        masks = found.masks.bool().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    order = objects.boxes[:, [0, 2]].mean(dim=1).argsort().cpu()
+    objects = Detections(*(None if part is None else part.cpu()[order] for part in objects))  # type: ignore[arg-type]
+    if objects.masks is not None:
+        masks = objects.masks.bool().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         canvas = draw_segmentation_masks(canvas, masks, MASK_OPACITY, class_colors(len(masks) + 1)[1:])
-    labels, palette = found.labels.tolist(), class_colors(len(classes) + 1)[1:]
+    labels, palette = objects.labels.tolist(), class_colors(len(classes) + 1)[1:]
     names = [
         classes[label] + (f" {score:.2f}" if with_scores else "")
-        for label, score in zip(labels, found.scores.tolist(), strict=True)
+        for label, score in zip(labels, objects.scores.tolist(), strict=True)
     ]
     colors = [palette[label] for label in labels]
-    boxes = factor * found.boxes
+    boxes = factor * objects.boxes
     drawing = to_pil_image(draw_bounding_boxes(canvas, boxes, colors=colors, width=2))
     for name, color, (left, top, *_) in zip(names, colors, boxes.int().tolist(), strict=True):
         _write(drawing, name, color, left, top)
-    return pil_to_tensor(drawing)
+    drawn: Tensor = pil_to_tensor(drawing)
+    return drawn
 
 
 def _write(drawing: Image.Image, text: str, background: Color, x: int, y: int) -> None:
-    """Writes on a filled rectangle that stands on (x, y), or as near as the image has room for it."""
+    """Writes on a filled rectangle whose lower left corner is (x, y), or as close to it as the image permits."""
     draw, font = ImageDraw.Draw(drawing), ImageFont.load_default(max(MIN_TEXT, max(drawing.size) // TEXT_SHARE))
     width, height = (int(side) + 2 * MARGIN for side in draw.textbbox((0, 0), text, font=font)[2:])
     x, y = max(0, min(x, drawing.width - width)), max(0, y - height)

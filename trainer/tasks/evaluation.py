@@ -6,54 +6,39 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.data.build import Data
-from trainer.distributed.reduce import joined, total
-from trainer.tasks.task import ROWS, Task
+from trainer.tasks.sums import EvaluationSums
+from trainer.tasks.task import Forward, Task
 
 
 @torch.no_grad()
 def evaluate(
-    task: Task,
-    model: nn.Module,
-    forward: Callable[..., Any],
-    data: Data,
-    may_go_on: Callable[[], bool],
+    task: Task[Any], model: nn.Module, forward: Forward, data: Data, may_continue: Callable[[], bool]
 ) -> dict[str, Any] | None:
-    """Metrics of the whole validation set from sums over unpadded shards; None where `may_go_on` ended it.
+    """Metrics of the whole validation set from sums over unpadded shards; None if `may_continue` interrupted it.
 
     Args:
-        task: says what is summed, and what follows from the totals.
+        task: defines what is summed, and the metrics that follow from the totals.
         model: put into eval mode, and left in it.
         forward: calls the model (with autocast).
         data: the set, and this process's share, which may be empty.
-        may_go_on: asked before each round, by all processes alike and with the same answer.
+        may_continue: called before each round by all processes; returns the same answer on each.
     """
     model.eval()
-    sums: dict[str, Tensor] = {}
+    sums: EvaluationSums | None = None
     batches = iter(data.validation_batches)
     for _ in range(data.validation_rounds):
-        if not may_go_on():
+        if not may_continue():
             return None
         batch = next(batches, None)
         if batch is not None:
-            found = task.evaluation_sums(forward, data._to_device(batch))
-            sums = (
-                {
-                    key: torch.cat([sums[key], value]) if key.startswith(ROWS) else sums[key] + value
-                    for key, value in found.items()
-                }
-                if sums
-                else found
-            )
-    if not sums:  # an empty share has nothing to add, but must know what is added
-        found = task.evaluation_sums(forward, data.validation_batch([0]))
-        sums = {key: value[:0] if key.startswith(ROWS) else torch.zeros_like(value) for key, value in found.items()}
-    rows = joined({key: value for key, value in sums.items() if key.startswith(ROWS)})
-    sums = total({key: value for key, value in sums.items() if key not in rows}) | rows
-    # Metrics are many small figures: the host would wait for each.
-    sums = {key: value.cpu() for key, value in sums.items()}
+            of_batch = task.evaluation_sums(forward, batch)
+            sums = sums + of_batch if sums else of_batch
+    if sums is None:  # an empty share adds nothing, but takes part in every reduction
+        sums = task.evaluation_sums(forward, data.validation_batch([0])).emptied()
+    sums = sums.over_processes()
     size = len(data.validation)
-    assert int(sums["samples"]) == size, f"evaluated {int(sums['samples'])} samples of {size}"
+    assert int(sums.samples) == size, f"evaluated {int(sums.samples)} samples of {size}"
     return task.metrics(sums)

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.components import task
 from trainer.detection.boxes import Detections
-from trainer.losses.loss import Loss
 from trainer.tasks.objects import ObjectTask
-from trainer.tasks.task import ROWS, Batch, Forward
+from trainer.tasks.task import Batch, Forward
 
-FOREGROUND = 0.5  # probability from which on a pixel belongs to the mask
+FOREGROUND = 0.5  # pixels of a higher probability belong to the mask
 
 
 @task(name="mask_rcnn", interface="mask_rcnn", fields=("image", "boxes", "masks"))
 class MaskRcnnTask(ObjectTask):
-    """Instance segmentation by a model that computes its losses itself, in training mode alone: so there is no
+    """Instance segmentation by a model that computes its losses itself, but only in training mode: so there is no
     validation loss.
 
     Args:
-        model: a `torchvision.models.detection.MaskRCNN`, which counts the background as class 0.
-        loss: takes its losses and the number of images.
+        model: a `torchvision.models.detection.MaskRCNN`, whose class 0 is the background.
+        loss: takes the model's losses and the number of images.
         classes: names of the classes, without background.
     """
 
     kinds = {"mask_": "segm", "box_": "bbox"}
     fixed_shapes = False
-
-    def __init__(self, model: nn.Module, loss: Loss, classes: tuple[str, ...], /) -> None:
-        super().__init__(model, loss, classes)
-        self.metric_names = self.metric_names[1:]
+    has_validation_loss = False
 
     def run(self, model: Forward, batch: Batch) -> tuple[dict[str, Tensor], int]:
-        """The model's losses, means over the images, and the number of images; crowds aren't learnt."""
+        """The model's losses, means over the images, and the number of images; crowds are not trained on."""
         images, targets = self._images(batch), []
         for index, image in enumerate(images):
             mine = (batch["image_index"] == index) & ~batch["crowd"]
@@ -41,26 +36,19 @@ class MaskRcnnTask(ObjectTask):
             targets.append({"boxes": batch["boxes"][mine], "labels": batch["labels"][mine] + 1, "masks": masks})
         return model(images, targets), len(images)
 
-    def predict(self, model: Forward, batch: Batch) -> list[Detections]:
-        """What is found in each image, at its own size."""
-        return self.find(self._run_one_by_one(model, batch), batch)
+    def infer(self, model: Forward, batch: Batch) -> list[dict[str, Tensor]]:
+        """The results of torchvision, image by image: it would pad several to one size, and the model would see the
+        padding.
+        """
+        return [each for image in self._images(batch) for each in model([image])]
 
-    def find(self, outputs: list[dict[str, Tensor]], batch: Batch) -> list[Detections]:
-        """From torchvision's results."""
-        found = (
+    def decode(self, outputs: list[dict[str, Tensor]], batch: Batch) -> list[Detections]:
+        """The instances in each image, at its own size."""
+        detections = (
             Detections(each["boxes"], each["scores"], each["labels"] - 1, each["masks"][:, 0] > FOREGROUND)
             for each in outputs
         )
-        return self.clipped(found, batch)
-
-    def evaluation_sums(self, model: Forward, batch: Batch) -> dict[str, Tensor]:
-        """`samples` (int64), and `rows` as `rows/…`."""
-        rows = {ROWS + name: value for name, value in self.rows(self._run_one_by_one(model, batch), batch).items()}
-        return rows | {"samples": torch.tensor(len(batch["image"]), device=batch["image"].device)}
-
-    def _run_one_by_one(self, model: Forward, batch: Batch) -> list[dict[str, Tensor]]:
-        """Results of torchvision, image by image: it would pad several to one size, and see the padding."""
-        return [each for image in self._images(batch) for each in model([image])]
+        return self.clipped(detections, batch)
 
     def _images(self, batch: Batch) -> list[Tensor]:
         """Each image without its padding, float (3, H, W) in [0, 1]."""

@@ -1,8 +1,7 @@
-"""What the tasks that look for objects share: average precision and pictures."""
+"""What tasks that detect objects have in common: average precision and pictures."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,13 +13,14 @@ from trainer.errors import UserError
 from trainer.losses.loss import Loss
 from trainer.metrics import coco
 from trainer.tasks.drawing import draw_objects
+from trainer.tasks.sums import EvaluationSums
 from trainer.tasks.task import Batch, Forward, Task
 
-SHOWN_SCORE = 0.3  # from which on a picture shows what was found
+SHOWN_SCORE = 0.3  # pictures show detections from this score on
 
 
-class ObjectTask(Task):
-    """Looks for objects, by boxes and maybe masks, in `image` uint8 (B, 3, H, W), which is padded; each has its own
+class ObjectTask(Task[list[Detections]]):
+    """Detects objects, by boxes and maybe masks, in `image` uint8 (B, 3, H, W), which is padded; each has its own
     `height` and `width`.
 
     Args:
@@ -29,21 +29,22 @@ class ObjectTask(Task):
         classes: names of the classes.
     """
 
-    panels = ("image", "truth", "prediction")
+    panels = ("image", "ground truth", "prediction")
     kinds: dict[str, coco.Kind] = {"": "bbox"}
-    """What is compared, by the beginning of the names of its metrics."""
+    """Whether boxes or masks are compared, by the prefix of the metrics' names."""
 
-    def __init__(self, model: nn.Module, loss: Loss, classes: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, classes: tuple[str, ...], /) -> None:
         super().__init__(model, loss)
         self.classes = classes
-        self.metric_names = ("loss", *(prefix + name for prefix in self.kinds for name in ("map", "map_50", "map_75")))
+        names = (prefix + name for prefix in self.kinds for name in ("map", "map_50", "map_75"))
+        self.metric_names = (*(("loss",) if self.has_validation_loss else ()), *names)
 
     def images_of_one_size(self, batch: Batch) -> Tensor:
         """The images of a batch, float (B, 3, H, W) in [0, 1], for a model that takes them all at once.
 
         Raises:
-            UserError: they differ in size. What they are padded with would change what a model says of them, and that
-                would depend on the other images of the batch, so on the number of processes.
+            UserError: they differ in size. Padding changes a model's output, so the output for an image would depend
+                on the other images of its batch, and thus on the number of processes.
         """
         for name in ("height", "width"):
             sizes = batch[name].tolist()
@@ -52,33 +53,25 @@ class ObjectTask(Task):
                 raise UserError(f"images of a batch differ in {name} ({min(sizes)} to {max(sizes)}): {advice}")
         return self.pixels(batch["image"]) / 255
 
-    @abstractmethod
-    def find(self, outputs: Any, batch: Batch) -> list[Detections]:
-        """What was found in each image of a batch, the best first."""
-
-    def clipped(self, found: Iterable[Detections], batch: Batch) -> list[Detections]:
-        """What was found in each image of a batch, without what reaches into the padding of a letterbox."""
-        return [clip(each, content) for each, content in zip(found, batch["content"], strict=True)]
-
-    def counts(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        """Nothing adds up: see `rows`."""
-        return {}
+    def clipped(self, detections: Iterable[Detections], batch: Batch) -> list[Detections]:
+        """The detections in each image of a batch, without those parts that lie in the padding of a letterbox."""
+        return [clip(each, content) for each, content in zip(detections, batch["content"], strict=True)]
 
     def rows(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
-        """What is true and what was found, see `trainer.metrics.coco.rows`."""
-        return coco.rows(batch, self.find(outputs, batch))
+        """Ground truth and detections, see `trainer.metrics.coco.rows`."""
+        return coco.rows(batch, self.decode(outputs, batch))
 
-    def measure(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+    def measure(self, sums: EvaluationSums) -> dict[str, Any]:
         """Average precision as COCO defines it, in pixels of the images as the model gets them.
 
         `map` is the mean over IoU thresholds from 0.50 to 0.95 and over the classes that have objects, `map_50` and
-        `map_75` are those at a single threshold, and `ap/<class>` is the mean over thresholds. Those of masks begin
-        with `mask_`, then those of boxes with `box_`.
+        `map_75` are those at a single threshold, and `ap/<class>` is the mean over thresholds. A task that predicts
+        masks has the prefix `mask_` for those of masks, and `box_` for those of boxes.
         """
         values: dict[str, Any] = {}
-        truth, found = coco.as_coco(sums, self.classes)
+        annotations, results = coco.as_coco(sums.rows, self.classes)
         for prefix, kind in self.kinds.items():
-            precision = coco.average_precision(truth, found, kind)
+            precision = coco.average_precision(annotations, results, kind)
             values |= {
                 f"{prefix}map": precision.mean,
                 f"{prefix}map_50": precision.at_50,
@@ -96,26 +89,20 @@ class ObjectTask(Task):
             values.setdefault("precision_recall", curves)
         return values
 
-    @torch.no_grad()
     def pictures(self, model: Forward, batch: Batch) -> Tensor:
-        """The image, the true objects over it, and those that were found."""
+        """The image, the true objects over it, and the detected ones."""
         drawn = []
-        for index, found in enumerate(self.predict(model, batch)):
+        for index, detections in enumerate(self.predict(model, batch)):
             height, width = int(batch["height"][index]), int(batch["width"][index])
             image = batch["image"][index, :, :height, :width]
             mine = batch["image_index"] == index
             masks = batch["masks"][mine][:, :height, :width] if "masks" in batch else None
-            truth = Detections(batch["boxes"][mine], torch.ones(int(mine.sum())), batch["labels"][mine], masks)
-            sure = found.scores >= SHOWN_SCORE
-            shown = Detections(*(None if part is None else part[sure] for part in found))  # type: ignore[arg-type]
-            nothing = Detections(*(part[:0] for part in truth[:3]))
-            panels = [(nothing, False), (truth, False), (shown, True)]
+            true = Detections(batch["boxes"][mine], torch.ones(int(mine.sum())), batch["labels"][mine], masks)
+            sure = detections.scores >= SHOWN_SCORE
+            shown = Detections(*(None if part is None else part[sure] for part in detections))  # type: ignore[arg-type]
+            nothing = Detections(*(part[:0] for part in true[:3]))
+            panels = [(nothing, False), (true, False), (shown, True)]
             drawn.append(
                 torch.stack([draw_objects(image, objects, self.classes, scores) for objects, scores in panels])
             )
         return torch.stack(drawn)
-
-    def predict(self, model: Forward, batch: Batch) -> list[Detections]:
-        """Runs the model on a batch; returns what it finds in each image."""
-        outputs, _ = self.run(model, batch)
-        return self.find(outputs, batch)

@@ -6,57 +6,58 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from trainer.components import task
 from trainer.losses.loss import Loss
 from trainer.metrics import average_precision as ap
 from trainer.metrics.confusion import (
+    accuracy,
     class_accuracy,
     confusion_matrix,
     jaccard,
     mean_over_present,
     most_likely,
-    pixel_accuracy,
 )
 from trainer.recipe.file import nearest
 from trainer.tasks.drawing import class_colors
+from trainer.tasks.sums import EvaluationSums
 from trainer.tasks.task import Batch, Forward, Task
 
 # Mean and standard deviation of ImageNet's pixels in [0, 1], which pretrained backbones were trained with.
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 OPACITY = 0.65  # of the class colours over the image
-# What the mean of each metric over the classes is called.
+# The name of each metric's mean over the classes.
 MEANS = {"iou": "miou", "class_accuracy": "class_accuracy", "ap": "map"}
-# Shares of the pixels: a model that predicts one class for so many has not learnt the others, where fewer than so many
-# have that class.
+# Shares of the pixels: a model that predicts one class for more than the first has not learnt the others, if less than
+# the second are of that class.
 EVERYWHERE, NEARLY_ALL = 0.999, 0.99
 STRIPES = ((70, 70, 70), (200, 200, 200))  # of ignored pixels
 STRIPE_WIDTH = 4  # pixels along a row
 
 
 @task(interface="dense", fields=("image", "mask"))
-class Segmentation(Task):
+class Segmentation(Task[Tensor]):
     """Semantic segmentation of `image` uint8 (B, 3, H, W) into the classes of `mask` uint8 (B, 1, H, W).
 
     Args:
         model: images float (B, 3, H, W) to logits (B, C, H, W).
         loss: takes the logits and class indices uint8 (B, H, W).
         num_classes: C.
-        ignore_index: the label that counts nowhere, or None.
+        ignore_index: the label of ignored pixels, or None.
         classes: names of the classes.
         mean: of each colour channel, for pixels in [0, 1].
         std: standard deviation of each.
-        average_precision: whether to measure that too: about 20 ns for each pixel and class on a CPU core.
-        exclude: names of classes; means are taken over the others too, and are called e.g. `miou_without_misc`.
+        average_precision: whether to compute it, too: about 20 ns for each pixel and class on a CPU core.
+        exclude: names of classes; means are also taken over the others, and are called e.g. `miou_without_misc`.
 
     Raises:
         ValueError: `exclude` names no class.
     """
 
-    panels = ("image", "truth", "prediction")
+    panels = ("image", "ground truth", "prediction")
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class Segmentation(Task):
         /,
         *,
         mean: Annotated[list[float], Field(min_length=3, max_length=3)] = IMAGENET_MEAN,
-        std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = IMAGENET_STD,
+        std: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] = IMAGENET_STD,
         average_precision: bool = False,
         exclude: Sequence[str] = (),
     ) -> None:
@@ -82,7 +83,7 @@ class Segmentation(Task):
         self.mean = torch.tensor(mean, dtype=torch.float64).view(3, 1, 1) * 255
         self.std = torch.tensor(std, dtype=torch.float64).view(3, 1, 1) * 255
         self.average_precision = average_precision
-        # Which classes means are taken over, by the ending of their names.
+        # The classes that means are taken over, by the suffix of the means' names.
         self.subsets = {"": list(range(num_classes))}
         if exclude:
             self.subsets["_without_" + "_".join(exclude)] = [
@@ -95,29 +96,39 @@ class Segmentation(Task):
 
     def run(self, model: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, C, H, W) and the true classes uint8 (B, H, W)."""
-        return model(self.inputs(batch["image"])), batch["mask"][:, 0]
+        return self.infer(model, batch), batch["mask"][:, 0]
 
-    def counts(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def infer(self, model: Forward, batch: Batch) -> Tensor:
+        """Logits (B, C, H, W)."""
+        logits: Tensor = model(self.inputs(batch["image"]))
+        return logits
+
+    def decode(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The most likely class of each pixel, int64 (B, H, W)."""
+        return most_likely(outputs)
+
+    def sums(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """`confusion` int64 (C, C), and `scores` int64 (C, 2, 65536) for average precision."""
-        counts = {"confusion": confusion_matrix(most_likely(outputs), targets, self.num_classes, self.ignore_index)}
+        targets = batch["mask"][:, 0]
+        sums = {"confusion": confusion_matrix(most_likely(outputs), targets, self.num_classes, self.ignore_index)}
         if self.average_precision:
-            counts["scores"] = ap.score_counts(outputs, targets, self.ignore_index)
-        return counts
+            sums["scores"] = ap.score_counts(outputs, targets, self.ignore_index)
+        return sums
 
-    def measure(self, sums: dict[str, Tensor]) -> dict[str, Any]:
-        """The confusion matrix, and what follows from it and the scores.
+    def measure(self, sums: EvaluationSums) -> dict[str, Any]:
+        """The confusion matrix, and the metrics that follow from it and from the scores.
 
-        `iou/<class>`, `class_accuracy/<class>` and `ap/<class>`, where the class has one: there is no IoU of a class
-        that is neither there nor predicted, and nothing else of one that isn't there. `miou`, `class_accuracy` and
-        `map` are their means over the classes that have one, over all of these and without the excluded ones;
-        `num_classes_present` is how many have an IoU.
+        `iou/<class>`, `class_accuracy/<class>` and `ap/<class>`, where they are defined: a class that is absent from
+        ground truth and predictions has no IoU, and one that is absent from the ground truth has no other metric.
+        `miou`, `class_accuracy` and `map` are means over the classes that have the metric, over all of these and
+        without the excluded ones; `num_classes_present` counts the classes that have an IoU.
         """
-        matrix = sums["confusion"]
+        matrix = sums.metrics["confusion"]
         by_class = {"iou": jaccard(matrix), "class_accuracy": class_accuracy(matrix)}
         if self.average_precision:
-            by_class["ap"] = ap.average_precision(sums["scores"])
+            by_class["ap"] = ap.average_precision(sums.metrics["scores"])
         values: dict[str, Any] = {
-            "pixel_accuracy": float(pixel_accuracy(matrix)),
+            "pixel_accuracy": float(accuracy(matrix)),
             "num_classes_present": float((~by_class["iou"].isnan()).sum()),
         }
         for name, each in by_class.items():
@@ -128,7 +139,7 @@ class Segmentation(Task):
         return values | {"confusion": dict(zip(self.classes, matrix.tolist(), strict=True))}
 
     def advice(self, metrics: Mapping[str, Any]) -> str | None:
-        """Against predicting one class everywhere, where there are others."""
+        """Against a model that predicts one class everywhere although there are others."""
         counts = torch.tensor(list(metrics["confusion"].values()), dtype=torch.float64)
         predicted, true = (counts.sum(dim) / counts.sum() for dim in (0, 1))
         share, index = predicted.max(0)
@@ -143,16 +154,15 @@ class Segmentation(Task):
         )
 
     def pictures(self, model: Forward, batch: Batch) -> Tensor:
-        """The image, and the colours of the true and of the predicted classes over it;
-        ignored pixels of the truth are striped.
+        """The image, and the colours of the true and of the predicted classes over it; ignored pixels of the ground
+        truth are striped.
         """
-        image = batch["image"]
-        logits, truth = self.run(model, batch)
-        return torch.stack([image, self._paint(image, truth), self._paint(image, most_likely(logits))], dim=1)
+        image, predicted = batch["image"], self.predict(model, batch)
+        return torch.stack([image, self._paint(image, batch["mask"][:, 0]), self._paint(image, predicted)], dim=1)
 
     def inputs(self, image: Tensor) -> Tensor:
         """Normalises uint8 (B, 3, H, W) on its device, to the dtype and memory format of the model's weights."""
-        # Kept where they are needed: copying them for every batch would make the host wait for the GPU.
+        # Kept on the device: copying them for every batch would make the host wait for the GPU.
         self.mean, self.std = self.mean.to(image.device), self.std.to(image.device)
         pixels = self.pixels(image)
         return (pixels - self.mean.to(pixels.dtype)) / self.std.to(pixels.dtype)

@@ -1,13 +1,11 @@
-"""Instance segmentation without detection: a map of classes and one of depth, which a watershed cuts into instances."""
+"""Instance segmentation without detection: a watershed cuts a map of classes into instances, along a map of depth."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import nn
 
-from trainer.components import task
+from trainer.components import InnerFraction, task
 from trainer.detection.boxes import Detections
 from trainer.detection.watershed import (
     LIMIT,
@@ -32,9 +30,9 @@ class Watershed(ObjectTask):
         model: images float (B, 3, H, W) in [0, 1] to a `WatershedOutput`.
         loss: takes it and `WatershedTargets`.
         classes: names of the classes, without background.
-        limit: pixels from an instance's boundary from which on a pixel counts as deep inside.
-        threshold: depth from which on a pixel marks an instance.
-        min_pixels: smaller instances, and smaller marks, are dropped.
+        limit: distance in pixels to an instance's boundary at which the depth reaches its maximum.
+        threshold: pixels deeper than this mark an instance.
+        min_pixels: smaller instances, and smaller markers, are dropped.
     """
 
     kinds: dict[str, coco.Kind] = {"mask_": "segm"}
@@ -47,7 +45,7 @@ class Watershed(ObjectTask):
         /,
         *,
         limit: PositiveInt = LIMIT,
-        threshold: Annotated[float, Field(gt=0, lt=1)] = THRESHOLD,
+        threshold: InnerFraction = THRESHOLD,
         min_pixels: PositiveInt = MIN_PIXELS,
     ) -> None:
         super().__init__(model, loss, classes)
@@ -59,9 +57,14 @@ class Watershed(ObjectTask):
         targets = watershed_targets(
             batch["masks"], batch["labels"], batch["crowd"], batch["image_index"], height, width, self.limit
         )
-        return model(self.images_of_one_size(batch)), targets
+        return self.infer(model, batch), targets
 
-    def find(self, outputs: WatershedOutput, batch: Batch) -> list[Detections]:
+    def infer(self, model: Forward, batch: Batch) -> WatershedOutput:
+        """The model's two maps."""
+        maps: WatershedOutput = model(self.images_of_one_size(batch))
+        return maps
+
+    def decode(self, outputs: WatershedOutput, batch: Batch) -> list[Detections]:
         """The instances of each image."""
         maps = zip(outputs.semantic, outputs.distance, strict=True)
         return self.clipped(

@@ -18,7 +18,7 @@ from trainer.recipe.load import load_recipe
 def recipe(tmp_path: Path) -> Path:
     """A recipe whose set is prepared."""
     file = write_recipe(tmp_path, RECIPE)
-    ensure_prepared(load_recipe(file).build("data"), data_dir(), None, lambda line: None)
+    ensure_prepared(load_recipe(file).source, data_dir(), None, lambda line: None)
     return file
 
 

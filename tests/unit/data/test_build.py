@@ -26,7 +26,9 @@ def build(tmp_path: Path) -> Build:
     (tmp_path / "r.yaml").write_text(RECIPES["detection"], encoding="utf-8")
 
     def built(*overrides: str, rank: int = 0, world_size: int = 1) -> Data:
-        return Data(load_recipe(tmp_path / "r.yaml", ("data.augment=[]", *overrides)), rank, world_size)
+        return Data(
+            load_recipe(tmp_path / "r.yaml", ("data.augment=[]", *overrides)), rank, world_size, torch.device("cpu")
+        )
 
     return built
 
@@ -45,7 +47,7 @@ def test_resize_mode_is_that_of_both_splits(build: Build, cache: str) -> None:
     for mode, expected in (("letterbox", missing), ("stretch", [0, 0])):
         data = build(f"data.resize_mode={mode}", f"data.cache={cache}")
         first = next(position for position in range(TRAIN) if data.order.sample(position)[1] == 0)
-        images = [split.__getitems__([index])["image"] for split, index in ((data.train, first), (data.validation, 0))]
+        images = [split.batch([index])["image"] for split, index in ((data.train, first), (data.validation, 0))]
         assert [image.shape for image in images] == [(1, 3, 64, 64)] * 2
         assert [count for image in images for count in bars(image)] == expected
 
@@ -79,7 +81,7 @@ def test_augmentation_is_for_training_alone(build: Build) -> None:
     positions = list(range(6))
 
     def images(split: Any) -> torch.Tensor:
-        found: torch.Tensor = split.__getitems__(positions)["image"]
+        found: torch.Tensor = split.batch(positions)["image"]
         return found
 
     assert torch.equal(images(augmented.train), images(plain.train).flip(-1)) and torch.equal(
@@ -100,9 +102,7 @@ def test_a_set_of_a_few_samples_of_another_resize_or_mode_never_reads_what_anoth
 
     def pixels(*overrides: str) -> list[torch.Tensor]:
         data = build(*overrides)
-        return [
-            split.__getitems__(list(range(5)))["image"] for split in (data.train, data.validation) for _ in range(2)
-        ]
+        return [split.batch(list(range(5)))["image"] for split in (data.train, data.validation) for _ in range(2)]
 
     expected = [pixels(*overrides, "data.cache=off") for overrides in recipes]
     assert not list(data_dir().rglob("pixels.u8"))

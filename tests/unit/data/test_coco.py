@@ -261,7 +261,7 @@ def test_an_object_that_cannot_be_so_is_refused_or_dropped(
     assert prepare(files, found) == 2
     assert expected in capsys.readouterr().err and not (data_dir() / "mine").exists()
     assert prepare(files, found, invalid="drop") == 0
-    assert objects()["00"] == [] and "1 objects that can't be so are left out" in capsys.readouterr().out
+    assert objects()["00"] == [] and "1 invalid objects are left out" in capsys.readouterr().out
 
 
 def test_a_polygon_far_outside_costs_no_memory(files: Path) -> None:

@@ -24,7 +24,7 @@ from trainer.data.prepare import data_dir, ensure_prepared
 from trainer.data.sets.folder import from_files
 from trainer.recipe.file import RecipeError
 from trainer.recipe.load import load_recipe
-from trainer.tasks.build import TASK_CHECKS
+from trainer.tasks.checks import TASK_CHECKS
 
 CLASSES = ["road", "sky", "pavement"]
 SIZE = (12, 8)
@@ -504,7 +504,7 @@ def test_a_recipe_never_makes_it_again(files: Path, tmp_path: Path) -> None:
     (files / "photos").rename(files / "gone")
     (files / "classes.txt").write_text("a\nb\nc\n")
     recipe = load_recipe(write_recipe(tmp_path, RECIPE), (), TASK_CHECKS)
-    assert ensure_prepared(recipe.build("data"), data_dir(), None) == card
+    assert ensure_prepared(recipe.source, data_dir(), None) == card
     (data_dir() / "mine/train/00000.parquet").unlink()
     with pytest.raises(
         RecipeError,

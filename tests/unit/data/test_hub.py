@@ -22,13 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.processes import write_recipe
 from trainer.data.build import Data
 from trainer.data.card import Card
 from trainer.data.images import encode_png, read_indices
 from trainer.recipe.load import load_recipe
-from trainer.tasks.build import TASK_CHECKS
+from trainer.tasks.checks import TASK_CHECKS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_nobodys"
@@ -336,7 +337,7 @@ def test_training_reads_a_prepared_set_without_a_network(
         """,
     )
     before = server.requests
-    data = Data(load_recipe(recipe, (), TASK_CHECKS), 0, 1)
+    data = Data(load_recipe(recipe, (), TASK_CHECKS), 0, 1, torch.device("cpu"))
     batches = list(islice(data.train_batches(0), 3))
     assert sorted(i for batch in batches for i in batch["sample_id"].tolist()) == list(range(18))
     for batch in batches:

@@ -17,10 +17,12 @@ from torchvision.transforms import v2
 from tests.scenes import COLORS, TRAIN, box, scene, scenes
 from trainer.components import catalogue
 from trainer.data.card import Card
+from trainer.data.loader import Batches
 from trainer.data.objects import Letterbox
 from trainer.data.order import Order, Slices
 from trainer.data.prepare import prepare
-from trainer.data.stream import Batches, Samples
+from trainer.data.reader import Reader
+from trainer.data.stream import TrainingSamples, ValidationSamples
 
 SIZE = [64, 96]
 
@@ -31,11 +33,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Card]:
     return folder / "scenes", prepare(scenes(), folder, None, lambda line: None)
 
 
-def samples(
-    prepared: tuple[Path, Card], split: str = "train", transforms: Any = (), cache: bool = True, **options: Any
-) -> Samples:
-    order = Order(prepared[1].row_groups("train"), 5, 2) if split == "train" else None
-    return Samples(*prepared, split, order, options.pop("resize", None), transforms, cache, window=2, **options)
+def samples(prepared: tuple[Path, Card], transforms: Any = (), **options: Any) -> TrainingSamples:
+    return TrainingSamples(
+        Reader(*prepared, "train", **options), Order(prepared[1].row_groups("train"), 5, 2), transforms
+    )
+
+
+def validation_samples(prepared: tuple[Path, Card], **options: Any) -> ValidationSamples:
+    return ValidationSamples(Reader(*prepared, "validation", **options))
 
 
 def augmentation(name: str, **settings: Any) -> Any:
@@ -60,8 +65,8 @@ def check_batch(batch: dict[str, Tensor], tolerance: float, border: int = 1) -> 
 
 
 def test_a_batch_holds_images_of_different_sizes_and_all_their_objects(prepared: tuple[Path, Card]) -> None:
-    validation = samples(prepared, "validation")
-    batch = validation.__getitems__(list(range(7)))
+    validation = validation_samples(prepared)
+    batch = validation.batch(list(range(7)))
     expected = [scene(TRAIN + index) for index in range(7)]
     sizes = [image.shape[:2] for image, *_ in expected]
     assert len(set(sizes)) > 1 and batch["image"].shape == (7, 3, max(h for h, _ in sizes), max(w for _, w in sizes))
@@ -82,9 +87,11 @@ def test_a_batch_holds_images_of_different_sizes_and_all_their_objects(prepared:
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "decoded"])
 @pytest.mark.parametrize("mode", ["stretch", "letterbox"])
 def test_a_resize_moves_boxes_and_masks_too(prepared: tuple[Path, Card], cache: bool, mode: str) -> None:
-    found = samples(prepared, "validation", cache=cache, resize=SIZE, resize_mode=mode)
+    found = validation_samples(
+        prepared, cache=cache, resize=Letterbox(SIZE) if mode == "letterbox" else v2.Resize(SIZE, antialias=True)
+    )
     for _ in range(2):  # what is decoded, and what the cache gives back
-        batch = found.__getitems__(list(range(7)))
+        batch = found.batch(list(range(7)))
         assert batch["image"].shape == (7, 3, *SIZE)
         assert check_batch(batch, tolerance=1.5) == 12
     boxes = batch["boxes"][batch["image_index"] == 1]
@@ -166,7 +173,7 @@ def test_a_mosaic_of_letterboxed_samples_has_no_padding_and_their_objects_move_a
     mosaic = catalogue("augmentation")["mosaic"].build(
         {"scale": [0.5, 1.4]}, ignore_index=None, resize=size, has_objects=True
     )
-    found = samples(prepared, transforms=[mosaic], resize=size, resize_mode="letterbox")
+    found = samples(prepared, transforms=[mosaic], resize=Letterbox(size))
     batches = list(islice(Batches(found, Slices(4, 1, 0, 1, 0), 0), 12))
     for batch in batches:  # scenes have dark pixels and two colours
         assert not ((batch["image"] > Letterbox.GREY - 20) & (batch["image"] < Letterbox.GREY + 20)).all(dim=1).any()
@@ -197,8 +204,7 @@ def test_loader_workers_that_dont_fork_get_them_too(prepared: tuple[Path, Card])
     found = samples(prepared, transforms=[augmentation("mosaic"), augmentation("horizontal_flip")])
     copy = ForkingPickler.loads(ForkingPickler.dumps(found))
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(copy.__getitems__([3, 4]).values(), found.__getitems__([3, 4]).values(), strict=True)
+        torch.equal(a, b) for a, b in zip(copy.batch([3, 4]).values(), found.batch([3, 4]).values(), strict=True)
     )
 
 
@@ -206,8 +212,8 @@ def test_overfit_trains_and_validates_on_the_first_samples(prepared: tuple[Path,
     folder, card = prepared
     first = card.of_first(5)
     assert [split.rows for split in first.splits.values()] == [5, 5]
-    train = Samples(folder, first, "train", Order(first.row_groups("train"), 0, 2), None, (), True, 2)
-    validation = Samples(folder, first, "validation", None, None, (), True, 2)
+    train = TrainingSamples(Reader(folder, first, "train"), Order(first.row_groups("train"), 0, 2))
+    validation = ValidationSamples(Reader(folder, first, "validation"))
     assert len(train) == len(validation) == 5
     ids = [
         sample
@@ -216,6 +222,7 @@ def test_overfit_trains_and_validates_on_the_first_samples(prepared: tuple[Path,
     ]
     assert sorted(ids) == sorted(2 * list(range(5)))
     assert all(
-        torch.equal(a, b) for a, b in zip(train._pixels(3).values(), validation._pixels(3).values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(train.reader.pixels.read(3).values(), validation.reader.pixels.read(3).values(), strict=True)
     )
     assert card.of_first(1000).splits["train"].rows == TRAIN

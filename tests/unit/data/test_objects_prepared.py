@@ -41,7 +41,6 @@ GOOD = Instance(BOX, 1, counts(MASK))
 
 def source(train: list[Instance], role: Role = "instances", invalid: Any = "refuse") -> Source:
     def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-        """Split by hand."""
         for split, objects in (("train", train), ("validation", [GOOD])):
             yield split, {"objects": objects, "image": Member(f"photos/{split}.jpg", picture(1))}
 
@@ -53,6 +52,7 @@ def source(train: list[Instance], role: Role = "instances", invalid: Any = "refu
         rows,
         remedy="correct it",
         invalid=invalid,
+        notes=("Split by hand.",),
     )
 
 
@@ -147,7 +147,7 @@ def test_where_the_set_asks_for_it_such_objects_are_left_out_and_the_card_says_w
     assert card.statistics == {"class_objects": [0, 1, 0]}
     assert card.notes[0] == "Split by hand."
     assert card.notes[1].startswith(
-        "12 objects that can't be so are left out: photos/train.jpg, object 1: its label 3 is no class; "
+        "12 invalid objects are left out: photos/train.jpg, object 1: its label 3 is no class; "
     )
     assert "object 5: " in card.notes[1] and card.notes[1].endswith("; …")
 

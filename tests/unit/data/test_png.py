@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.data.images import check_png, encode_png
+from trainer.data.images import check_png, encode_png, read_indices
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 WHOLE = encode_png(PIXELS)
@@ -30,3 +30,8 @@ def test_any_flipped_bit_behind_the_signature_and_any_cut_is_noticed() -> None:
         for damaged in (bytes(flipped), WHOLE[: draw.randrange(8, len(WHOLE))]):
             with pytest.raises(ValueError, match="a checksum of the PNG is wrong, or its end is missing"):
                 check_png(damaged)
+
+
+def test_indices_survive_encoding() -> None:
+    indices = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(read_indices(encode_png(indices)), indices)

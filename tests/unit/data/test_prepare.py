@@ -1,198 +1,28 @@
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
-import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import tarfile
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
-from PIL import Image
 
-from tests.unit.data.test_cifar_batches import official
-from trainer.commands import prepare as command
+from tests.unit.data.toy import SEGMENTATION, mask, masks, picture, read, rows, source
 from trainer.data import parquet
-from trainer.data.archives import Member
 from trainer.data.card import Card
-from trainer.data.images import encode_png, read_indices
 from trainer.data.prepare import archives_dir, data_dir, ensure_prepared, prepare
-from trainer.data.sets import cifar10
-from trainer.data.source import Archive, DataInfo, Role, Row, Source
+from trainer.data.source import Archive, DataInfo, Row, Source
 from trainer.errors import UserError
 from trainer.signals import STOP, Stopped
-
-SEGMENTATION: dict[str, Role] = {"image": "image", "mask": "mask"}
-
-
-def picture(i: int, format: str = "PNG", size: tuple[int, int] = (6, 4), **options: Any) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, format, **options)
-    return file.getvalue()
-
-
-def mask(i: int, size: tuple[int, int] = (6, 4)) -> bytes:
-    return encode_png(np.full((size[1], size[0]), i % 2, np.uint8))
-
-
-def rows(train: int = 20, validation: int = 3) -> Iterator[tuple[str, Row]]:
-    for i in range(train + validation):
-        yield "train" if i < train else "validation", {"image": picture(i), "mask": mask(i)}
-
-
-def source(make: Callable[[], Iterator[tuple[str, Row]]] = rows, columns: Mapping[str, Role] = SEGMENTATION) -> Source:
-    def told(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-        """Split by hand."""
-        return make()
-
-    return Source("toy", DataInfo(("no", "yes"), 255), columns, told)
-
-
-def one(row: Row, columns: Mapping[str, Role] = SEGMENTATION) -> Source:
-    return source(lambda: iter([("train", row), ("validation", row)]), columns)
-
-
-def read(folder: Path, split: str = "train") -> list[Row]:
-    card = Card.load(folder)
-    return [row for path in card.files(folder, split) for row in pq.read_table(path).to_pylist()]
-
-
-def prepared_row(tmp_path: Path, row: Row, columns: Mapping[str, Role] = SEGMENTATION) -> Row:
-    prepare(one(row, columns), tmp_path, None)
-    return read(tmp_path / "toy")[0]
-
-
-# ---------------------------------------------------------------- rows
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_images_keep_their_bytes_and_their_name(tmp_path: Path, format: str) -> None:
-    image = picture(1, format)
-    row = prepared_row(tmp_path, {"image": Member("set/a.img", image), "mask": mask(1)})
-    assert row["image"] == {"bytes": image, "path": "set/a.img"}
-    assert (row["height"], row["width"]) == (4, 6)
-
-
-def test_all_rows_arrive_in_order(tmp_path: Path) -> None:
-    card = prepare(source(), tmp_path, None)
-    assert {split: written.rows for split, written in card.splits.items()} == {"train": 20, "validation": 3}
-    found = [row["image"]["bytes"] for split in ("train", "validation") for row in read(tmp_path / "toy", split)]
-    assert found == [row["image"] for _, row in rows()]
-
-
-def test_the_files_carry_the_features_that_datasets_reads(tmp_path: Path) -> None:
-    from datasets import Features, Value
-    from datasets import Image as ImageFeature
-
-    columns: dict[str, Role] = {"image": "image", "mask": "mask", "label": "label"}
-    prepare(one({"image": picture(1), "mask": mask(1), "label": 7}, columns), tmp_path, None)
-    schema = pq.read_schema(tmp_path / "toy" / "train" / "00000.parquet")
-    expected = {
-        "image": ImageFeature(mode="RGB"),
-        "mask": ImageFeature(mode="L"),
-        "label": Value("int64"),
-        "height": Value("int64"),
-        "width": Value("int64"),
-    }
-    assert Features.from_arrow_schema(schema) == Features(expected)
-    assert read(tmp_path / "toy")[0]["label"] == 7
-
-
-def test_a_photograph_that_says_it_is_rotated_is_stored_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to see it upright
-    row = prepared_row(tmp_path, {"image": picture(1, "PNG", exif=exif), "mask": mask(1, (4, 6))})
-    stored = Image.open(io.BytesIO(row["image"]["bytes"]))
-    assert (row["height"], row["width"]) == (6, 4)
-    assert stored.getexif().get(0x0112) is None
-    before = np.asarray(Image.open(io.BytesIO(picture(1))))
-    assert np.array_equal(np.asarray(stored), np.rot90(before, -1))
-
-
-def test_formats_that_the_stream_does_not_decode_become_png(tmp_path: Path) -> None:
-    row = prepared_row(tmp_path, {"image": picture(1, "BMP"), "mask": mask(1)})
-    stored = Image.open(io.BytesIO(row["image"]["bytes"]))
-    assert stored.format == "PNG"
-    assert np.array_equal(np.asarray(stored), np.asarray(Image.open(io.BytesIO(picture(1)))))
-
-
-def test_a_palette_mask_keeps_its_indices_not_its_colours(tmp_path: Path) -> None:
-    indices = np.array([[0, 1, 2], [3, 1, 255]], np.uint8)
-    palette = Image.fromarray(indices).copy()
-    palette.putpalette([200 - i % 100 for i in range(768)])
-    file = io.BytesIO()
-    palette.save(file, "PNG")
-    four = dataclasses.replace(
-        one({"image": picture(1, size=(3, 2)), "mask": file.getvalue()}), info=DataInfo(("a", "b", "c", "d"), 255)
-    )
-    prepare(four, tmp_path, None)
-    stored = Image.open(io.BytesIO(read(tmp_path / "toy")[0]["mask"]["bytes"]))
-    assert stored.mode == "L"
-    assert np.array_equal(np.asarray(stored), indices)
-
-
-def test_images_of_16_bits_are_stored_with_8_or_refused_but_never_cut_off(tmp_path: Path) -> None:
-    """What Pillow shows of 16 bits of colour is their upper 8; of 16 bits of grey it would show white from 256 on."""
-    header = b"\0\0\0\x06\0\0\0\x04\x10\x02\0\0\0"  # 6 x 4, 16 bits, RGB
-    lines = b"".join(b"\0" + np.full((6, 3), 0x8001, ">u2").tobytes() for _ in range(4))
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
-    deep = b"\x89PNG\r\n\x1a\n" + b"".join(
-        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in chunks
-    )
-    row = prepared_row(tmp_path, {"image": deep, "mask": mask(1)})
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))), np.full((4, 6, 3), 0x80))
-    assert row["image"]["bytes"][24] == 8
-    grey = io.BytesIO()
-    Image.fromarray(np.full((4, 6), 4000, np.uint16)).save(grey, "PNG")
-    with pytest.raises(
-        UserError,
-        match=r"set/deep\.png: this image can't be decoded \(it has mode I;16, not 8 bits a channel\); replace the "
-        r"archive",
-    ):
-        prepare(one({"image": Member("set/deep.png", grey.getvalue()), "mask": mask(1)}), tmp_path / "other", None)
-
-
-@pytest.mark.parametrize("column", ["image", "mask"])
-def test_postscript_is_a_program_and_not_run(tmp_path: Path, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("it was run"))
-    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n%%EndComments\nshowpage\n"
-    with pytest.raises(UserError, match=rf"this {column} can't be decoded \(a PostScript file is a program\)"):
-        prepare(one({"image": picture(1), "mask": mask(1)} | {column: program}), tmp_path, None)
-
-
-def test_a_coloured_mask_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"set/m\.png: this mask can't be decoded \(.*mode RGB"):
-        prepare(one({"image": picture(1), "mask": Member("set/m.png", picture(1))}), tmp_path, None)
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_a_damaged_image_is_an_error_that_names_it_and_nothing_is_left(tmp_path: Path, format: str) -> None:
-    whole = picture(1, format, size=(64, 64))
-    with pytest.raises(UserError, match=r"set/a\.img: this image can't be decoded"):
-        prepare(
-            one({"image": Member("set/a.img", whole[: len(whole) // 2]), "mask": mask(1, (64, 64))}), tmp_path, None
-        )
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-
-
-def test_a_mask_of_another_size_is_an_error_that_names_the_image(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.png: sizes differ: image 6 x 4, mask 5 x 4"):
-        prepare(one({"image": Member("a.png", picture(1)), "mask": mask(1, (5, 4))}), tmp_path, None)
 
 
 def test_a_split_without_samples_is_an_error(tmp_path: Path) -> None:
@@ -213,117 +43,14 @@ def test_a_set_of_any_kind_may_have_a_test_split(tmp_path: Path) -> None:
         prepare(dataclasses.replace(source(), splits=("train", "validation", "test")), tmp_path / "third", None)
 
 
-# ---------------------------------------------------------------- row groups and files
+def test_the_notes_on_a_card_are_what_the_set_states_and_no_docstring(tmp_path: Path) -> None:
+    def documented(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
+        """For programmers."""
+        return rows()
 
-
-@pytest.mark.parametrize("count", [3, 8, 20, 511, 512, 700])
-def test_row_groups_are_small_many_and_even(tmp_path: Path, count: int) -> None:
-    def labels() -> Iterator[tuple[str, Row]]:
-        for i in range(count):
-            yield "train", {"label": i}
-        yield "validation", {"label": 0}
-
-    groups = prepare(source(labels, {"label": "label"}), tmp_path, None).row_groups("train")
-    assert sum(groups) == count
-    assert len(groups) >= min(8, count)
-    assert max(groups) <= 64
-    assert max(groups[-8:]) - min(groups[-8:]) <= 1
-    assert [row["label"] for row in read(tmp_path / "toy")] == list(range(count))
-
-
-def test_large_rows_make_small_row_groups_and_files_of_bounded_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = len(picture(0))
-    monkeypatch.setattr(parquet, "GROUP_BYTES", 2 * size)
-    monkeypatch.setattr(parquet, "FILE_BYTES", 8 * size)
-    card = prepare(source(lambda: rows(40)), tmp_path, None)
-    assert max(card.row_groups("train")) <= 2
-    assert len(card.splits["train"].files) > 3
-    for shard, path in zip(card.splits["train"].files, card.files(tmp_path / "toy", "train"), strict=True):
-        metadata = pq.read_metadata(path)
-        assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == list(shard.row_groups)
-    assert [row["image"]["bytes"] for row in read(tmp_path / "toy")] == [row["image"] for _, row in rows(40)][:40]
-
-
-def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
-    first, second = (prepare(source(), tmp_path / name, None) for name in "ab")
-    assert first == second
-    assert first.fingerprint == second.fingerprint
-
-
-# ---------------------------------------------------------------- class frequencies
-
-
-def masks(*values: list[int]) -> Callable[[], Iterator[tuple[str, Row]]]:
-    """Training samples whose masks have one row each, the last one for validation."""
-
-    def make() -> Iterator[tuple[str, Row]]:
-        for i, row in enumerate(values):
-            size = (len(row), 1)
-            yield (
-                "train" if i + 1 < len(values) else "validation",
-                {"image": picture(i, size=size), "mask": encode_png(np.array([row], np.uint8))},
-            )
-
-    return make
-
-
-def test_the_card_counts_the_pixels_of_each_class_in_training_but_for_ignored_ones(tmp_path: Path) -> None:
-    card = prepare(source(masks([0, 0, 1, 255], [0, 255, 255, 255], [1, 1, 1, 1])), tmp_path, None)
-    assert card.statistics == {"class_pixels": [3, 1]}
-    assert Card.load(tmp_path / "toy").info.statistics == {"class_pixels": [3, 1]}
-
-
-def test_counts_stand_beside_what_the_set_measures(tmp_path: Path) -> None:
-    measured = dataclasses.replace(source(masks([0, 1], [1, 1])), statistics=lambda paths: {"mean": 0.5})
-    assert prepare(measured, tmp_path, None).statistics == {"mean": 0.5, "class_pixels": [1, 1]}
-
-
-def test_a_set_without_masks_has_no_counts(tmp_path: Path) -> None:
-    labelled = source(lambda: iter([(split, {"label": 1}) for split in ("train", "validation")]), {"label": "label"})
-    assert prepare(labelled, tmp_path, None).statistics == {}
-    assert prepare(labelled, tmp_path, None) == Card.load(tmp_path / "toy")
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_label_that_is_no_class_is_an_error_that_names_the_file(tmp_path: Path, split: str) -> None:
-    def make() -> Iterator[tuple[str, Row]]:
-        yield from rows()
-        yield split, {"image": picture(1), "mask": Member("set/m.png", encode_png(np.full((4, 6), 2, np.uint8)))}
-
-    with pytest.raises(
-        UserError,
-        match=r"set/m\.png: this mask holds the labels 2; classes are 0 to 1, and 255 is ignored; replace the archive",
-    ):
-        prepare(source(make), tmp_path, None)
-    unignored = dataclasses.replace(source(masks([0, 255], [0, 0])), info=DataInfo(("no", "yes")))
-    with pytest.raises(
-        UserError,
-        match="toy, train sample 0: this mask holds the labels 255; classes are 0 to 1, and none is ignored; replace",
-    ):
-        prepare(unignored, tmp_path, None)
-
-
-@pytest.mark.parametrize(
-    ("found", "hinted"), [([0, 7], 7), ([0, 1, 255], 255), ([7, 255], 255), ([7, 8], None)], ids=str
-)
-def test_the_message_about_a_label_that_is_no_class_says_how_to_ignore_it(
-    tmp_path: Path, found: list[int], hinted: int | None
-) -> None:
-    described = dataclasses.replace(
-        source(masks(found, [0] * len(found))), ignore_option="--ignore {}", remedy="correct it"
-    )
-    with pytest.raises(UserError) as raised:
-        prepare(dataclasses.replace(described, info=DataInfo(("no", "yes"))), tmp_path, None)
-    advice = (
-        f"if {hinted} marks pixels that don't count, pass --ignore {hinted}; otherwise correct it"
-        if hinted
-        else "correct it"
-    )
-    assert str(raised.value).endswith(f"classes are 0 to 1, and none is ignored; {advice}")
-    with pytest.raises(UserError, match="classes are 0 to 1, and 9 is ignored; correct it"):
-        prepare(dataclasses.replace(described, info=DataInfo(("no", "yes"), 9)), tmp_path, None)
+    stated = dataclasses.replace(source(), rows=documented, notes=("Split by hand.", "Drawn by lot."))
+    assert prepare(stated, tmp_path, None).notes == ("Split by hand.", "Drawn by lot.")
+    assert prepare(dataclasses.replace(stated, notes=()), tmp_path / "other", None).notes == ()
 
 
 def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path: Path) -> None:
@@ -693,91 +420,3 @@ def test_folders_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("TRAINER_DATA")
     monkeypatch.delenv("TRAINER_ARCHIVES")
     assert (data_dir(), archives_dir()) == (Path("data"), None)
-
-
-def test_indices_survive_encoding() -> None:
-    indices = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    assert np.array_equal(read_indices(encode_png(indices)), indices)
-
-
-def call(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(words))
-
-
-def test_the_command_prepares_tells_and_verifies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
-    assert call("shapes") == 0
-    out = capsys.readouterr().out
-    for expected in ("1651 rows", "1500 train", "151 validation", "circle", str(tmp_path / "shapes")):
-        assert expected in out
-    path = tmp_path / "shapes" / "train" / "00000.parquet"
-    content = bytearray(path.read_bytes())
-    content[1000] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"train/00000\.parquet has changed"):
-        call("shapes", "--verify")
-
-
-def test_the_command_names_the_nearest_data_set() -> None:
-    with pytest.raises(UserError, match="unknown data set 'flowers'; did you mean 'flowers17'"):
-        call("flowers")
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["cifar10", "categry=ship"], "command line: categry: unknown key; did you mean 'category'?"),
-        (["cifar10", "category=shipp"], r"command line: category: must be 'airplane', .* or 'truck' \(got 'shipp'\)"),
-        (
-            ["cifar10", "num_colours=1", "category=3"],
-            r"(?s)command line: category: .*command line: num_colours: must be greater than or equal to 2",
-        ),
-        (["cifar10", "ship"], r"command line: an override is key\.path=value"),
-        (["shapes", "batch_size=3"], "command line: batch_size: unknown key; there are none"),
-        (["hub", "image=a", "mask=b"], "command line: path: this key is required"),
-        (["cifar10_horses", "num_colours=16"], "cifar10_horses: the course has 24 colour centres, not 16"),
-        (
-            ["shapes", "--name", "mine"],
-            "--name belongs to `trainer prepare folder` or `trainer prepare yolo` or `trainer prepare coco`, not to "
-            "shapes",
-        ),
-        (["folder", "set=mine"], "trainer prepare folder --name NAME --images DIR"),
-    ],
-)
-def test_the_command_takes_the_keys_of_the_data_set_and_refuses_others(words: list[str], expected: str) -> None:
-    with pytest.raises(UserError, match=expected):
-        call(*words)
-
-
-def test_the_command_prepares_what_its_keys_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
-    (tmp_path / "archives").mkdir()
-    with tarfile.open(tmp_path / "archives/cifar-10-python.tar.gz", "w:gz") as archive:
-        for name in names:
-            batch = official(pixels, [8, 8])  # ships
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            info.size = len(batch)
-            archive.addfile(info, io.BytesIO(batch))
-    monkeypatch.setattr(cifar10, "OFFICIAL", dataclasses.replace(cifar10.OFFICIAL, sha256=None))
-    assert call("cifar10", "category=ship", "num_colours=3", "--archives", str(tmp_path / "archives")) == 0
-    card = Card.load(data_dir() / "cifar10_ship_kmeans3")
-    assert card.command == "cifar10 category=ship num_colours=3" and len(card.statistics["colour_centres"]) == 3
-    assert sum(card.statistics["class_pixels"]) == 10 * 32 * 32
-    assert "colour 2 " in capsys.readouterr().out
-
-
-def test_the_package_is_the_command(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", "prepare", "shape"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[3],
-    )
-    assert done.returncode == 2 and "unknown data set 'shape'; did you mean 'shapes'?" in done.stderr

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from pyarrow.parquet import ParquetFile
+from torchvision.transforms import v2
 
 from trainer.components import catalogue
 from trainer.data.card import Card
 from trainer.data.prepare import archives_dir, prepare
-from trainer.data.stream import Samples
+from trainer.data.reader import Reader
+from trainer.data.stream import ValidationSamples
 
 pytestmark = [
     pytest.mark.realdata,
@@ -41,7 +43,7 @@ def test_the_archives_become_846_rows_with_duplicates_on_one_side(tmp_path: Path
     for pair in (("image_1214", "image_1245"), ("image_1226", "image_1248")):
         assert set(pair) <= set(train) or set(pair) <= set(validation)
 
-    samples = Samples(folder, card, "validation", None, [64, 64], (), True, 8)
-    masks = torch.cat([samples.__getitems__([i])["mask"] for i in range(len(samples))])
+    samples = ValidationSamples(Reader(folder, card, "validation", resize=v2.Resize([64, 64], antialias=True)))
+    masks = torch.cat([samples.batch([i])["mask"] for i in range(len(samples))])
     assert set(masks.unique().tolist()) == {0, 1, 255}
     assert 0.2 < (masks == 1).double().mean() < 0.35 and 0.08 < (masks == 255).double().mean() < 0.19

@@ -28,11 +28,14 @@ from trainer.components import catalogue
 from trainer.data.archives import Member
 from trainer.data.augment import Mosaic
 from trainer.data.card import Card
+from trainer.data.collate import collate
 from trainer.data.images import encode_png
+from trainer.data.loader import Batches
 from trainer.data.order import Order, Shard, Slices
 from trainer.data.prepare import prepare
+from trainer.data.reader import Reader
 from trainer.data.source import DataInfo, Row, Source
-from trainer.data.stream import Batches, Samples
+from trainer.data.stream import TrainingSamples, ValidationSamples
 from trainer.errors import TrainingFailed, UserError
 
 COUNT = 30
@@ -70,10 +73,20 @@ def prepared(tmp_path: Path) -> tuple[Path, Card]:
 
 
 def samples(
-    prepared: tuple[Path, Card], *, transforms: Any = (), cache: bool = True, resize: Any = None, split: str = "train"
-) -> Samples:
-    order = Order(prepared[1].row_groups("train"), 5, 2) if split == "train" else None
-    return Samples(*prepared, split, order, resize, transforms, cache, window=2)
+    prepared: tuple[Path, Card],
+    *,
+    transforms: Any = (),
+    cache: bool = True,
+    resize: Any = None,
+    max_unreadable: int = 0,
+) -> TrainingSamples:
+    resize = v2.Resize(resize, antialias=True) if resize else None
+    reader = Reader(*prepared, "train", resize=resize, cache=cache, max_unreadable=max_unreadable)
+    return TrainingSamples(reader, Order(prepared[1].row_groups("train"), 5, 2), transforms)
+
+
+def validation_samples(prepared: tuple[Path, Card], *, cache: bool = True) -> ValidationSamples:
+    return ValidationSamples(Reader(*prepared, "validation", cache=cache))
 
 
 def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -131,7 +144,7 @@ def test_augmentation_draws_anew_at_every_position_of_every_epoch_and_only_the_p
     loaded = samples(prepared, transforms=[drawing])
     for positions in ([0, 1, 2], [COUNT, COUNT + 1, COUNT + 2], [3 * COUNT + 7, 5]):
         generators = [torch.Generator().manual_seed(seed_of(5, AUGMENT, position)) for position in positions]
-        assert loaded.__getitems__(positions)["drawn"].tolist() == [
+        assert loaded.batch(positions)["drawn"].tolist() == [
             torch.rand(2, generator=generator).tolist() for generator in generators
         ]
 
@@ -147,17 +160,17 @@ def test_the_global_generator_is_left_alone(prepared: tuple[Path, Card]) -> None
 
 def test_resize_is_done_once_and_kept(prepared: tuple[Path, Card]) -> None:
     first = samples(prepared, resize=[10, 12])
-    a = first.__getitems__([0, 1, 2])
+    a = first.batch([0, 1, 2])
     assert a["image"].shape == (3, 3, 10, 12) and a["mask"].shape == (3, 1, 10, 12)
-    first.rows._read = None  # type: ignore[method-assign,assignment]  # Parquet can't be read any more
-    assert equal(first.__getitems__([0, 1, 2]), a)
+    first.reader.rows._read = None  # type: ignore[method-assign,assignment]  # Parquet can't be read any more
+    assert equal(first.batch([0, 1, 2]), a)
 
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_smaller_size_is_smoothed_as_pillow_does_and_masks_keep_their_values(
     prepared: tuple[Path, Card], cache: bool
 ) -> None:
-    batch = samples(prepared, resize=[7, 5], cache=cache).__getitems__(list(range(COUNT)))
+    batch = samples(prepared, resize=[7, 5], cache=cache).batch(list(range(COUNT)))
     originals = {index: row for index, (_, row) in enumerate(islice(_rows({}), COUNT))}
     for sample_id, image, mask in zip(batch["sample_id"].tolist(), batch["image"], batch["mask"], strict=True):
         with Image.open(BytesIO(originals[sample_id]["image"])) as file:
@@ -183,9 +196,10 @@ def test_partners_of_a_mosaic_come_from_positions_around_the_samples_own(tmp_pat
 
     card = prepare(Source("many", DataInfo(("a",)), {"image": "image"}, rows), tmp_path, None, lambda line: None)
     order, mixed = Order(card.row_groups("train"), 0, 1), list[list[int]]()
-    loaded = Samples(tmp_path / "many", card, "train", order, None, [Recording([2, 2], 1.0, [1.0, 1.0])], True, 1)
+    reader = Reader(tmp_path / "many", card, "train", window=1)
+    loaded = TrainingSamples(reader, order, [Recording([2, 2], 1.0, [1.0, 1.0])])
     positions = [0, 31, 100, 200, 300, count + 60]
-    loaded.__getitems__(positions)
+    loaded.batch(positions)
     around = [[order.sample(each)[1] for each in range(max(0, position - 32), position + 64)] for position in positions]
     assert [first for first, *_ in mixed] == [order.sample(position)[1] for position in positions]
     assert all(
@@ -195,7 +209,7 @@ def test_partners_of_a_mosaic_come_from_positions_around_the_samples_own(tmp_pat
 
 
 def test_evaluation_is_in_order_without_augmentation(prepared: tuple[Path, Card]) -> None:
-    batches = Batches(samples(prepared, split="validation", transforms=FLIP), Shard(5, 2, 0, 1), 0)
+    batches = Batches(validation_samples(prepared), Shard(5, 2, 0, 1), 0)
     for _ in range(2):
         assert [i for batch in batches for i in batch["sample_id"].tolist()] == [0, 1, 2, 3, 4]
     assert next(iter(batches))["image"].shape == (2, 3, 20, 24)
@@ -208,7 +222,7 @@ def test_a_full_disk_turns_the_cache_off_with_a_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("trainer.data.cache._allocate", full)
-    assert samples(prepared).cache is None
+    assert samples(prepared).reader.pixels.cache is None
     assert "data.cache is off" in capsys.readouterr().err
 
 
@@ -226,12 +240,6 @@ def damage(prepared: tuple[Path, Card], *sample_ids: int) -> None:
     path.write_bytes(content)
 
 
-def tolerant(prepared: tuple[Path, Card], max_unreadable: int, *, cache: bool = True, transforms: Any = ()) -> Samples:
-    return Samples(
-        *prepared, "train", Order(prepared[1].row_groups("train"), 5, 2), None, transforms, cache, 2, max_unreadable
-    )
-
-
 @pytest.mark.parametrize("transforms", [(), FLIP], ids=["plain", "augmented"])
 def test_the_next_readable_sample_takes_the_place_of_an_unreadable_one(
     prepared: tuple[Path, Card], transforms: Any
@@ -242,7 +250,12 @@ def test_the_next_readable_sample_takes_the_place_of_an_unreadable_one(
     def batches(cache: bool, workers: int) -> list[dict[str, Any]]:
         return list(
             islice(
-                Batches(tolerant(prepared, 3, cache=cache, transforms=transforms), Slices(6, 1, 0, 1, 0), workers), 10
+                Batches(
+                    samples(prepared, max_unreadable=3, cache=cache, transforms=transforms),
+                    Slices(6, 1, 0, 1, 0),
+                    workers,
+                ),
+                10,
             )
         )
 
@@ -265,10 +278,10 @@ def test_the_next_readable_sample_takes_the_place_of_an_unreadable_one(
 
 def test_the_cache_never_holds_a_sample_under_the_id_of_an_unreadable_one(prepared: tuple[Path, Card]) -> None:
     damage(prepared, 7)
-    loaded = tolerant(prepared, 1)
+    loaded = samples(prepared, max_unreadable=1)
     list(islice(Batches(loaded, Slices(6, 1, 0, 1, 0), 0), 5))
-    assert loaded.cache is not None
-    assert [i for i in range(COUNT) if i not in loaded.cache] == [7]
+    cache = loaded.reader.pixels.cache
+    assert [i for i in range(COUNT) if i not in cache] == [7]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -277,7 +290,7 @@ def test_more_unreadable_samples_than_tolerated_are_listed_whichever_worker_met_
 ) -> None:
     damage(prepared, *range(0, 30, 5))
     with pytest.raises(TrainingFailed) as error:
-        for _ in islice(Batches(tolerant(prepared, 3), Slices(2, 1, 0, 1, 0), workers), 15):
+        for _ in islice(Batches(samples(prepared, max_unreadable=3), Slices(2, 1, 0, 1, 0), workers), 15):
             pass
     first, *listed = str(error.value).splitlines()
     assert first == "paired/train: 4 samples can't be read; more than data.max_unreadable=3 tolerates"
@@ -287,16 +300,16 @@ def test_more_unreadable_samples_than_tolerated_are_listed_whichever_worker_met_
 
 
 def test_if_no_sample_can_be_read_that_is_an_error_whatever_is_tolerated(prepared: tuple[Path, Card]) -> None:
-    loaded = tolerant(prepared, 10**6, cache=False)
+    loaded = samples(prepared, max_unreadable=10**6, cache=False)
     prepared[1].files(prepared[0], "train")[0].unlink()
     with pytest.raises(TrainingFailed, match="30 samples can't be read"):
-        loaded.__getitems__([0])
+        loaded.batch([0])
 
 
 def test_an_unreadable_validation_sample_is_always_an_error(prepared: tuple[Path, Card]) -> None:
-    valid = samples(prepared, split="validation", cache=False)
-    row = dict(valid.rows.row(0, 0), mask={"bytes": b"", "path": "m.png"})
-    valid.rows.row = lambda group, index: row  # type: ignore[method-assign]
+    valid = validation_samples(prepared, cache=False)
+    row = dict(valid.reader.rows.row(0, 0), mask={"bytes": b"", "path": "m.png"})
+    valid.reader.rows.row = lambda group, index: row  # type: ignore[method-assign]
     with pytest.raises(
         TrainingFailed,
         match=r"^paired/validation: sample 0: m.png: mask can't be decoded: .*; metrics need every sample; delete "
@@ -308,16 +321,15 @@ def test_an_unreadable_validation_sample_is_always_an_error(prepared: tuple[Path
 def test_an_image_of_another_size_is_unreadable_and_spares_its_neighbours_in_the_cache(
     prepared: tuple[Path, Card],
 ) -> None:
-    loaded = tolerant(prepared, 1)
-    assert loaded.cache is not None
-    row, whole = loaded.rows.row, loaded.__getitems__([0, 1, 2, 3])
+    loaded = samples(prepared, max_unreadable=1)
+    row, whole = loaded.reader.rows.row, loaded.batch([0, 1, 2, 3])
     target = whole["sample_id"].tolist()[1]
-    loaded.cache.filled[target] = 0
+    loaded.reader.pixels.cache.filled[target] = 0
     large = {"bytes": encode_png(np.full((40, 48, 3), 9, np.uint8)), "path": None}
-    loaded.rows.row = lambda *where: (
-        {**row(*where), "image": large} if where == loaded.lookup.group(target) else row(*where)
+    loaded.reader.rows.row = lambda *where: (
+        {**row(*where), "image": large} if where == loaded.reader.layout.group(target) else row(*where)
     )  # type: ignore[method-assign]
-    batch = loaded.__getitems__([0, 1, 2, 3])
+    batch = loaded.batch([0, 1, 2, 3])
     assert batch["unreadable"].tolist() == [target]
     assert all(torch.equal(batch["image"][i], whole["image"][i]) for i in (0, 2, 3))
 
@@ -354,26 +366,25 @@ def test_a_file_that_is_lost_before_its_sizes_are_read_is_one_line_that_names_it
 
 def test_a_damaged_image_is_named(prepared: tuple[Path, Card]) -> None:
     broken = samples(prepared, cache=False)
-    row = dict(broken.rows.row(0, 0), image={"bytes": b"\x89PNG nothing", "path": "a.png"})
-    broken.rows.row = lambda group, index: row  # type: ignore[method-assign]
+    row = dict(broken.reader.rows.row(0, 0), image={"bytes": b"\x89PNG nothing", "path": "a.png"})
+    broken.reader.rows.row = lambda group, index: row  # type: ignore[method-assign]
     with pytest.raises(
         TrainingFailed,
         match=r"paired/train: sample \d+: a.png: image can't be decoded.*; data.max_unreadable=N tolerates N such "
         r"samples$",
     ):
-        broken.__getitems__([0])
+        broken.batch([0])
 
 
-def test_images_of_several_sizes_in_a_batch_say_what_to_do(prepared: tuple[Path, Card]) -> None:
-    mixed = samples(prepared)
-    with pytest.raises(UserError, match=r"differ in size .* set data.resize=\[H,W\]"):
-        mixed._stack([{"image": torch.zeros(3, 4, 4)}, {"image": torch.zeros(3, 5, 4)}])
+def test_images_of_several_sizes_in_a_batch_say_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"paired/train: .* differ in size .* set data.resize=\[H,W\]"):
+        collate([{"image": torch.zeros(3, 4, 4)}, {"image": torch.zeros(3, 5, 4)}], "paired/train")
 
 
 def test_an_error_in_a_loader_worker_is_the_same_one_line_error(prepared: tuple[Path, Card]) -> None:
     broken = samples(prepared, cache=False)
-    row = dict(broken.rows.row(0, 0), image={"bytes": b"\x89PNG nothing", "path": "a.png"})
-    broken.rows.row = lambda group, index: row  # type: ignore[method-assign]
+    row = dict(broken.reader.rows.row(0, 0), image={"bytes": b"\x89PNG nothing", "path": "a.png"})
+    broken.reader.rows.row = lambda group, index: row  # type: ignore[method-assign]
     with pytest.raises(TrainingFailed) as error:
         next(iter(Batches(broken, Slices(6, 1, 0, 1, 0), 1)))
     assert (
@@ -399,15 +410,22 @@ def test_the_cache_leaves_room_on_the_disk(
     prepared: tuple[Path, Card], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("trainer.data.cache.SPARE_BYTES", 2**60)
-    assert samples(prepared).cache is None
+    assert samples(prepared).reader.pixels.cache is None
     assert "too little room" in capsys.readouterr().err
+
+
+def test_what_the_model_sees_is_moved_to_its_device_and_ids_stay_on_the_cpu(prepared: tuple[Path, Card]) -> None:
+    loaded = samples(prepared, max_unreadable=1)
+    batch = next(iter(Batches(loaded, Slices(6, 1, 0, 1, 0), 0, torch.device("meta"))))
+    assert {name: str(value.device) for name, value in batch.items()} == {
+        **dict.fromkeys(("image", "mask", "label"), "meta"),
+        **dict.fromkeys(("sample_id", "epoch", "unreadable"), "cpu"),
+    }
 
 
 def test_samples_can_be_sent_to_workers_that_dont_fork(prepared: tuple[Path, Card]) -> None:
     original = samples(prepared, transforms=FLIP)
-    assert equal(
-        ForkingPickler.loads(ForkingPickler.dumps(original)).__getitems__([3, 40]), original.__getitems__([3, 40])
-    )
+    assert equal(ForkingPickler.loads(ForkingPickler.dumps(original)).batch([3, 40]), original.batch([3, 40]))
 
 
 def test_a_program_that_ends_with_an_error_doesnt_wait_for_its_workers(
@@ -418,10 +436,12 @@ import sys
 from pathlib import Path
 from trainer.data.card import Card
 from trainer.data.order import Order, Slices
-from trainer.data.stream import Batches, Samples
+from trainer.data.loader import Batches
+from trainer.data.reader import Reader
+from trainer.data.stream import TrainingSamples
 folder = Path({str(prepared[0])!r})
 card = Card.load(folder)
-samples = Samples(folder, card, "train", Order(card.row_groups("train"), 0, 2), None, [], True, 2)
+samples = TrainingSamples(Reader(folder, card, "train"), Order(card.row_groups("train"), 0, 2))
 batches = iter(Batches(samples, Slices(6, 1, 0, 1, 0), 2))
 next(batches)
 raise SystemExit(3)
@@ -431,8 +451,8 @@ raise SystemExit(3)
 
 def test_samples_for_pictures_are_spread_over_the_set_by_file_name(tmp_path: Path) -> None:
     card = prepare(replace(SOURCE, rows=_named_rows), tmp_path, None, lambda line: None)
-    validation = samples((tmp_path / "paired", card), split="validation")
-    names = [each["path"] for each in validation.rows.column("image").to_pylist()]
+    validation = validation_samples((tmp_path / "paired", card))
+    names = [each["path"] for each in validation.reader.rows.column("image").to_pylist()]
     shown = [names[sample_id] for sample_id in validation.spread(6)]
     assert [name.partition("/")[0] for name in shown] == [
         "video_0",
@@ -448,4 +468,4 @@ def test_samples_for_pictures_are_spread_over_the_set_by_file_name(tmp_path: Pat
 
 
 def test_samples_without_file_names_are_spread_by_their_ids(prepared: tuple[Path, Card]) -> None:
-    assert samples(prepared, split="validation").spread(2) == [1, 3]
+    assert validation_samples(prepared).spread(2) == [1, 3]

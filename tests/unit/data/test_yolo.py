@@ -176,7 +176,7 @@ def test_objects_that_cannot_be_so_are_dropped_on_demand(files: Path, capsys: py
     assert main(options(files, validation=0.1, invalid="drop")) == 0
     assert [each["label"] for each in objects()["00"]] == [1]
     assert (
-        "2 objects that can't be so are left out: photos/town 0/00.jpg, object 1: its box (6, 2, 6, 6) has no area; "
+        "2 invalid objects are left out: photos/town 0/00.jpg, object 1: its box (6, 2, 6, 6) has no area; "
         "photos" in capsys.readouterr().out
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,14 @@ def test_cross_entropy_is_the_mean_over_valid_pixels() -> None:
     logits, targets = sample()
     expected = torch.nn.functional.cross_entropy(logits, targets.long(), ignore_index=IGNORED)
     torch.testing.assert_close(value(CrossEntropy(3, IGNORED, {}), logits, targets), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal"])
+def test_a_single_label_for_each_sample_is_an_image_of_one_pixel(name: str) -> None:
+    loss = catalogue("loss")[name].build(WEIGHTED, num_classes=3, ignore_index=IGNORED, statistics=STATISTICS)
+    logits, targets = sample()
+    logits, targets = logits[:, :, 0, 0], targets[:, 0, 0].long()
+    assert value(loss, logits, targets) == value(loss, logits[..., None, None], targets[:, None, None])
 
 
 def test_weighted_cross_entropy_is_divided_by_the_weights_of_the_valid_pixels() -> None:
@@ -240,8 +249,9 @@ def test_soft_iou_of_a_class_the_data_has_not_says_which_there_are() -> None:
         SoftIoU(3, IGNORED, channel=3)
 
 
-def test_the_form_for_deterministic_gpus_is_the_same_loss() -> None:
-    logits, targets = sample()
+@pytest.mark.parametrize("place", [..., (..., 0, 0)], ids=["dense", "labels"])
+def test_the_form_for_deterministic_gpus_is_the_same_loss(place: Any) -> None:
+    logits, targets = (each[place] for each in sample())
     loss = CrossEntropy(3, IGNORED, STATISTICS, class_weights="inverse_frequency")
     usual = loss(logits, targets)["nll"]
     masked = loss._nll_without_scatter(logits, loss.labels(targets))

@@ -8,7 +8,7 @@ import torch
 from sklearn import metrics
 from torch import Tensor
 
-from trainer.metrics.confusion import class_accuracy, confusion_matrix, jaccard, mean_over_present, pixel_accuracy
+from trainer.metrics.confusion import accuracy, class_accuracy, confusion_matrix, jaccard, mean_over_present
 
 CLASSES, IGNORED = 5, 255
 
@@ -41,7 +41,7 @@ def test_matrix_and_metrics_agree_with_scikit_learn(seed: int) -> None:
     np.testing.assert_allclose(
         class_accuracy(matrix), metrics.recall_score(expected_truth, expected_guess, average=None), rtol=1e-12
     )
-    assert float(pixel_accuracy(matrix)) == pytest.approx(metrics.accuracy_score(expected_truth, expected_guess))
+    assert float(accuracy(matrix)) == pytest.approx(metrics.accuracy_score(expected_truth, expected_guess))
 
 
 def test_matrices_of_parts_add_up_to_that_of_the_whole() -> None:
@@ -77,5 +77,5 @@ def test_only_ignored_pixels_give_an_empty_matrix() -> None:
 
 def test_counts_beyond_what_a_float_holds_stay_exact() -> None:
     big = torch.tensor([[2**40 + 1, 1], [0, 2**40]])
-    assert float(pixel_accuracy(big)) == pytest.approx(1.0, abs=1e-11)
+    assert float(accuracy(big)) == pytest.approx(1.0, abs=1e-11)
     assert float(jaccard(big)[0]) == (2**40 + 1) / (2**40 + 2)

@@ -82,7 +82,7 @@ def test_many_layers_to_reset_are_named_by_what_holds_them_or_not_at_all(file: P
     model = nn.Sequential(*net(), nn.ModuleDict({"head": nn.Sequential(*(nn.Linear(1, 1) for _ in range(7)))}))
     with pytest.raises(
         ValueError,
-        match=r"missing 3.head.0.weight, .* and 9 more; to start these layers new, set model.reset_layers=\[3\]$",
+        match=r"missing 3.head.0.weight, .* and 9 more; to reset these layers, set model.reset_layers=\[3\]$",
     ):
         load_safetensors(model, file, [])
     wide = nn.Sequential(*(nn.Sequential(nn.BatchNorm2d(1), nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1)) for _ in range(7)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 
 from trainer.commands import main
 from trainer.distributed.launch import Launch
+from trainer.recipe.checks import CHECKS
 from trainer.recipe.file import RecipeError
 from trainer.recipe.load import load_recipe
 from trainer.recipe.recipe import Recipe, differences
-from trainer.tasks.build import TASK_CHECKS
+from trainer.recipe.settings import SCHEMAS
+from trainer.tasks.checks import TASK_CHECKS, batch_checks
 
 ALONE = Launch()
 BASE = """task: segmentation
@@ -96,7 +99,10 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
             "model: {train_only: [haed]}",
             "model.train_only: the model has no layer 'haed'; did you mean head? (got ['haed'])",
         ),
-        ("model: {train_only: [pool]}", "model.train_only: these layers have no parameters, so nothing would learn"),
+        (
+            "model: {train_only: [pool]}",
+            "model.train_only: these layers have no parameters, so nothing would be trainable",
+        ),
         ("model: {reset_layers: [haed]}", "model.reset_layers: the model has no layer 'haed'; did you mean head?"),
         (
             "model: {name: deeplabv3, weights: none.safetensors}",
@@ -110,7 +116,7 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ),
         (
             "train: {freeze: 3}",
-            "train.freeze: this model doesn't number its layers; name those that learn in model.train_only (got 3)",
+            "train.freeze: this model doesn't number its layers; name the trainable ones in model.train_only (got 3)",
         ),
         ("data: {resize_mode: letterbox}", "data.resize_mode: needs data.resize, the size to pad to (got letterbox)"),
         (
@@ -525,3 +531,31 @@ def test_a_plugin_file_beside_the_recipe_adds_components(tmp_path: Path) -> None
     )
     recipe = check(tmp_path, "plugins: [my_loss.py]\nloss: mine")
     assert type(recipe.build("loss", num_classes=4, ignore_index=255, statistics={})).__name__ == "Mine"
+
+
+def test_task_model_and_loss_fit_where_all_three_have_an_interface_in_common(tmp_path: Path) -> None:
+    (tmp_path / "several.py").write_text(
+        "from trainer.components import loss, task\nfrom trainer.losses.cross_entropy import CrossEntropy\n"
+        "from trainer.tasks.segmentation import Segmentation\n\n\n"
+        "@loss(interface=('labels', 'dense'))\nclass Both(CrossEntropy):\n    pass\n\n\n"
+        "@loss(interface='labels')\nclass OnlyLabels(CrossEntropy):\n    pass\n\n\n"
+        "@task(interface=('dense', 'labels'), fields=('image', 'mask'))\nclass Either(Segmentation):\n    pass\n"
+    )
+    plugins = "plugins: [several.py]\n"
+    check(tmp_path, f"{plugins}loss: both")
+    check(tmp_path, f"{plugins}loss: both\ntask: either")
+    (mistake,) = problems(tmp_path, f"{plugins}loss: onlylabels")
+    assert mistake.startswith("r.yaml:3:1: loss: loss onlylabels doesn't fit task segmentation; choose one of both, ")
+    # Each of them fits the task, but not the other.
+    (mistake,) = problems(tmp_path, f"{plugins}loss: onlylabels\ntask: either")
+    assert mistake.startswith("r.yaml:3:1: loss: loss onlylabels doesn't fit task either; choose one of both, ")
+
+
+def test_a_check_reads_only_the_parts_of_a_recipe_that_it_is_registered_for(tmp_path: Path) -> None:
+    """The others may be missing, as they have mistakes of their own."""
+    recipe = check(tmp_path, "")
+    for needs, check_parts in (*CHECKS, *ALONE.checks(), *TASK_CHECKS, *batch_checks(2)):
+        part_of_it = copy.copy(recipe)
+        for part in {*SCHEMAS, "source"} - {*needs}:
+            delattr(part_of_it, part)
+        assert list(check_parts(part_of_it)) == []

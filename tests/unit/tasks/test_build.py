@@ -19,7 +19,8 @@ from trainer.models.resnet_unet import resnet_unet
 from trainer.models.yolo import yolo
 from trainer.recipe.file import RecipeError
 from trainer.recipe.load import load_recipe
-from trainer.tasks.build import TASK_CHECKS, batch_checks, build_task, check_sizes
+from trainer.tasks.build import build_task
+from trainer.tasks.checks import TASK_CHECKS, batch_checks, check_sizes
 from trainer.trainer import Trainer
 
 INFO = DataInfo(("background", "flower"), 255)
@@ -57,7 +58,7 @@ def test_a_file_gives_all_layers_but_those_that_start_new(tmp_path: Path) -> Non
     assert differing(new, theirs) == {"classifier.4.weight", "classifier.4.bias"}
     assert torch.equal(new["classifier.4.weight"], weights(tmp_path)["classifier.4.weight"])
     save_file({**theirs, "classifier.4.weight": torch.zeros(21, 256, 1, 1)}, file)
-    with pytest.raises(UserError, match=r"to start these layers new, set model.reset_layers=\[classifier.4\]"):
+    with pytest.raises(UserError, match=r"to reset these layers, set model.reset_layers=\[classifier.4\]"):
         weights(tmp_path, f"model.weights={file}")
 
 
@@ -140,7 +141,7 @@ PREDICTORS = (
             "(18,) instead of (24,), "
             "model.24.m.1.weight (18, 128, 1, 1) instead of (24, 128, 1, 1), model.24.m.1.bias (18,) instead of (24,), "
             "model.24.m.2.weight (18, 256, 1, 1) instead of (24, 256, 1, 1) and 1 more; "
-            "to start these layers new, set model.reset_layers=[model.24.m.0, model.24.m.1, model.24.m.2]",
+            "to reset these layers, set model.reset_layers=[model.24.m.0, model.24.m.1, model.24.m.2]",
         ),
         (
             TEXT,
@@ -222,7 +223,7 @@ def test_published_weights_that_there_are_not_are_found_without_a_download(
     assert mistakes(tmp_path, TEXT, "model.weights=coco") == []
     assert mistakes(tmp_path, TEXT, "model={name: resnet_unet}") == []
     assert mistakes(tmp_path, RECIPES["mask_rcnn"], "model.frozen_norm=true") == [
-        "model: frozen_norm is for backbone resnet50; the batch norms of resnet18 learn"
+        "model: frozen_norm is for backbone resnet50; the batch norms of resnet18 are trainable"
     ]
 
 
@@ -268,7 +269,7 @@ def test_sizes_that_are_known_once_a_set_is_prepared_are_checked_at_the_start_of
     ]
     (tmp_path / "r.yaml").write_text(RECIPES["detection"], encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", native, TASK_CHECKS)
-    prepare(recipe.build("data"), data_dir(), None)
+    prepare(recipe.source, data_dir(), None)
     with pytest.raises(
         UserError,
         match=r"^data.resize: the model takes images whose sides are divisible by 32, and those of the "
@@ -333,13 +334,13 @@ def test_images_of_several_sizes_are_a_mistake_where_batches_need_one(
         ], "nothing is known before"
     (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", native)
-    prepare(recipe.build("data"), data_dir(), None)
+    prepare(recipe.source, data_dir(), None)
     found = [each for each in mistakes(tmp_path, text, *native, processes=processes) if "differ in size" in each]
     if not expected:
         assert found == []
-        Data(recipe, 0, processes)
+        Data(recipe, 0, processes, torch.device("cpu"))
         return
     assert len(found) == 1
     with pytest.raises(UserError, match=expected) as caught:
-        Data(recipe, 0, processes)
+        Data(recipe, 0, processes, torch.device("cpu"))
     assert found == [f"{'data.augment' if recipe.data.resize else 'data.resize'}: {caught.value}"]

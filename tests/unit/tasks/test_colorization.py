@@ -28,7 +28,7 @@ def batch() -> dict[str, Tensor]:
     image = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
     image[:, :, 0] = torch.tensor([150, 180, 210], dtype=torch.uint8).view(3, 1)
     mask = torch.tensor([[[1, 1], [0, 0]], [[1, 2], [0, 2]]], dtype=torch.uint8)[:, None]
-    return {"image": image, "mask": mask}
+    return {"image": image, "mask": mask, "sample_id": torch.arange(2)}
 
 
 def task() -> Colorization:
@@ -42,9 +42,9 @@ def test_accuracy_and_loss_are_those_of_all_pixels_of_the_set() -> None:
         colorization.evaluation_sums(colorization.model, {name: field[part] for name, field in data.items()})
         for part in (slice(0, 1), slice(1, 2))
     ]
-    sums = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+    sums = parts[0] + parts[1]
     metrics = colorization.metrics(sums)
-    assert sums["samples"] == 2
+    assert sums.samples == 2
     assert metrics["accuracy"] == 6 / 8
     whole = colorization.loss_sums(colorization.model, data)
     assert metrics["loss"] == pytest.approx(float(colorization.loss.combine(whole)["loss"]))
@@ -60,3 +60,9 @@ def test_pictures_show_grey_true_and_predicted_colours() -> None:
     assert grey[:, 0, 0].tolist() == [180, 180, 180]
     assert torch.equal(true, data["image"][0])
     assert predicted[:, 0, 0].tolist() == [value * SCALE for value in CENTRES[1]] and not predicted[:, 1].any()
+
+
+def test_a_prediction_is_the_picture_in_predicted_colours_and_needs_no_colour_classes() -> None:
+    colorization, data = task(), batch()
+    predicted = colorization.predict(colorization.model, {"image": data["image"]})
+    assert torch.equal(predicted, colorization.pictures(colorization.model, data)[:, 2])

@@ -8,17 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.scenes import CLASSES, scenes
+from tests.scenes import CLASSES, RECIPES, scenes
 from trainer.commands import main
+from trainer.data.build import Data
 from trainer.data.objects import Letterbox
-from trainer.data.prepare import prepare
-from trainer.data.stream import Samples
+from trainer.data.prepare import data_dir, prepare
+from trainer.data.reader import Reader
+from trainer.data.stream import ValidationSamples
 from trainer.detection.boxes import Detections, Level
 from trainer.errors import UserError
 from trainer.losses.yolo import YoloLoss
 from trainer.recipe.file import RecipeError
 from trainer.recipe.load import load_recipe
-from trainer.tasks.build import TASK_CHECKS, build_untrained, learning_layers
+from trainer.tasks.build import build_task, build_untrained, trainable_layers
+from trainer.tasks.checks import TASK_CHECKS
 from trainer.tasks.detection import Detection
 from trainer.tasks.drawing import LEGIBLE, draw_objects
 
@@ -44,14 +47,14 @@ def problems(folder: Path, *overrides: str) -> str:
 def test_freeze_names_the_layers_that_learn(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE, encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", ["train.freeze=10"], TASK_CHECKS)
-    assert learning_layers(recipe, build_untrained(recipe)) == [f"model.{index}" for index in range(10, 25)]
+    assert trainable_layers(recipe, build_untrained(recipe)) == [f"model.{index}" for index in range(10, 25)]
 
 
 def test_a_freeze_that_leaves_nothing_or_contradicts_is_refused(tmp_path: Path) -> None:
     assert "train.freeze: the model has 25 layers, so at most 24 can be frozen (got 25)" in problems(
         tmp_path, "train.freeze=25"
     )
-    assert "train.freeze: says what learns, and so does model.train_only" in problems(
+    assert "train.freeze: chooses the trainable layers, and so does model.train_only" in problems(
         tmp_path, "train.freeze=3", "model.train_only=[model.24]"
     )
 
@@ -83,6 +86,22 @@ def test_a_set_of_ones_own_without_masks_doesnt_fit_a_task_that_needs_them(
     assert "data: task watershed needs masks, and this set has only boxes (got scenes)" in found
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_predictions_need_no_ground_truth_and_are_what_is_evaluated(name: str, tmp_path: Path) -> None:
+    card = prepare(scenes(), data_dir(), None, lambda line: None)
+    (tmp_path / "r.yaml").write_text(RECIPES[name], encoding="utf-8")
+    recipe = load_recipe(tmp_path / "r.yaml", ["task.conf_threshold=0"] if name == "detection" else [], TASK_CHECKS)
+    task = build_task(recipe, card.info)
+    task.model.eval()
+    batch = Data(recipe, 0, 1, torch.device("cpu")).validation_batch([0, 1, 2])
+    inputs = {key: batch[key] for key in ("image", "height", "width", "content", "sample_id")}
+    detections = task.predict(task.model, inputs)
+    assert len(detections) == 3 and sum(len(each.labels) for each in detections)
+    with torch.no_grad():
+        rows = task.evaluation_sums(task.model, batch).rows
+    assert torch.equal(rows["detected"][:, 3:], torch.cat([each.boxes for each in detections]).double())
+
+
 class Fixed(nn.Module):
     """Answers with the same box in every cell: one that covers 64 x 64 pixels."""
 
@@ -94,10 +113,12 @@ class Fixed(nn.Module):
 
 def test_boxes_end_where_the_letterboxed_image_does(tmp_path: Path) -> None:
     card = prepare(scenes(), tmp_path, None, lambda line: None)
-    samples = Samples(tmp_path / "scenes", card, "validation", None, [64, 64], (), False, 2, resize_mode="letterbox")
-    batch = samples.__getitems__([0, 1, 2])
+    samples = ValidationSamples(
+        Reader(tmp_path / "scenes", card, "validation", resize=Letterbox([64, 64]), cache=False)
+    )
+    batch = samples.batch([0, 1, 2])
     task = Detection(Fixed(), YoloLoss(3), CLASSES, conf_threshold=0.5)
-    for number, found in enumerate(task.find(task.model(batch["image"]), batch)):
+    for number, found in enumerate(task.decode(task.model(batch["image"]), batch)):
         seen = (batch["image"][number] != Letterbox.GREY).any(0)
         rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
         assert found.boxes.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]

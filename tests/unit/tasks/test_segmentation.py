@@ -23,7 +23,7 @@ def batch(size: int = 6) -> dict[str, Tensor]:
     image = torch.randint(256, (size, 3, 8, 9), generator=generator, dtype=torch.uint8)
     mask = torch.randint(2, (size, 1, 8, 9), generator=generator, dtype=torch.uint8)
     mask[torch.rand(mask.shape, generator=generator) < 0.2] = IGNORED
-    return {"image": image, "mask": mask}
+    return {"image": image, "mask": mask, "sample_id": torch.arange(size)}
 
 
 def segmentation(model: nn.Module | None = None, **keys: Any) -> Segmentation:
@@ -56,10 +56,10 @@ def test_training_sums_carry_gradients_to_the_model() -> None:
 def test_evaluation_in_parts_gives_the_metrics_of_the_whole_set() -> None:
     task, whole = segmentation(average_precision=True, exclude=["leaf"]), batch()
     parts = [{name: field[part] for name, field in whole.items()} for part in (slice(0, 1), slice(1, 6), slice(6, 6))]
-    sums = [task.evaluation_sums(task.model, part) for part in parts]
-    total = {name: torch.stack([s[name] for s in sums]).sum(0) for name in sums[0]}
-    assert total["samples"] == 6
-    assert total["confusion"].dtype == torch.int64
+    first, *others = (task.evaluation_sums(task.model, part) for part in parts)
+    total = sum(others, first)
+    assert total.samples == 6
+    assert total.metrics["confusion"].dtype == torch.int64
     found, expected = task.metrics(total), task.metrics(task.evaluation_sums(task.model, whole))
     assert found.pop("confusion") == expected.pop("confusion")
     assert found == pytest.approx(expected, rel=1e-9)
@@ -91,7 +91,9 @@ def test_metrics_of_a_known_answer() -> None:
     image = torch.zeros(1, 3, 1, 6, dtype=torch.uint8)
     image[..., :3] = 255  # predicted flower
     mask = torch.tensor([1, 1, 0, 0, 0, IGNORED], dtype=torch.uint8).view(1, 1, 1, 6)
-    metrics = task.metrics(task.evaluation_sums(task.model, {"image": image, "mask": mask}))
+    metrics = task.metrics(
+        task.evaluation_sums(task.model, {"image": image, "mask": mask, "sample_id": torch.tensor([0])})
+    )
     assert metrics["pixel_accuracy"] == pytest.approx(4 / 5)
     assert metrics["iou/background"] == pytest.approx(2 / 3)
     assert metrics["iou/flower"] == pytest.approx(2 / 3)
@@ -117,7 +119,9 @@ def test_average_precision_and_means_without_some_classes_are_measured_where_ask
     )
     image = torch.tensor([9, 8, 7, 6, 5, 4], dtype=torch.uint8).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     mask = torch.tensor([1, 0, 1, 0, 0, IGNORED], dtype=torch.uint8).view(1, 1, 1, 6)
-    metrics = task.metrics(task.evaluation_sums(task.model, {"image": image, "mask": mask}))
+    metrics = task.metrics(
+        task.evaluation_sums(task.model, {"image": image, "mask": mask, "sample_id": torch.tensor([0])})
+    )
     assert metrics["ap/flower"] == pytest.approx((1 + 2 / 3) / 2)
     assert metrics["ap/background"] == pytest.approx((1 + 1 + 3 / 4) / 3)
     assert metrics["map"] == pytest.approx((metrics["ap/flower"] + metrics["ap/background"]) / 2)
@@ -178,7 +182,14 @@ def test_a_model_that_predicts_what_is_there_gets_none(rows: dict[str, list[int]
 
 
 @torch.no_grad()
-def test_pictures_show_image_truth_and_prediction() -> None:
+def test_a_prediction_is_the_most_likely_class_of_each_pixel_and_needs_no_mask() -> None:
+    task, images = segmentation(), batch()["image"]
+    predicted = task.predict(task.model, {"image": images})
+    assert predicted.shape == (6, 8, 9) and torch.equal(predicted, task.model(task.inputs(images)).argmax(1))
+
+
+@torch.no_grad()
+def test_pictures_show_image_ground_truth_and_prediction() -> None:
     task, data = segmentation(), batch(size=2)
     pictures = task.pictures(task.model, data)
     assert pictures.dtype == torch.uint8
@@ -192,10 +203,10 @@ def test_pictures_colour_classes_as_the_legend_says_and_ignored_pixels_like_no_c
     image = torch.full((1, 3, 4, 8), 255, dtype=torch.uint8)
     mask = torch.ones(1, 1, 4, 8, dtype=torch.uint8)
     mask[..., 4:] = IGNORED
-    _, truth, prediction = task.pictures(task.model, {"image": image, "mask": mask})[0]
-    assert torch.equal(truth[..., :4], prediction[..., :4])  # both flower
-    assert truth[:, 0, 0].tolist() == [round(0.65 * value + 0.35 * 255) for value in task.legend["flower"]]
-    grey = truth[..., 4:]
+    _, true, predicted = task.pictures(task.model, {"image": image, "mask": mask})[0]
+    assert torch.equal(true[..., :4], predicted[..., :4])  # both flower
+    assert true[:, 0, 0].tolist() == [round(0.65 * value + 0.35 * 255) for value in task.legend["flower"]]
+    grey = true[..., 4:]
     assert (grey == grey[:1]).all()
     assert len(set(class_colors(40))) == 40
     assert class_colors(40)[:3] == class_colors(3) == list(task.legend.values())

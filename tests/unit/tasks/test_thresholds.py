@@ -37,7 +37,7 @@ def found(**settings: Any) -> list[tuple[float, float]]:
         "width": torch.tensor([SIDE]),
         "content": torch.tensor([[0.0, 0, SIDE, SIDE]]),
     }
-    (each,) = task.find([level], batch)
+    (each,) = task.decode([level], batch)
     return [(round(float(box[0])), round(float(score), 3)) for box, score in zip(each.boxes, each.scores, strict=True)]
 
 

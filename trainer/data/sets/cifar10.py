@@ -35,6 +35,10 @@ HORSES = Archive("cifar10_horses.tar")  # the class as JPEG files, train/horse/0
 COURSE_CENTRES = Archive("colour_kmeans24_cat7.npy")  # float64 (24, 3), RGB in [0, 1)
 SCALE = 256  # the course divides pixels by it, not by 255
 KMEANS_PIXELS = 200_000
+NOTES = (
+    "The official split: 5000 training images, 1000 test images for validation.",
+    "A mask holds the index of each pixel's nearest colour centre, by squared distance of RGB / 256.",
+)
 
 Split = Literal["train", "validation"]
 Pixels = npt.NDArray[np.uint8]
@@ -65,18 +69,12 @@ def cifar10(*, category: Literal[CLASSES] = "horse", num_colours: NumColours = 2
 
 def _source(name: str, archives: tuple[Archive, ...], num_colours: int, category: str, command: str) -> Source:
     info = DataInfo(tuple(f"colour {index}" for index in range(num_colours)))
-    rows, statistics = (
-        partial(_rows, num_colours=num_colours, category=category),
-        partial(_statistics, num_colours=num_colours, category=category),
-    )
-    rows.__doc__ = _rows.__doc__
-    return Source(name, info, {"image": "image", "mask": "mask"}, rows, archives, statistics, command)
+    rows = partial(_rows, num_colours=num_colours, category=category)
+    statistics = partial(_statistics, num_colours=num_colours, category=category)
+    return Source(name, info, {"image": "image", "mask": "mask"}, rows, archives, statistics, command, notes=NOTES)
 
 
 def _rows(archives: Mapping[str, Path], num_colours: int, category: str) -> Iterator[tuple[str, Row]]:
-    """The official split: 5000 training images, 1000 test images for validation.
-    A mask holds the index of each pixel's nearest colour centre, by squared distance of RGB / 256.
-    """
     centres = _centres(tuple(archives.items()), num_colours, category)
     for split, name, data in _images(archives, category):
         labels = nearest_centre(_decode(name, data), centres)
@@ -121,12 +119,12 @@ def _centres(archives: tuple[tuple[str, Path], ...], num_colours: int, category:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} can't be read: {error}; replace it, or set data.centres=kmeans") from error
         if centres.shape != (num_colours, 3) or not np.isfinite(centres).all():
-            found = (
+            problem = (
                 "numbers that aren't finite"
                 if centres.shape == (num_colours, 3)
                 else f"an array of shape {centres.shape}, not ({num_colours}, 3)"
             )
-            raise UserError(f"{path} holds {found}; replace it, or set data.centres=kmeans")
+            raise UserError(f"{path} holds {problem}; replace it, or set data.centres=kmeans")
         return centres
     pixels = np.concatenate(
         [_decode(name, data).reshape(-1, 3) for split, name, data in _images(paths, category) if split == "train"]
@@ -150,7 +148,8 @@ def nearest_centre(image: Pixels, centres: npt.NDArray[np.float64]) -> Pixels:
     """The index of each pixel's nearest centre, uint8 (H, W), for an image (H, W, 3)."""
     pixels = image.reshape(-1, 3) / SCALE
     distances = ((pixels[:, None] - centres) ** 2).sum(axis=2)
-    return distances.argmin(axis=1).astype(np.uint8).reshape(image.shape[:2])
+    nearest: Pixels = distances.argmin(axis=1).astype(np.uint8).reshape(image.shape[:2])
+    return nearest
 
 
 def _decode(name: str, data: bytes) -> Pixels:

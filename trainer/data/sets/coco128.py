@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from trainer.components import dataset
 from trainer.data.archives import Member, members
 from trainer.data.sets.yolo import read_objects
-from trainer.data.source import Archive, DataInfo, Row, Source
+from trainer.data.source import Archive, DataInfo, Role, Row, Source
 
 HOST = "https://github.com/ultralytics/assets/releases/download/v0.0.0/"
 COCO128, COCO8 = (Archive(name, (HOST + name,)) for name in ("coco128.zip", "coco8.zip"))
@@ -25,31 +25,33 @@ keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
 hair drier, toothbrush
 """
 CLASSES = tuple(name.strip() for name in NAMES.split(","))
+NOTES_OF_128 = (
+    "Split: none. The set's own description, coco128.yaml, has all 128 images train and validate: what is measured is",
+    "how well they are learnt by heart. An image without a label file has no objects.",
+)
+COLUMNS: dict[str, Role] = {"image": "image", "objects": "boxes"}
 
 
 @dataset(fields=("image", "boxes"))
 def coco128() -> Source:
     """The first 128 images of COCO's training set, in its 80 classes."""
-    return Source("coco128", DataInfo(CLASSES), {"image": "image", "objects": "boxes"}, _rows_of_128, (COCO128,))
+    return Source("coco128", DataInfo(CLASSES), COLUMNS, _rows_of_128, (COCO128,), notes=NOTES_OF_128)
 
 
 @dataset(fields=("image", "boxes"))
 def coco8() -> Source:
     """The first 8 images of COCO's training set, in its 80 classes."""
-    return Source("coco8", DataInfo(CLASSES), {"image": "image", "objects": "boxes"}, _rows_of_8, (COCO8,))
+    notes = ("Split: the set's own, 4 images train and 4 validate.",)
+    return Source("coco8", DataInfo(CLASSES), COLUMNS, _rows_of_8, (COCO8,), notes=notes)
 
 
 def _rows_of_128(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-    """Split: none. The set's own description, coco128.yaml, has all 128 images train and validate: what is measured is
-    how well they are learnt by heart. An image without a label file has no objects.
-    """
     for split in ("train", "validation"):
         for _, row in _samples(archives[COCO128.name]):
             yield split, row
 
 
 def _rows_of_8(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-    """Split: the set's own, 4 images train and 4 validate."""
     for folder, row in _samples(archives[COCO8.name]):
         yield {"train": "train", "val": "validation"}[folder], row
 

@@ -22,9 +22,13 @@ from trainer.errors import UserError
 IMAGES, TRIMAPS = "17flowers.tgz", "trimaps.tgz"
 HOST = "https://www.robots.ox.ac.uk/~vgg/data/flowers/17/"
 IGNORE = 255
+NOTES = (
+    "Split: fixed and seeded, 80 % train and 20 % validation of each of the 17 species.",
+    "Photographs that are in the set twice (found by a perceptual hash) are on one side.",
+)
 IMAGES_A_SPECIES = 80  # image numbers run through the 17 species in order
 VALIDATION_SHARE = 0.2
-# The same photograph twice (the hash finds these too): in one split, or the validation figure is learnt by heart.
+# The same photograph twice (the hash finds these too): in one split, or the model has memorised what validates.
 DUPLICATES = ((1214, 1245), (1226, 1248))
 HASH_SIDE = 16
 # Bits of 256 in which two hashes may differ. Measured: 48 pairs of re-encoded photographs differ in 0 to 24, no others
@@ -42,15 +46,11 @@ CLASS_OF_INDEX[1] = 1
 def flowers17() -> Source:
     """The photographs that have a trimap, flower against background; the border bands of the trimaps are ignored."""
     archives = tuple(Archive(name, (HOST + name,)) for name in (IMAGES, TRIMAPS))
-    return Source(
-        "flowers17", DataInfo(("background", "flower"), IGNORE), {"image": "image", "mask": "mask"}, _rows, archives
-    )
+    info = DataInfo(("background", "flower"), IGNORE)
+    return Source("flowers17", info, {"image": "image", "mask": "mask"}, _rows, archives, notes=NOTES)
 
 
 def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-    """Split: fixed and seeded, 80 % train and 20 % validation of each of the 17 species.
-    Photographs that are in the set twice (found by a perceptual hash) are on one side.
-    """
     trimaps = _trimaps(archives[TRIMAPS])
     images = {number: member for number, member in _numbered(members(archives[IMAGES], (".jpg",))) if number in trimaps}
     absent = sorted(set(trimaps) - set(images))

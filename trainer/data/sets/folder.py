@@ -9,31 +9,34 @@ from pathlib import Path
 from typing import Annotated
 
 from trainer.components import dataset
-from trainer.data.files import (
-    File,
-    Sample,
-    class_names,
-    files_below,
-    image_files,
-    names_a_set,
-    prepared_set,
-    refuse,
-    source_of_files,
-    split_folders,
-)
+from trainer.data.files import File, class_names, files_below, image_files, refuse
+from trainer.data.options import CLASSES, IMAGES, NAME, FilesCommand, Option, split_options
+from trainer.data.own_sets import names_a_set, prepared_set, source_of_files
 from trainer.data.source import DataInfo, Source
+from trainer.data.splits import Sample, split_folders
 from trainer.errors import UserError
 
-USAGE = (
-    "folder --name NAME --images DIR --masks DIR --classes FILE [--ignore LABEL] "
-    "[--validation SHARE|DIR | --validation-images DIR --validation-masks DIR] [--test DIR | --test-images DIR "
-    "--test-masks DIR]"
+COMMAND = FilesCommand(
+    "folder",
+    "images, and a mask for each",
+    {
+        "name": NAME,
+        "images": IMAGES,
+        "masks": Option("DIR", "an index or palette PNG for each image, of the same name", Path, required=True),
+        "classes": CLASSES,
+        "ignore": Option("LABEL", "the label that counts nowhere (default: none)", int),
+        **split_options("masks"),
+    },
+    "[--ignore LABEL] [--validation SHARE|DIR | --validation-images DIR --validation-masks DIR] "
+    "[--test DIR | --test-images DIR --test-masks DIR]",
+    "trainer prepare folder --name my_streets --images photos --masks labels --classes classes.txt --ignore 255",
+    "data: {name: folder, set: my_streets, batch_size: 16}",
 )
 MAX_LABELS = 256  # a mask has 8 bits
 
 
 @dataset(fields=("image", "mask"))
-def folder(*, set: Annotated[str, names_a_set(USAGE, "mask")]) -> Source:
+def folder(*, set: Annotated[str, names_a_set(COMMAND, "mask")]) -> Source:
     """What `trainer prepare folder --name SET` made, as its card describes it; a recipe can't make it again."""
     return prepared_set(set)
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from trainer.components import dataset
+from trainer.components import InnerFraction, dataset
 from trainer.data.archives import Member
 from trainer.data.card import Card
 from trainer.data.images import encode_png
@@ -32,7 +32,6 @@ from trainer.recipe.file import nearest
 
 Names = Annotated[list[str], Field(min_length=2, max_length=256)]
 Label = Annotated[int, Field(ge=0, le=255)]
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 def _owner_and_name(path: str) -> str:
@@ -52,7 +51,7 @@ def hub(
     config: str | None = None,
     revision: str = "main",
     train: str = "train",
-    validation: str | Share = "validation",
+    validation: str | InnerFraction = "validation",
 ) -> Source:
     """Two columns of the repository `path`: encoded images, and masks, which may be lists of lists of labels as well.
 
@@ -83,7 +82,6 @@ def hub(
                 row = {"image": _encoded(f"{place} {image}", picture), "mask": _encoded(f"{place} {mask}", labels)}
                 yield "validation" if in_validation(row["image"].data, share) else split, row
 
-    rows.__doc__ = f"Read from {path} on the Hugging Face Hub; its commit is `revision` of the card's statistics."
     return Source(
         name,
         DataInfo(
@@ -94,6 +92,7 @@ def hub(
         statistics=lambda paths: {"revision": repository.commit},
         command=shlex.join(["hub", *words]),
         remedy="choose other columns, or another revision",
+        notes=(f"Read from {path} on the Hugging Face Hub; its commit is `revision` of the card's statistics.",),
         ignore_option="ignore_index={}",
     )
 
@@ -117,8 +116,8 @@ class _Repository:
     def _builder(self) -> Any:
         import datasets
 
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, below
-        with self._errors_told():
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, below
+        with self._errors_reported():
             # With hf: it is never a folder of that name.
             builder = datasets.load_dataset_builder(f"hf://datasets/{self.path}", self.config, revision=self.revision)
         if builder.name != "parquet":  # `datasets` reads other formats too, not all of which are mere data
@@ -148,13 +147,13 @@ class _Repository:
     def read(self, split: str, *columns: str) -> Iterator[list[Any]]:
         """The cells of these columns, undecoded, row by row."""
         stream = self._stream(split, *columns).select_columns(list(columns)).decode(False)
-        with self._errors_told():
+        with self._errors_reported():
             for row in stream:
                 yield [row[column] for column in columns]
 
     def _stream(self, split: str, *columns: str) -> Any:
         builder = self._builder
-        with self._errors_told():
+        with self._errors_reported():
             stream = builder.as_streaming_dataset(split=split)
         for column in columns:
             if column not in stream.features:
@@ -162,7 +161,7 @@ class _Repository:
         return stream
 
     @contextmanager
-    def _errors_told(self) -> Iterator[None]:
+    def _errors_reported(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # of datasets, huggingface_hub, httpx and Arrow, which have no base in common

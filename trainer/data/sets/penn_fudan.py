@@ -27,12 +27,16 @@ REMEDY = "replace it by the official archive"
 def penn_fudan() -> Source:
     """All 170 images; boxes are those that just hold a mask."""
     return Source(
-        "penn_fudan", DataInfo(("pedestrian",)), {"image": "image", "objects": "instances"}, _rows, (ARCHIVE,)
+        "penn_fudan",
+        DataInfo(("pedestrian",)),
+        {"image": "image", "objects": "instances"},
+        _rows,
+        (ARCHIVE,),
+        notes=("Split: fixed, 50 images validate, drawn by a hash of the image's name, and 120 train.",),
     )
 
 
 def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-    """Split: fixed, 50 images validate, drawn by a hash of the image's name, and 120 train."""
     archive = archives[ARCHIVE.name]
     images: dict[str, Member] = {}
     masks: dict[str, Member] = {}

@@ -20,11 +20,11 @@ SPLITS = {"train": 1500, "validation": 151}  # a prime: no number of processes d
 @dataset(fields=("image", "mask"))
 def shapes() -> Source:
     """Circles, squares and triangles of any colour before a noisy gradient; their outlines are ignored."""
-    return Source("shapes", DataInfo(CLASSES, IGNORE), {"image": "image", "mask": "mask"}, _rows)
+    notes = ("Generated: sample i of a split is drawn from a seed of its own.",)
+    return Source("shapes", DataInfo(CLASSES, IGNORE), {"image": "image", "mask": "mask"}, _rows, notes=notes)
 
 
 def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-    """Generated: sample i of a split is drawn from a seed of its own."""
     for seed, (split, count) in enumerate(SPLITS.items()):
         for i in range(count):
             image, mask = draw(np.random.default_rng((seed, i)))
@@ -60,12 +60,14 @@ def _distance(index: int, x: np.ndarray, y: np.ndarray, generator: np.random.Gen
     angle = generator.uniform(0, 2 * np.pi)
     dx, dy = x - centre[0], y - centre[1]
     if CLASSES[index] == "circle":
-        return np.hypot(dx, dy) - 0.8 * radius
+        distance: np.ndarray = np.hypot(dx, dy) - 0.8 * radius
+        return distance
     # A regular polygon is what lies on the inner side of all its sides.
     sides = {"square": 4, "triangle": 3}[CLASSES[index]]
     normals = angle + 2 * np.pi * np.arange(sides) / sides
     along = dx[..., None] * np.cos(normals) + dy[..., None] * np.sin(normals)
-    return along.max(axis=-1) - radius * np.cos(np.pi / sides)
+    distance = along.max(axis=-1) - radius * np.cos(np.pi / sides)
+    return distance
 
 
 def _contrasting(ground: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from trainer.components import dataset
 from trainer.data.archives import Member, members
 from trainer.data.images import encode_png
-from trainer.data.source import Archive, DataInfo, Row, Source, in_validation
+from trainer.data.source import Archive, DataInfo, Role, Row, Source, in_validation
 from trainer.errors import UserError
 
 ARCHIVE = Archive(
@@ -25,6 +25,10 @@ UNKNOWN = -1  # in the label files; the ninth class
 VALIDATION_SHARE = 0.2
 IMAGE, LABELS = ".jpg", ".regions.txt"
 REMEDY = "replace it by the official archive"
+NOTES = (
+    "Split: fixed, by a hash of the image's name: 80 % train and 20 % validation, give or take; an image stays where",
+    "it is whatever others the archive holds. Byte-equal images are on one side.",
+)
 
 
 @dataset(fields=("image", "mask"))
@@ -32,13 +36,11 @@ def stanford_background() -> Source:
     """All images that the archive holds, 715 in the official one; pixels of no class are the class `misc`,
     so none is ignored.
     """
-    return Source("stanford_background", DataInfo(CLASSES), {"image": "image", "mask": "mask"}, _rows, (ARCHIVE,))
+    columns: dict[str, Role] = {"image": "image", "mask": "mask"}
+    return Source("stanford_background", DataInfo(CLASSES), columns, _rows, (ARCHIVE,), notes=NOTES)
 
 
 def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-    """Split: fixed, by a hash of the image's name: 80 % train and 20 % validation, give or take; an image stays where
-    it is whatever others the archive holds. Byte-equal images are on one side.
-    """
     archive = archives[ARCHIVE.name]
     images: dict[str, Member] = {}
     masks: dict[str, Member] = {}

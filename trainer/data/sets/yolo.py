@@ -12,34 +12,37 @@ import numpy as np
 
 from trainer.components import dataset
 from trainer.data.archives import Member
-from trainer.data.files import (
-    REMEDY_OF_OBJECTS,
-    File,
-    Sample,
-    class_names,
-    files_below,
-    image_files,
-    names_a_set,
-    prepared_set,
-    refuse,
-    size_of,
-    source_of_files,
-    split_folders,
-)
+from trainer.data.files import File, class_names, files_below, image_files, refuse, size_of
+from trainer.data.options import CLASSES, IMAGES, INVALID, NAME, FilesCommand, Option, split_options
+from trainer.data.own_sets import REMEDY_OF_OBJECTS, names_a_set, prepared_set, source_of_files
 from trainer.data.source import DataInfo, Instance, Source
+from trainer.data.splits import Sample, split_folders
 from trainer.errors import UserError
 
-USAGE = (
-    "yolo --name NAME --images DIR --labels DIR --classes FILE [--validation SHARE|DIR | --validation-images DIR "
-    "--validation-labels DIR] "
-    "[--test DIR | --test-images DIR --test-labels DIR] [--invalid refuse|drop]"
+COMMAND = FilesCommand(
+    "yolo",
+    "images, and a YOLO label file for each",
+    {
+        "name": NAME,
+        "images": IMAGES,
+        "labels": Option(
+            "DIR", "text files of the same names; an image without one has no objects", Path, required=True
+        ),
+        "classes": CLASSES,
+        **split_options("labels"),
+        "invalid": INVALID,
+    },
+    "[--validation SHARE|DIR | --validation-images DIR --validation-labels DIR] "
+    "[--test DIR | --test-images DIR --test-labels DIR] [--invalid refuse|drop]",
+    "trainer prepare yolo --name my_cars --images photos --labels texts --classes classes.txt",
+    "data: {name: yolo, set: my_cars, batch_size: 16}",
 )
 MAX_CLASSES = 65_536
 NOT_LABELS = "classes"  # classes.txt, which labelling tools write beside the labels
 
 
 @dataset(fields=("image", "boxes"))
-def yolo(*, set: Annotated[str, names_a_set(USAGE, "objects")]) -> Source:
+def yolo(*, set: Annotated[str, names_a_set(COMMAND, "objects")]) -> Source:
     """What `trainer prepare yolo --name SET` made, as its card describes it; a recipe can't make it again."""
     return prepared_set(set)
 

@@ -271,7 +271,7 @@ def _run_id(folder: Path) -> str:
     file = folder / "tracking.json"
     if not file.exists():
         atomic_write(file, json.dumps({"wandb": {"id": uuid.uuid4().hex[:12]}}) + "\n")
-    return json.loads(file.read_text(encoding="utf-8"))["wandb"]["id"]
+    return str(json.loads(file.read_text(encoding="utf-8"))["wandb"]["id"])
 
 
 def has_key() -> bool:

@@ -1,0 +1,241 @@
+"""What a column may hold: how the values of each role are checked when a set is prepared, and how they are stored.
+
+A new role is a name in `trainer.data.source.Role` and an entry in `RULES`; arrays state their shape in their role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.archives import Member
+from trainer.data.arrays import arrow_type, checked_array, shape_of
+from trainer.data.images import check_png, checked_image, checked_mask
+from trainer.data.object_checks import checked_objects
+from trainer.data.source import Role, Row, Source
+from trainer.errors import UserError
+
+MASK = "mask"  # the column of class indices
+
+IGNORED = 255  # the label that most sets with one ignore
+
+SHOWN = 5  # labels that a message lists
+
+Counts = npt.NDArray[np.int64]
+
+Size = tuple[int, int]
+"""Width and height."""
+
+Decoded = TypeVar("Decoded")
+
+
+class Value(NamedTuple):
+    """A value of a row before it is checked.
+
+    Attributes:
+        source: the set.
+        column: its column.
+        role: that of the column.
+        content: what `Source.rows` gave, but for the name of its file.
+        file: that name; None where it has no file of its own.
+        place: what a message calls it: its file, that of its image, or the number of the sample.
+        size: of the sample's images and masks, which are checked first; None before, and where there are none.
+    """
+
+    source: Source
+    column: str
+    role: Role
+    content: Any
+    file: str | None
+    place: str
+    size: Size | None = None
+
+
+class Checked(NamedTuple):
+    """A value, or a row of them, as it is stored.
+
+    Attributes:
+        stored: what Parquet holds.
+        size: of an image or a mask, or of those of the row.
+        class_counts: by the name of a statistic, how much of each class it holds, (C,); the card has their sums over
+            the training split.
+        dropped: what is wrong with objects that are left out.
+    """
+
+    stored: Any
+    size: Size | None = None
+    class_counts: Mapping[str, Counts] = {}
+    dropped: Sequence[str] = ()
+
+
+# ---------------------------------------------------------------- a function for each role
+
+
+def _check_image(value: Value) -> Checked:
+    data, size = _decode(value, checked_image)
+    return Checked({"bytes": data, "path": value.file}, size)
+
+
+def _check_mask(value: Value) -> Checked:
+    data, indices = _decode(value, checked_mask)
+    counts = {"class_pixels": _count_classes(value, indices)} if value.column == MASK else {}
+    return Checked({"bytes": data, "path": value.file}, (indices.shape[1], indices.shape[0]), counts)
+
+
+def _check_label(value: Value) -> Checked:
+    return Checked(value.content)
+
+
+def _check_array(value: Value) -> Checked:
+    try:
+        return Checked(checked_array(value.content, shape_of(value.role) or ()))
+    except ValueError as error:
+        raise UserError(f"{value.place}: {value.column} is {error}; {value.source.remedy}") from error
+
+
+def _check_objects(value: Value) -> Checked:
+    assert value.size, "objects are those of an image"
+    objects, dropped = checked_objects(value.source, value.content, value.size, value.place, value.role == "instances")
+    labels = np.array([each["label"] for each in objects if not each["crowd"]], np.int64)
+    counts = np.bincount(labels, minlength=value.source.info.num_classes)
+    return Checked(objects, class_counts={"class_objects": counts}, dropped=dropped)
+
+
+def _decode(value: Value, decode: Callable[[bytes], Decoded]) -> Decoded:
+    try:
+        check_png(value.content)
+        return decode(value.content)
+    except Exception as error:  # decoders raise all kinds of errors on damaged data
+        raise UserError(
+            f"{value.place}: this {value.role} can't be decoded ({error}); {value.source.remedy}"
+        ) from error
+
+
+def _count_classes(mask: Value, indices: npt.NDArray[np.uint8]) -> Counts:
+    """How many pixels of a mask (H, W) each class has, int64 (C,).
+
+    Raises:
+        UserError: there is a label that is no class, and isn't ignored.
+    """
+    info, remedy, ignore_option = mask.source.info, mask.source.remedy, mask.source.ignore_option
+    counts = np.bincount(indices.ravel(), minlength=256)
+    ignored = "none is ignored"
+    if info.ignore_index is not None:
+        counts[info.ignore_index] = 0
+        ignored = f"{info.ignore_index} is ignored"
+    unknown = [label for label in np.flatnonzero(counts).tolist() if label >= info.num_classes]
+    if unknown:
+        if ignore_option and info.ignore_index is None and (len(unknown) == 1 or IGNORED in unknown):
+            remedy = (
+                f"if {unknown[-1]} marks pixels that don't count, pass {ignore_option.format(unknown[-1])}; "
+                f"otherwise {remedy}"
+            )
+        labels = ", ".join(map(str, unknown[:SHOWN]))
+        raise UserError(
+            f"{mask.place}: this mask holds the labels {labels}; classes are 0 to {info.num_classes - 1}, and "
+            f"{ignored}; {remedy}"
+        )
+    return counts[: info.num_classes]
+
+
+# ---------------------------------------------------------------- all roles
+
+
+class Rules(NamedTuple):
+    """How the values of a role are prepared.
+
+    Attributes:
+        check: checks a value; raises `UserError`.
+        feature: given the module `datasets`, its feature for the column, which decides the Arrow type.
+        sized: whether a value has a width and a height; those of a sample must be the same.
+    """
+
+    check: Callable[[Value], Checked]
+    feature: Callable[[Any], Any]
+    sized: bool = False
+
+
+def _of_objects(datasets: Any) -> Any:
+    value = datasets.Value
+    box = datasets.List(value("float64"), length=4)
+    return datasets.List({"box": box, "label": value("int64"), "mask": value("binary"), "crowd": value("bool")})
+
+
+RULES: dict[Role, Rules] = {
+    "image": Rules(_check_image, lambda datasets: datasets.Image(mode="RGB"), sized=True),
+    "mask": Rules(_check_mask, lambda datasets: datasets.Image(mode="L"), sized=True),
+    "label": Rules(_check_label, lambda datasets: datasets.Value("int64")),
+    "boxes": Rules(_check_objects, _of_objects),
+    "instances": Rules(_check_objects, _of_objects),
+}
+
+
+def rules_of(role: Role) -> Rules:
+    """How the values of a role are prepared."""
+    shape = shape_of(role)
+    return Rules(_check_array, lambda datasets: arrow_type(datasets, shape)) if shape else RULES[role]
+
+
+def has_pixels(columns: Mapping[str, Role]) -> bool:
+    """Whether samples with columns of these roles have a width and a height."""
+    return any(rules_of(role).sized for role in columns.values())
+
+
+def arrow_schema(columns: Mapping[str, Role]) -> Any:
+    """Arrow schema with the `datasets` features of each column, and `height` and `width` where samples have a size."""
+    import datasets
+
+    features = {column: rules_of(role).feature(datasets) for column, role in columns.items()}
+    if has_pixels(columns):
+        features |= {"height": datasets.Value("int64"), "width": datasets.Value("int64")}
+    return datasets.Features(features).arrow_schema
+
+
+def check_row(source: Source, row: Row, place: str) -> Checked:
+    """Checks all values of a row, those with a size first, which the others may depend on.
+
+    Args:
+        source: the set.
+        row: what `source.rows` gave.
+        place: what a message calls the sample where no file has a name.
+
+    Raises:
+        UserError: a value is invalid, or sizes differ; the message names the file.
+    """
+    values = [_value(source, column, row[column], place) for column in source.columns]
+    sized = [value for value in values if rules_of(value.role).sized]
+    others = [value for value in values if not rules_of(value.role).sized]
+    checked = {value.column: rules_of(value.role).check(value) for value in sized}
+    size = _common_size(sized, {column: each.size for column, each in checked.items()}, place)
+    of_image = next((value.place for value in sized if value.role == "image"), place)
+    for value in others:
+        checked[value.column] = rules_of(value.role).check(value._replace(place=value.file or of_image, size=size))
+    stored = {column: each.stored for column, each in checked.items()}
+    if size:
+        stored |= {"height": size[1], "width": size[0]}
+    return Checked(
+        stored,
+        size,
+        {statistic: counts for each in checked.values() for statistic, counts in each.class_counts.items()},
+        [problem for each in checked.values() for problem in each.dropped],
+    )
+
+
+def _value(source: Source, column: str, given: Any, place: str) -> Value:
+    role = source.columns[column]
+    if isinstance(given, Member):
+        return Value(source, column, role, given.data, given.name, given.name)
+    return Value(source, column, role, given, None, place)
+
+
+def _common_size(values: Sequence[Value], sizes: Mapping[str, Size | None], place: str) -> Size | None:
+    """The size of all images and masks of a sample."""
+    different = {*sizes.values()}
+    if len(different) > 1:
+        files = ", ".join(value.file for value in values if value.file)
+        listed = ", ".join(f"{column} {size[0]} x {size[1]}" for column, size in sizes.items() if size)
+        raise UserError(f"{files or place}: sizes differ: {listed}; {values[0].source.remedy}")
+    return next(iter(different), None)

@@ -1,0 +1,145 @@
+"""Checks of a recipe that need its data set, model, loss or task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.components import SUFFIX
+from trainer.data.roles import has_pixels
+from trainer.data.sizes import check_one_size, sizes_fed
+from trainer.errors import UserError
+from trainer.models.freeze import layers_after, train_only
+from trainer.models.layers import check_layers, check_sides
+from trainer.models.weights import check_safetensors
+from trainer.recipe.checks import Check
+from trainer.recipe.file import Problem, nearest
+from trainer.recipe.recipe import Recipe
+from trainer.tasks.build import alternatives, build_model, context, published_weights
+from trainer.tasks.task import Task
+
+
+def _check_columns(recipe: Recipe) -> Iterator[Problem]:
+    """Whether the set has the masks that the task needs, and images to resize and augment: its component can't say."""
+    for key, changes in (("resize", recipe.data.resize), ("augment", recipe.augmentations)):
+        if changes and not has_pixels(recipe.source.columns):
+            yield recipe.problem(f"data.{key}", f"samples of {recipe.data.name} are no images: leave it out")
+    if "masks" in recipe.components["task"].fields and "boxes" in recipe.source.columns.values():
+        yield recipe.problem(
+            "data", f"task {recipe.task.name} needs masks, and this set has only boxes", recipe.data.name
+        )
+
+
+def _check_model(recipe: Recipe) -> Iterator[Problem]:
+    """Builds the model without memory, to see that it can be built, that the layers the recipe names exist and that
+    its weights fit.
+    """
+    info, settings = recipe.source.info, recipe.model
+    try:
+        with torch.device("meta"):
+            model = build_model(recipe, info, weights=published_weights(recipe))
+    except (ValueError, UserError) as error:
+        yield recipe.problem("model", str(error))
+        return
+    for key, apply in (("train_only", train_only), ("reset_layers", partial(check_layers, key="model.reset_layers"))):
+        try:
+            apply(model, getattr(settings, key))
+        except ValueError as error:
+            yield recipe.problem(f"model.{key}", str(error).removeprefix(f"model.{key}: "), getattr(settings, key))
+            return
+    if settings.weights.endswith(SUFFIX):
+        try:
+            check_safetensors(model, settings.weights, settings.reset_layers, alternatives(recipe, info))
+        except ValueError as error:
+            yield recipe.problem("model.weights", str(error))
+    yield from (recipe.problem(key, what) for key, what in _wrong_sides(recipe, model))
+    if recipe.train.freeze:
+        if settings.train_only:
+            yield recipe.problem(
+                "train.freeze",
+                "chooses the trainable layers, and so does model.train_only: keep one of them",
+                recipe.train.freeze,
+            )
+        try:
+            layers_after(model, recipe.train.freeze)
+        except ValueError as error:
+            yield recipe.problem("train.freeze", str(error).removeprefix("train.freeze: "), recipe.train.freeze)
+    if settings.train_only and not any(parameter.requires_grad for parameter in model.parameters()):
+        yield recipe.problem(
+            "model.train_only", "these layers have no parameters, so nothing would be trainable", settings.train_only
+        )
+
+
+def check_sizes(recipe: Recipe, model: nn.Module) -> None:
+    """Makes sure that a model which states a `size_divisor` gets images whose sides it divides, as far as their sizes
+    are known.
+
+    Raises:
+        UserError: in training or validation a side isn't divisible.
+    """
+    for key, what in _wrong_sides(recipe, model):
+        raise UserError(f"{key}: {what}")
+
+
+def _wrong_sides(recipe: Recipe, model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The first size that the model can't take: the key that decides on it, and what is wrong."""
+    fed = sizes_fed(recipe)
+    for split, key in (
+        ("validation", "data.resize"),
+        ("train", "data.augment" if recipe.augmentations else "data.resize"),
+    ):
+        try:
+            for height, width in fed[split].tolist() if split in fed else ():
+                check_sides(getattr(model, "size_divisor", 1), height, width, f"those of the {split} split")
+        except UserError as error:
+            yield key, str(error)
+            return
+
+
+def _check_loss(recipe: Recipe) -> Iterator[Problem]:
+    """Builds the loss, to see that its settings fit the data."""
+    try:
+        recipe.build("loss", **context(recipe.source.info))
+    except (ValueError, UserError) as error:
+        yield recipe.problem("loss", str(error))
+
+
+def _check_task(recipe: Recipe) -> Iterator[Problem]:
+    """Builds the task, with nothing in the place of model and loss, to see that its settings fit the data and that it
+    has `evaluate.best`.
+    """
+    try:
+        task: Task[Any] = recipe.build("task", model=nn.Module(), loss=nn.Module(), **context(recipe.source.info))
+    except (ValueError, UserError) as error:
+        yield recipe.problem("task", str(error))
+        return
+    best = recipe.evaluate.best
+    if best not in task.metric_names:
+        yield recipe.problem("evaluate.best", f"unknown metric; {nearest(best, task.metric_names)}", best)
+
+
+def _check_batches(recipe: Recipe, processes: int) -> Iterator[Problem]:
+    """Whether so many processes can join the images into batches."""
+    try:
+        check_one_size(recipe, recipe.source.columns, processes)
+    except UserError as error:
+        yield recipe.problem("data.augment" if recipe.data.resize else "data.resize", str(error))
+
+
+TASK_CHECKS: tuple[Check, ...] = (
+    (("source", "data", "task"), _check_columns),
+    (("source", "data", "model", "train"), _check_model),
+    (("source", "loss"), _check_loss),
+    (("source", "task", "evaluate"), _check_task),
+)
+"""For `load_recipe`."""
+
+
+def batch_checks(processes: int) -> tuple[Check, ...]:
+    """For `load_recipe`, beside `TASK_CHECKS`: those that depend on the number of processes."""
+    needs = ("source", "data", "task", "train", "evaluate")
+    return ((needs, partial(_check_batches, processes=max(1, processes))),)
