@@ -459,9 +459,8 @@ class Trainer:
         if shown:
             # One by one, since they may differ in size.
             batches = (self._to_device(self.data.validation.__getitems__([sample_id])) for sample_id in shown)
-            drawn = (self.task.pictures(forward, batch) for batch in batches)
             self.report.pictures(
-                [pictures[0] for pictures in drawn if pictures is not None],
+                [picture for batch in batches for picture in self.task.pictures(forward, batch)],
                 self.step,
                 self.task.panels,
                 self.task.legend,
