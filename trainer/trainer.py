@@ -4,8 +4,8 @@
 file. Rank 0 alone writes files and prints. What happens inside an optimizer step is in `optim/learner.py`.
 
 Everything random is seeded from (seed, step, rank) or (seed, position in the data order), and the learning rate is a
-function of the progress of the training. So a checkpoint holds the weights, their moving average, the optimizer's state
-and a few counters, and a run that resumes from it ends with the same bits as one that was never interrupted.
+function of the progress of the training. So weights, moving average, optimizer state and a few counters are all that a
+checkpoint holds, and a run that resumes from it ends with the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -134,9 +134,7 @@ class Trainer:
         self.control.on_main(lambda: ensure_prepared(source, data_dir(), archives_dir(), self.report.say).name)
         self.data = Data(recipe, self.rank, self.world_size, self.device)
         self.clock = Clock(recipe.train.duration, recipe.data.batch_size, self.data.order.size)
-        self.control.on_main(self._build_task)  # rank 0 first: what it downloads, the others find
-        if not self.is_main:
-            self._build_task()
+        self.control.main_first(self._build_task)  # what rank 0 downloads, the others find
         schedule = build_schedule(recipe, self.clock, self.state.best)
         self.learner = Learner(self.task, recipe, self.accelerator, schedule, self.data.train.uniform)
 

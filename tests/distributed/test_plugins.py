@@ -11,7 +11,6 @@ import torch
 
 from tests.processes import lines, run_processes, train, weights, write_recipe
 from trainer.commands import main
-from trainer.components import catalogue
 from trainer.losses.cross_entropy import CrossEntropy
 from trainer.recipe.load import load_recipe
 
@@ -75,4 +74,4 @@ def test_the_prediction_for_an_image_is_its_class(recipe: Path) -> None:
     images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
     predicted = task.predict(model, {"image": images})
     assert torch.equal(predicted, model(images / 127.5 - 1).argmax(1))
-    assert task.pictures(model, {"image": images}) is None and "cross_entropy" in catalogue("loss")
+    assert not task.pictures(model, {"image": images})

@@ -65,6 +65,12 @@ class Control:
             raise UserError(failure)
         return answer
 
+    def main_first(self, act: Callable[[], None]) -> None:
+        """Calls `act` on rank 0, and then on the others; raises what `on_main` raises."""
+        self.on_main(act)
+        if world_size() > 1 and dist.get_rank() != 0:
+            act()
+
     def text_from_main(self, text: str) -> str:
         """Rank 0's text."""
         encoded = list(text.encode())

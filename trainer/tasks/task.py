@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import isnan
 from typing import Any, Generic, TypeVar
 
@@ -90,11 +90,11 @@ class Task(ABC, Generic[Predictions]):
         """One line of advice if these are the metrics of a model that learns nothing; otherwise None, the default."""
         return None
 
-    def pictures(self, model: Forward, batch: Batch) -> Tensor | None:
-        """Draws samples: uint8 (N, P, 3, H, W), each in P panels such as image, ground truth and prediction. None, the
-        default, for a task without pictures.
+    def pictures(self, model: Forward, batch: Batch) -> Iterable[Tensor]:
+        """Draws the samples of a batch, uint8 (P, 3, H, W) each: P panels such as image, ground truth and prediction;
+        none by default.
         """
-        return None
+        return ()
 
     # ---------------------------------------------------------------- what follows
 
