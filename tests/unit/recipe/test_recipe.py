@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -559,3 +560,27 @@ def test_a_check_reads_only_the_parts_of_a_recipe_that_it_is_registered_for(tmp_
         for part in {*SCHEMAS, "source"} - {*needs}:
             delattr(part_of_it, part)
         assert list(check_parts(part_of_it)) == []
+
+
+SETS = """from trainer.components import dataset
+from trainer.data.sets.shapes import shapes
+
+built = []
+
+
+@dataset(fields=("image", "mask"))
+def mine(*, broken: bool = False):
+    built.append(broken)
+    if broken:
+        raise ValueError("this set is broken")
+    return shapes()
+"""
+
+
+def test_a_data_set_is_built_once_and_one_that_cannot_be_is_one_mistake(tmp_path: Path) -> None:
+    (tmp_path / "my_set.py").write_text(SETS)
+    recipe = check(tmp_path, "plugins: [my_set.py]\ndata: {name: mine}")
+    assert recipe.source.name == "shapes"
+    assert sys.modules["trainer_plugin_my_set"].built == [False]
+    text = "plugins: [my_set.py]\ndata: {name: mine, broken: true}\nmodel: {train_only: [haed]}\nevaluate: {best: x}"
+    assert problems(tmp_path, text) == ["r.yaml:3:1: data: this set is broken"]
