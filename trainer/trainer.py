@@ -78,8 +78,7 @@ class Trainer:
         self.state = TrainState(Best(recipe.evaluate.best))
         self.samples = SampleLog(self.control, recipe.data.max_unreadable)
         self.means = Means()  # of the loss terms, since the last train line
-        self.stopping = False  # whether any process was asked to stop
-        self.limit_near = False  # whether the time limit of the job is near
+        self.stopping = self.limit_near = False  # whether a stop was requested of any process; a time limit is near
 
     def fit(self) -> Status:
         """Trains until the duration has passed or a stop is requested; returns `finished` or `stopped`.

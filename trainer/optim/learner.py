@@ -44,7 +44,9 @@ class Learner:
         learning_rate: of the last step.
     """
 
-    def __init__(self, task: Task[Any], recipe: Recipe, accelerator: Accelerator, schedule: Schedule, uniform: bool) -> None:
+    def __init__(
+        self, task: Task[Any], recipe: Recipe, accelerator: Accelerator, schedule: Schedule, uniform: bool
+    ) -> None:
         self.task, self.settings, self.accelerator, self.schedule = task, recipe.train, accelerator, schedule
         self.base_learning_rate = self.learning_rate = recipe.optimizer.lr
         self.model = place(task, recipe, accelerator.device, uniform)
