@@ -16,7 +16,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from tests.processes import Job, lines, run_processes, train, weights, write_recipe
+from tests.processes import Job, lines, run_processes, train, train_and_draw_curves, weights, write_recipe
 from tests.scenes import CLASSES, RECIPES, TRAIN, VALIDATION, box, scene
 from trainer.detection.boxes import Detections
 from trainer.metrics import coco
@@ -204,7 +204,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_metrics(tmp_path: Pat
 
 @TASKS
 def test_pictures_show_truth_beside_prediction_and_curves(tmp_path: Path, task: str) -> None:
-    run_processes(1, train, recipe(tmp_path, task), ("train.duration=4 steps",))
+    run_processes(1, train_and_draw_curves, recipe(tmp_path, task), ("train.duration=4 steps",))
     names = {file.name for file in (tmp_path / "runs" / "run" / "pictures").glob("*.png")}
     assert names == {"curves.png", "validation_step_00000004.png", "precision_recall_step_00000004.png"}
 
