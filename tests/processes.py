@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ import matplotlib.figure  # noqa: F401
 import scipy.io  # noqa: F401  # by datasets
 import torch
 import torch._dynamo
-import torch.distributed.algorithms.ddp_comm_hooks  # noqa: F401
+import torch.distributed.algorithms.ddp_comm_hooks
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -88,6 +89,9 @@ def _end_with(function: Callable[..., Any], *arguments: Any) -> None:
         with suppress(OSError):  # a terminal that was closed
             sys.stdout.flush()
             sys.stderr.flush()
+        for worker in multiprocessing.active_children():  # of a loader, which otherwise looks for its parent every 5 s
+            worker.kill()
+            worker.join()
         os._exit(code)  # not through the parent's exit handlers
 
 
