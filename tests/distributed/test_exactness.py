@@ -18,6 +18,7 @@ def sha256(run: Path, name: str = "model") -> str:
     return hashlib.sha256((newest / f"{name}.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_and_workers_sees_the_same_samples_and_losses(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     runs = {}
@@ -58,6 +59,7 @@ def test_losses_of_overlaps_and_of_weighted_pixels_are_the_same_on_any_number_of
             assert math.isclose(line["loss"], expected["loss"], rel_tol=1e-9), (line, expected)
 
 
+@pytest.mark.slow
 def test_single_precision_losses_agree_over_the_first_steps(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     for world_size in (1, 2, 4):
@@ -79,6 +81,7 @@ EXTRAS = ("train.accumulate=2", "train.ema=0.9", "train.clip_norm=1.0")
     [((), 1), ((), 2), (EXTRAS, 1), (EXTRAS, 2), (EXTRAS, 4)],
     ids=["plain-1", "plain-2", "accumulate-ema-clip-1", "accumulate-ema-clip-2", "accumulate-ema-clip-4"],
 )
+@pytest.mark.slow
 def test_a_run_interrupted_twice_ends_bit_for_bit_like_an_undisturbed_one(
     tmp_path: Path, world_size: int, options: tuple[str, ...]
 ) -> None:

@@ -48,6 +48,7 @@ def train_and_export(file: Path, overrides: tuple[str, ...], folder: Path) -> No
 
 @TASKS
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.slow
 def test_average_precision_is_pycocotools_on_exported_predictions(tmp_path: Path, task: str, world_size: int) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -178,6 +179,7 @@ def test_average_precision_of_letterboxed_images_is_that_in_the_original_images(
 
 
 @TASKS
+@pytest.mark.slow
 def test_one_and_two_processes_see_the_same_and_evaluate_every_image(tmp_path: Path, task: str) -> None:
     """Losses are equal but for Mask R-CNN, each process of which draws its own regions."""
     # Adam's first steps magnify rounding errors.
@@ -195,6 +197,7 @@ def test_one_and_two_processes_see_the_same_and_evaluate_every_image(tmp_path: P
 
 @TASKS
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights_and_metrics(tmp_path: Path, task: str, world_size: int) -> None:
     file = recipe(tmp_path, task)
     options = ("train.ema=0.9", "evaluate.pictures=0")

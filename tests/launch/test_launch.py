@@ -25,6 +25,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_a_launch_of_two_processes_trains_and_says_so_once(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     done = run(*LAUNCH, "--num_processes", "2", "trainer/run.py", recipe, "train.duration=4 steps")
@@ -36,6 +37,7 @@ def test_a_launch_of_two_processes_trains_and_says_so_once(tmp_path: Path) -> No
         assert again.wait() == [0] and "finished already, at step 4" in again.output
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     for command in ([sys.executable, "trainer/run.py", recipe], [BIN / "trainer", "check", recipe]):
@@ -59,6 +61,7 @@ def test_check_prints_the_resolved_recipe_and_what_reading_costs(
     assert main(["check", str(write_recipe(tmp_path)), "--num_processes", "3"]) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     command = [
@@ -87,6 +90,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) 
         assert job.wait(60) == [0], job.output
 
 
+@pytest.mark.slow
 def test_a_signal_is_heard_before_anything_is_imported_that_takes_time(tmp_path: Path) -> None:
     """As soon as the operating system knows of a handler; what is imported before it is counted,
     since a signal kills until then.
@@ -110,6 +114,7 @@ def handled(status: str) -> int:
     return next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
 
 
+@pytest.mark.slow
 def test_a_signal_that_came_while_it_was_ignored_counts_if_the_job_noted_it(tmp_path: Path) -> None:
     """SLURM's warning may come while the launcher is starting."""
     (tmp_path / "attempt.stop").touch()

@@ -25,6 +25,7 @@ def sweep(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others_and_finished_ones_are_skipped(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     with Job(1, recipe, *OPTIONS, "name=run-lr=1e-3", "optimizer.lr=1e-3") as job:
@@ -50,6 +51,7 @@ def test_a_mistake_in_any_run_is_reported_before_one_is_trained(
     assert "nothing to sweep over" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stop_signal_stops_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     command = [

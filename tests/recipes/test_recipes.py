@@ -41,6 +41,7 @@ def test_recipe_is_valid_and_says_what_it_is(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+@pytest.mark.slow
 def test_recipe_trains_on_generated_data(recipe: Path, tmp_path: Path) -> None:
     settings = load_recipe(recipe)
     smaller = list(SMALLER)
