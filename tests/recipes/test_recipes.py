@@ -28,6 +28,10 @@ SMALLER = (
 )
 
 
+def halved(size: list[int]) -> list[int]:
+    return [side // 2 for side in size]
+
+
 def test_there_are_recipes() -> None:
     assert ROOT / "recipes" / "quickstart.yaml" in RECIPES
 
@@ -47,6 +51,16 @@ def test_recipe_trains_on_generated_data(recipe: Path, tmp_path: Path) -> None:
     smaller = list(SMALLER)
     if hasattr(settings.model, "min_size"):  # to which images would be enlarged
         smaller += ["model.min_size=64", "model.max_size=96"]
+    data = settings.resolved()["data"]
+    if data.get("resize"):  # a quarter of the pixels
+        smaller.append(f"data.resize={halved(data['resize'])}")
+        augment = [
+            each | {"size": halved(each["size"])} if isinstance(each.get("size"), list) else each
+            for each in data["augment"]
+        ]
+        smaller.append(f"data.augment={json.dumps(augment)}")
+        if isinstance(getattr(settings.model, "size", None), list):  # which has to be that of the images
+            smaller.append(f"model.size={halved(data['resize'])}")
     with_objects = "boxes" in settings.components["task"].fields
     stand_in = (
         ("plugins=[tests.scenes]", "data.name=scenes")
