@@ -15,7 +15,7 @@ from trainer.tasks.build import TASK_CHECKS
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 STAND_IN = Path(__file__).resolve().parents[1] / "stand_in.py"
-# What a test changes: less of everything, no download; whatever else the recipe says is tried.
+# What a test changes: less of everything, a quarter of the pixels, no download; whatever else the recipe says is tried.
 SMALLER = (
     "name=small",
     "data.batch_size=4",
