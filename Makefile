@@ -31,7 +31,7 @@ test: setup ## run the tests, two at a time; ARGS go to pytest
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 faults: setup ## the long form of the tests that kill, fill, cut off and damage: some 20 minutes
-	TRAINER_FAULTS=long $(BIN)/python -m pytest tests/faults $(ARGS)
+	TRAINER_FAULTS=long $(BIN)/python -m pytest tests/faults tests/launch/test_slurm.py $(ARGS)
 
 check: setup ## lint, format, types and which room imports which
 	$(BIN)/ruff check

@@ -4,8 +4,10 @@ a fork of a parent that has imported everything 0.2.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -22,18 +24,26 @@ from typing import Any
 import accelerate  # noqa: F401
 import datasets  # noqa: F401
 import matplotlib.figure  # noqa: F401
+import scipy.io  # noqa: F401  # by datasets
 import torch
 import torch._dynamo
+import torch.distributed.algorithms.ddp_comm_hooks
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
+from PIL import Image
 
+from trainer.components import CATALOGUE, catalogue
 from trainer.distributed.launch import Launch
 from trainer.recipe.load import load_recipe
-from trainer.reporting.reporter import Reporter
+from trainer.reporting import figures, reporter
 from trainer.run import main
 from trainer.signals import STOP
 from trainer.tasks.checks import TASK_CHECKS
 from trainer.trainer import Trainer
+
+Image.init()
+for kind in CATALOGUE:
+    catalogue(kind)
 
 TINY = Path(__file__).with_name("tiny.py")
 RECIPE = f"""
@@ -53,6 +63,8 @@ checkpoint: {{every: 5 steps}}
 
 def _enter(rank: int, world_size: int, port: int) -> None:
     torch.set_num_threads(1)  # a forked child hangs in OpenMP otherwise
+    gc.freeze()  # looking through what the parent left takes long, and copies it
+    reporter.draw_curves = lambda *_: None  # a third of a brief run
     AcceleratorState._reset_state(reset_partial_state=True)  # a test may have built an Accelerator in this process
     if world_size > 1:
         os.environ |= {
@@ -77,6 +89,9 @@ def _end_with(function: Callable[..., Any], *arguments: Any) -> None:
         with suppress(OSError):  # a terminal that was closed
             sys.stdout.flush()
             sys.stderr.flush()
+        for worker in multiprocessing.active_children():  # of a loader, which otherwise looks for its parent every 5 s
+            worker.kill()
+            worker.join()
         os._exit(code)  # not through the parent's exit handlers
 
 
@@ -91,7 +106,6 @@ def enter_command(rank: int = 0, world_size: int = 1, port: int = 0) -> None:
     _enter(rank, world_size, port)
     STOP.__init__()  # type: ignore[misc]  # it remembers whose signals it handles
     STOP.install()
-    Reporter._draw_curves = lambda reporter: None  # type: ignore[method-assign]  # a second at the end of each run
 
 
 def end_with_command(*arguments: str | Path) -> None:
@@ -197,6 +211,12 @@ def train(recipe: Path, overrides: tuple[str, ...] = (), stop_after: int | None 
         trainer.train_step = stopping  # type: ignore[method-assign]
     trainer.fit()
     trainer.accelerator.end_training()
+
+
+def train_and_draw_curves(recipe: Path, overrides: tuple[str, ...] = ()) -> None:
+    """`train` without what `run_processes` leaves out."""
+    reporter.draw_curves = figures.draw_curves
+    train(recipe, overrides)
 
 
 def lines(run: Path, split: str | None = None) -> list[dict[str, Any]]:

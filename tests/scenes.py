@@ -45,7 +45,7 @@ evaluate: {every: 4 steps, best: mask_map, batch_size: 4, pictures: 2}
     "mask_rcnn": """
 task: mask_rcnn
 data: {name: scenes, batch_size: 4, window: 3, workers: 0, augment: [horizontal_flip]}
-model: {name: mask_rcnn, backbone: resnet18, min_size: 64, max_size: 96}
+model: {name: mask_rcnn, backbone: resnet18, min_size: 32, max_size: 48}
 loss: mask_rcnn
 evaluate: {every: 4 steps, best: mask_map, batch_size: 4, pictures: 2}
 """

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.processes import lines, run_processes, train, weights, write_recipe
 
 # Trained too fast on purpose: most evaluations bring nothing better.
@@ -27,6 +29,7 @@ def follow(run: Path) -> tuple[int, set[float]]:
     return found[-1]["step"], {line["learning_rate"] for line in found}
 
 
+@pytest.mark.slow
 def test_training_ends_when_nothing_gets_better_and_an_interrupted_one_ends_there_too(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     run_processes(2, train, recipe, ("name=whole", *OPTIONS))

@@ -18,6 +18,7 @@ def sha256(run: Path, name: str = "model") -> str:
     return hashlib.sha256((newest / f"{name}.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_and_workers_sees_the_same_samples_and_losses(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     runs = {}
@@ -58,6 +59,7 @@ def test_losses_of_overlaps_and_of_weighted_pixels_are_the_same_on_any_number_of
             assert math.isclose(line["loss"], expected["loss"], rel_tol=1e-9), (line, expected)
 
 
+@pytest.mark.slow
 def test_single_precision_losses_agree_over_the_first_steps(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     for world_size in (1, 2, 4):
@@ -71,12 +73,15 @@ def test_single_precision_losses_agree_over_the_first_steps(tmp_path: Path) -> N
         assert math.isclose(one[-1]["loss"], other[-1]["loss"], rel_tol=0.01)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+EXTRAS = ("train.accumulate=2", "train.ema=0.9", "train.clip_norm=1.0")
+
+
 @pytest.mark.parametrize(
-    "options",
-    [(), ("train.accumulate=2", "train.ema=0.9", "train.clip_norm=1.0")],
-    ids=["plain", "accumulate-ema-clip"],
+    ("options", "world_size"),
+    [((), 1), ((), 2), (EXTRAS, 1), (EXTRAS, 2), (EXTRAS, 4)],
+    ids=["plain-1", "plain-2", "accumulate-ema-clip-1", "accumulate-ema-clip-2", "accumulate-ema-clip-4"],
 )
+@pytest.mark.slow
 def test_a_run_interrupted_twice_ends_bit_for_bit_like_an_undisturbed_one(
     tmp_path: Path, world_size: int, options: tuple[str, ...]
 ) -> None:
@@ -90,7 +95,7 @@ def test_a_run_interrupted_twice_ends_bit_for_bit_like_an_undisturbed_one(
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     assert sha256(cut) == sha256(whole)
     assert lines(cut) == lines(whole)
-    if "train.ema=0.9" in options:
+    if EXTRAS[0] in options:
         assert sha256(cut, "ema") == sha256(whole, "ema") != sha256(whole)
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from sklearn import metrics
 
-from tests.processes import lines, run_processes, train, write_recipe
+from tests.processes import lines, run_processes, train, train_and_draw_curves, write_recipe
 from trainer.commands import main
 from trainer.metrics.average_precision import log_odds
 from trainer.tasks.segmentation import Segmentation
@@ -144,7 +144,9 @@ def test_one_and_two_processes_count_the_same(tmp_path: Path, recipe: Path) -> N
 def test_the_confusion_matrix_and_the_samples_are_drawn_shown_and_reported(tmp_path: Path, recipe: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run_processes(1, train, recipe, ("evaluate.pictures=3", "evaluate.every=1 epoch", "track=[tensorboard]"))
+    run_processes(
+        1, train_and_draw_curves, recipe, ("evaluate.pictures=3", "evaluate.every=1 epoch", "track=[tensorboard]")
+    )
     run = tmp_path / "runs" / "run"
     pictures = {file.name for file in (run / "pictures").glob("*.png")}
     assert pictures == {

@@ -77,6 +77,7 @@ def filled_between_saves(disk: Path) -> None:
         *([(filled_between_saves, 2, "1000 steps", "can't be written")] if LONG else []),
     ],
 )
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_in_one_message_and_nothing_saved_is_lost(
     tmp_path: Path, disk: Path, tally: Tally, filled: Callable[[Path], None], world_size: int, log_every: str, says: str
 ) -> None:

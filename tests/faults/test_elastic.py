@@ -23,6 +23,7 @@ def signal_itself(trainer: Any) -> None:
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-9), *([("fp32", 0.01)] if LONG else [])])
+@pytest.mark.slow
 def test_a_run_interrupted_and_continued_by_other_numbers_of_processes_sees_the_same_samples(
     tmp_path: Path, tally: Tally, precision: str, tolerance: float
 ) -> None:

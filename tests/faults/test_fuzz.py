@@ -436,6 +436,7 @@ def resolve(recipe: Path, overrides: list[str]) -> None:
     load_recipe(recipe, overrides, CHECKS).resolved()
 
 
+@pytest.mark.slow
 def test_damaged_recipes_are_valid_or_refused_with_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -624,6 +625,7 @@ def read_all(folder: Path, card: Card, max_unreadable: int = 0) -> None:
         dataclasses.asdict(card)
 
 
+@pytest.mark.slow
 def test_damaged_archives_are_prepared_or_refused_with_a_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -703,6 +705,7 @@ def damage_file(draw: random.Random, path: Path) -> None:
         path.write_bytes(damaged_bytes(draw, path.read_bytes()))
 
 
+@pytest.mark.slow
 def test_damaged_prepared_sets_are_made_again_or_refused_with_a_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -778,6 +781,7 @@ def reseal(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_passed_over_or_refused_with_a_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -204,7 +204,7 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_like_an_undisturbed_one(
             assert weights(runs / f"run{name}") == weights(runs / "whole")
             assert lines(runs / f"run{name}") == lines(runs / "whole")
             tally("killed runs that ended: weights, averages and metrics equal to the bit")
-            if kills >= (21 if LONG else 9):
+            if kills >= (21 if LONG else len(KINDS)):
                 return
             name += 1
 

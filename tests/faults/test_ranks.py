@@ -56,6 +56,7 @@ SHORT = [(is_killed, 2, 1), (is_stopped, 2, 0), (raises, 2, 1)]
 @pytest.mark.parametrize(
     ("fault", "world_size", "victim"), [*CASES, (is_stopped, 4, 2), (is_killed, 4, 3)] if LONG else SHORT
 )
+@pytest.mark.slow
 def test_a_lost_rank_ends_the_job_in_time_and_is_named(
     tmp_path: Path, tally: Tally, undisturbed: Undisturbed, fault: Callable[..., None], world_size: int, victim: int
 ) -> None:
@@ -121,6 +122,7 @@ SHORT_STARTS = [STARTS[0], STARTS[3], STARTS[5], (ends_before_it_meets_the_other
 
 
 @pytest.mark.parametrize(("fault", "world_size", "victim"), [*STARTS, SHORT_STARTS[-1]] if LONG else SHORT_STARTS)
+@pytest.mark.slow
 def test_a_rank_lost_before_all_have_met_ends_the_job_in_time_and_is_named(
     tmp_path: Path, tally: Tally, fault: Callable[[], None], world_size: int, victim: int
 ) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import write_recipe
+from tests.processes import Job, write_recipe
+from trainer.commands import main
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -24,6 +25,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_a_launch_of_two_processes_trains_and_says_so_once(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     done = run(*LAUNCH, "--num_processes", "2", "trainer/run.py", recipe, "train.duration=4 steps")
@@ -31,10 +33,11 @@ def test_a_launch_of_two_processes_trains_and_says_so_once(tmp_path: Path) -> No
     assert done.stderr.count("finished run: 4 steps") == 1
     summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
     assert (summary["status"], summary["world_size"]) == ("finished", 2)
-    again = run(sys.executable, "trainer/run.py", recipe, "train.duration=4 steps")
-    assert again.returncode == 0 and "finished already, at step 4" in again.stderr
+    with Job(1, recipe, "train.duration=4 steps") as again:
+        assert again.wait() == [0] and "finished already, at step 4" in again.output
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     for command in ([sys.executable, "trainer/run.py", recipe], [BIN / "trainer", "check", recipe]):
@@ -46,15 +49,19 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
         ]
 
 
-def test_check_prints_the_resolved_recipe_and_what_reading_costs(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
-    prepared = run(BIN / "trainer", "prepare", "shapes")
-    assert prepared.returncode == 0 and "1651 rows, 1500 train, 151 validation" in prepared.stdout
-    done = run(BIN / "trainer", "check", "recipes/quickstart.yaml", "--num_processes", "2", "train.seed=7")
-    assert done.returncode == 0 and "seed: 7" in done.stdout and "rows for each one used (2 processes" in done.stderr
-    assert run(BIN / "trainer", "check", recipe, "--num_processes", "3").returncode == 2
+def test_check_prints_the_resolved_recipe_and_what_reading_costs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", "shapes"]) == 0
+    assert "1651 rows, 1500 train, 151 validation" in capsys.readouterr().out
+    quickstart = ROOT / "recipes" / "quickstart.yaml"
+    assert main(["check", str(quickstart), "--num_processes", "2", "train.seed=7"]) == 0
+    printed = capsys.readouterr()
+    assert "seed: 7" in printed.out and "rows for each one used (2 processes" in printed.err
+    assert main(["check", str(write_recipe(tmp_path)), "--num_processes", "3"]) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     command = [
@@ -76,19 +83,14 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) 
     assert "stopped on SIGINT at step" in errors.splitlines()[-1]
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["status"] == "stopped"
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "resumed run from step" in line:
-                assert int(line.split()[-1]) == step
-                process.send_signal(signal.SIGTERM)
-                break
-        else:
-            raise AssertionError("it didn't go on")
-        process.communicate(timeout=60)
-    assert process.returncode == 0
+    with Job(1, *command[2:]) as job:
+        while f"resumed run from step {step}\n" not in job.output:
+            assert job.wait(0.05) == [None], job.output
+        job.signal(signal.SIGTERM)
+        assert job.wait(60) == [0], job.output
 
 
+@pytest.mark.slow
 def test_a_signal_is_heard_before_anything_is_imported_that_takes_time(tmp_path: Path) -> None:
     """As soon as the operating system knows of a handler; what is imported before it is counted,
     since a signal kills until then.
@@ -112,6 +114,7 @@ def handled(status: str) -> int:
     return next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
 
 
+@pytest.mark.slow
 def test_a_signal_that_came_while_it_was_ignored_counts_if_the_job_noted_it(tmp_path: Path) -> None:
     """SLURM's warning may come while the launcher is starting."""
     (tmp_path / "attempt.stop").touch()
@@ -129,10 +132,9 @@ def test_a_signal_that_came_while_it_was_ignored_counts_if_the_job_noted_it(tmp_
 
 def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    assert run(sys.executable, "trainer/run.py", recipe, "train.duration=2 steps").returncode == 0
-    done = run(sys.executable, "trainer/run.py", recipe, "train.duration=2 steps", "optimizer.lr=0.5", "train.seed=3")
-    assert done.returncode == 2 and "these keys differ: optimizer.lr, train.seed" in done.stderr
-    moved = run(
-        sys.executable, "trainer/run.py", recipe, "train.duration=2 steps", "optimizer.lr=0.5", "--resume", "never"
-    )
-    assert moved.returncode == 0 and (tmp_path / "runs" / "run.1" / "summary.json").exists()
+    with Job(1, recipe, "train.duration=2 steps") as job:
+        assert job.wait() == [0], job.output
+    with Job(1, recipe, "train.duration=2 steps", "optimizer.lr=0.5", "train.seed=3") as job:
+        assert job.wait() == [2] and "these keys differ: optimizer.lr, train.seed" in job.output, job.output
+    with Job(1, recipe, "train.duration=2 steps", "optimizer.lr=0.5", "--resume", "never") as job:
+        assert job.wait() == [0] and (tmp_path / "runs" / "run.1" / "summary.json").exists(), job.output

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.conftest import LONG
 from tests.launch.slurm import Cluster, start_cluster, wait_for, why_not
 from tests.processes import run_processes, train, write_recipe
 
@@ -54,8 +55,9 @@ def text_of(file: Path) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def test_a_job_of_two_nodes_is_preempted_twice_goes_on_by_itself_and_ends_with_the_same_bits(
-    cluster: Cluster, tmp_path: Path
+@pytest.mark.parametrize("times", [2 if LONG else 1])
+def test_a_preempted_job_of_two_nodes_goes_on_by_itself_and_ends_with_the_same_bits(
+    cluster: Cluster, tmp_path: Path, times: int
 ) -> None:
     recipe, runs = write_recipe(tmp_path), tmp_path / "runs"
     overrides = (
@@ -66,7 +68,7 @@ def test_a_job_of_two_nodes_is_preempted_twice_goes_on_by_itself_and_ends_with_t
     )
     job = cluster.run("sbatch", "--parsable", "--nodes=2", ROOT / "launch" / "slurm.sbatch", recipe, *overrides).strip()
     reached = 0
-    for interruption in (1, 2):
+    for interruption in range(1, times + 1):
         wait_for(lambda: last_step(runs / "run") > reached + 5, f"progress before interruption {interruption}")  # noqa: B023
         cluster.run("scancel", "--signal=USR1", job)
         cluster.hurry(job, interruption)
@@ -74,7 +76,7 @@ def test_a_job_of_two_nodes_is_preempted_twice_goes_on_by_itself_and_ends_with_t
         assert reached < 250
     wait_for(lambda: cluster.job(job)["JobState"] == "COMPLETED", "the end of the job")
     log = (tmp_path / "logs" / f"trainer-{job}-rank0.log").read_text()
-    assert log.count("stopped on SIGUSR1 at step") == 2 and log.count("resumed run from step") == 2
+    assert log.count("stopped on SIGUSR1 at step") == log.count("resumed run from step") == times
     output = (tmp_path / "logs" / f"trainer-{job}.out").read_text()
     # The launchers survived the signal, too.
     assert re.search(r"^run  finished  .*miou", output, re.MULTILINE) and "srun ended" not in output
@@ -120,13 +122,13 @@ def test_a_sweep_of_which_a_run_fails_and_one_is_cancelled_ends_with_a_table_tha
 def test_a_node_that_never_answers_is_named_within_the_limit(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRAINER_PREFLIGHT_TIMEOUT", "5")
+    monkeypatch.setenv("TRAINER_PREFLIGHT_TIMEOUT", "1")
     cluster.hang("n2", True)
     job = cluster.run(
         "sbatch", "--parsable", "--nodes=2", ROOT / "launch" / "slurm.sbatch", write_recipe(tmp_path)
     ).strip()
     output = tmp_path / "logs" / f"trainer-{job}.out"
-    wait_for(lambda: "error: node n2 (rank 1) doesn't answer within 5 s" in text_of(output), "the node's name")
+    wait_for(lambda: "error: node n2 (rank 1) doesn't answer within 1 s" in text_of(output), "the node's name")
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", "another attempt")
     cluster.hang("n2", False)
     cluster.run("scancel", job)

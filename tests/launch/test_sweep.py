@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import write_recipe
+from tests.processes import Job, write_recipe
+from trainer.commands import main
 
 pytestmark = pytest.mark.launch
 TRAINER = str(Path(sys.executable).with_name("trainer"))
@@ -24,28 +25,33 @@ def sweep(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others_and_finished_ones_are_skipped(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    first = sweep(recipe, "optimizer.lr=1e-3,1e300", "--parallel", "2")
-    assert first.returncode == 3 and "Traceback" not in first.stderr, first.stderr
-    table = first.stdout.splitlines()[-3:]
-    assert table[0].startswith("run-lr=1e-3 ") and "finished" in table[0] and "miou" in table[0]
-    assert table[1].startswith("run-lr=1e300 ") and "failed" in table[1]
+    with Job(1, recipe, *OPTIONS, "name=run-lr=1e-3", "optimizer.lr=1e-3") as job:
+        assert job.wait() == [0], job.output
+    done = sweep(recipe, "optimizer.lr=1e-3,1e300,2e-3", "--parallel", "2")
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    assert "run-lr=1e-3: finished already" in done.stdout and "run-lr=2e-3: training" in done.stdout
+    table = done.stdout.splitlines()[-4:]
+    for row, name, status in zip(table, ("1e-3", "1e300", "2e-3"), ("finished", "failed", "finished"), strict=False):
+        assert row.startswith(f"run-lr={name} ") and status in row and ("miou" in row) == (status == "finished"), row
     assert (tmp_path / "runs" / "run-sweep.png").stat().st_size > 1000
     assert "training failed" in (tmp_path / "runs" / "run-lr=1e300.log").read_text()
-    second = sweep(recipe, "optimizer.lr=1e-3,2e-3")
-    assert second.returncode == 0, second.stderr
-    assert "run-lr=1e-3: finished already" in second.stdout and "run-lr=2e-3: training" in second.stdout
 
 
-def test_a_mistake_in_any_run_is_reported_before_one_is_trained(tmp_path: Path) -> None:
-    done = sweep(write_recipe(tmp_path), "optimizer.lr=1e-3,-1")
-    assert done.returncode == 2 and "optimizer.lr: must be greater than 0" in done.stderr
+def test_a_mistake_in_any_run_is_reported_before_one_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(write_recipe(tmp_path))
+    assert main(["sweep", recipe, *OPTIONS, "optimizer.lr=1e-3,-1"]) == 2
+    assert "optimizer.lr: must be greater than 0" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-    done = sweep(write_recipe(tmp_path), "optimizer.lr=1e-3")
-    assert done.returncode == 2 and "nothing to sweep over" in done.stderr
+    assert main(["sweep", recipe, *OPTIONS, "optimizer.lr=1e-3"]) == 2
+    assert "nothing to sweep over" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stop_signal_stops_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     command = [

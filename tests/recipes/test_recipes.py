@@ -15,7 +15,7 @@ from trainer.tasks.checks import TASK_CHECKS
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 STAND_IN = Path(__file__).resolve().parents[1] / "stand_in.py"
-# What a test changes: less of everything, no download; whatever else the recipe says is tried.
+# What a test changes: less of everything, a quarter of the pixels, no download; whatever else the recipe says is tried.
 SMALLER = (
     "name=small",
     "data.batch_size=4",
@@ -26,6 +26,10 @@ SMALLER = (
     "evaluate.pictures=2",
     "track=[]",
 )
+
+
+def halved(size: list[int]) -> list[int]:
+    return [side // 2 for side in size]
 
 
 def test_there_are_recipes() -> None:
@@ -41,11 +45,22 @@ def test_recipe_is_valid_and_says_what_it_is(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+@pytest.mark.slow
 def test_recipe_trains_on_generated_data(recipe: Path, tmp_path: Path) -> None:
     settings = load_recipe(recipe)
     smaller = list(SMALLER)
     if hasattr(settings.model, "min_size"):  # to which images would be enlarged
         smaller += ["model.min_size=64", "model.max_size=96"]
+    data = settings.resolved()["data"]
+    if data.get("resize"):  # a quarter of the pixels
+        smaller.append(f"data.resize={halved(data['resize'])}")
+        augment = [
+            each | {"size": halved(each["size"])} if isinstance(each.get("size"), list) else each
+            for each in data["augment"]
+        ]
+        smaller.append(f"data.augment={json.dumps(augment)}")
+        if isinstance(getattr(settings.model, "size", None), list):  # which has to be that of the images
+            smaller.append(f"model.size={halved(data['resize'])}")
     with_objects = "boxes" in settings.components["task"].fields
     stand_in = (
         ("plugins=[tests.scenes]", "data.name=scenes")

@@ -286,6 +286,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.slow
 def test_no_secret_of_the_environment_is_written_or_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

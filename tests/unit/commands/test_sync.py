@@ -121,7 +121,6 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.slow  # W&B's client sends the first rows after 15 s
 def test_a_run_killed_resumed_and_synced_twice_is_one_run_with_each_line_once_and_no_secret(
     folder: RunFolder, server: WandbServer
 ) -> None:
@@ -130,6 +129,7 @@ def test_a_run_killed_resumed_and_synced_twice_is_one_run_with_each_line_once_an
     with subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder.path)],
         cwd=root,
+        env=os.environ | {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"},  # its default makes the first rows wait 15 s
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,

@@ -133,6 +133,7 @@ def frequencies_of(run: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     "options", [(), ("train.precision=bf16",), ("train.accumulate=2", "data.batch_size=8", "train.duration=13 steps")]
 )
+@pytest.mark.slow
 def test_a_run_counts_the_training_set_on_any_number_of_processes_and_through_checkpoints(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:

@@ -94,6 +94,7 @@ def test_gradients_are_logged_and_clipped_as_if_nothing_had_scaled_them(tmp_path
     assert scaler_of(with_scaler)["scale"] == initial * 2.0 ** (STEPS // 3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_skips_the_steps_that_an_undisturbed_one_skips(tmp_path: Path) -> None:
     """Which ones overflow depends on the scale and on how many good steps it has seen."""
     recipe = write_recipe(tmp_path)
