@@ -22,9 +22,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 _VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# The tests talk to nobody: `datasets` counts what it opens with a server of the Hugging Face Hub.
-os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
-
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 GRACE_S = 20.0  # for a process that a test has ended already
 SHARED = ("resource_tracker", "forkserver")  # processes that multiprocessing keeps for the whole session

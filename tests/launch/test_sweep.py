@@ -15,18 +15,20 @@ from tests.processes import Job, write_recipe
 from trainer.commands import main
 
 pytestmark = pytest.mark.launch
-TRAINER = str(Path(sys.executable).with_name("trainer"))
+TRAINER = (sys.executable, "-m", "trainer")
 OPTIONS = ("train.duration=2 steps", "evaluate.every=2 steps", "train.threads=1")
 
 
 def sweep(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [TRAINER, "sweep", str(recipe), *OPTIONS, *arguments], capture_output=True, text=True, timeout=200
+        [*TRAINER, "sweep", str(recipe), *OPTIONS, *arguments], capture_output=True, text=True, timeout=200
     )
 
 
 @pytest.mark.slow
-def test_a_failed_run_does_not_stop_the_others_and_finished_ones_are_skipped(tmp_path: Path) -> None:
+def test_a_failed_run_does_not_stop_the_others_and_finished_ones_are_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = write_recipe(tmp_path)
     with Job(1, recipe, *OPTIONS, "name=run-lr=1e-3", "optimizer.lr=1e-3") as job:
         assert job.wait() == [0], job.output
@@ -38,6 +40,8 @@ def test_a_failed_run_does_not_stop_the_others_and_finished_ones_are_skipped(tmp
         assert row.startswith(f"run-lr={name} ") and status in row and ("miou" in row) == (status == "finished"), row
     assert (tmp_path / "runs" / "run-sweep.png").stat().st_size > 1000
     assert "training failed" in (tmp_path / "runs" / "run-lr=1e300.log").read_text()
+    assert main(["sweep", str(recipe), *OPTIONS, "optimizer.lr=1e-3,2e-3"]) == 0
+    assert capsys.readouterr().out.count("finished already") == 2
 
 
 def test_a_mistake_in_any_run_is_reported_before_one_is_trained(
@@ -55,7 +59,7 @@ def test_a_mistake_in_any_run_is_reported_before_one_is_trained(
 def test_a_stop_signal_stops_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     command = [
-        TRAINER,
+        *TRAINER,
         "sweep",
         str(recipe),
         "train.duration=100000 steps",

@@ -136,6 +136,8 @@ class RowGroups:
                 import datasets
 
                 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, below
+                # Or it sends a request to the Hub for each set, and without a network waits for it.
+                datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
                 stream = datasets.load_dataset(
                     "parquet", data_files={"split": [str(file) for file in self.files]}, split="split", streaming=True
                 )

@@ -46,3 +46,13 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     first, second = (prepare(source(), tmp_path / name, None) for name in "ab")
     assert first == second
     assert first.fingerprint == second.fingerprint
+
+
+def test_reading_a_prepared_set_sends_nothing_over_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(source(lambda: rows(10)), tmp_path, None)
+    requests: list[object] = []
+    monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", True)  # its default
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load.get_session", lambda: requests.append("a request"))
+    assert len(read(tmp_path / "toy")) == 10
+    assert not requests
