@@ -34,7 +34,7 @@ def test_a_launch_of_two_processes_trains_and_says_so_once(tmp_path: Path) -> No
     summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
     assert (summary["status"], summary["world_size"]) == ("finished", 2)
     with Job(1, recipe, "train.duration=4 steps") as again:
-        assert again.wait() == [0] and "finished already, at step 4" in again.output
+        assert again.wait() == [0] and "already finished, at step 4" in again.output
 
 
 @pytest.mark.slow

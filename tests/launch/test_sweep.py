@@ -34,14 +34,14 @@ def test_a_failed_run_does_not_stop_the_others_and_finished_ones_are_skipped(
         assert job.wait() == [0], job.output
     done = sweep(recipe, "optimizer.lr=1e-3,1e300,2e-3", "--parallel", "2")
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
-    assert "run-lr=1e-3: finished already" in done.stdout and "run-lr=2e-3: training" in done.stdout
+    assert "run-lr=1e-3: already finished" in done.stdout and "run-lr=2e-3: training" in done.stdout
     table = done.stdout.splitlines()[-4:]
     for row, name, status in zip(table, ("1e-3", "1e300", "2e-3"), ("finished", "failed", "finished"), strict=False):
         assert row.startswith(f"run-lr={name} ") and status in row and ("miou" in row) == (status == "finished"), row
     assert (tmp_path / "runs" / "run-sweep.png").stat().st_size > 1000
     assert "training failed" in (tmp_path / "runs" / "run-lr=1e300.log").read_text()
     assert main(["sweep", str(recipe), *OPTIONS, "optimizer.lr=1e-3,2e-3"]) == 0
-    assert capsys.readouterr().out.count("finished already") == 2
+    assert capsys.readouterr().out.count("already finished") == 2
 
 
 def test_a_mistake_in_any_run_is_reported_before_one_is_trained(

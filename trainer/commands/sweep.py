@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     }
     for each in names:
         if each not in commands:
-            print(f"{each}: finished already", flush=True)
+            print(f"{each}: already finished", flush=True)
     _train(commands, _slots(options))
     standings = [standing_of(runs_dir() / each) for each in names]
     print_table([standing.row() for standing in standings])
