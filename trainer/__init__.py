@@ -1,3 +1,49 @@
-"""Recipe-driven, exact, interruptible training for computer vision."""
+"""Recipe-driven, exact, interruptible training for computer vision.
+
+    import trainer
+
+    run = trainer.train("recipes/quickstart.yaml", {"train.duration": "2 epochs"})
+    model = trainer.load("runs/quickstart")
+    model("photo.jpg").plot()
+
+What these functions need is imported when they are called: `import trainer` itself takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.inference.api import Run
+    from trainer.inference.model import Model
 
 __version__ = "0.1.0"
+__all__ = ["Run", "__version__", "load", "train"]
+
+
+def load(run: str | Path, checkpoint: str = "best", device: str | torch.device | None = None) -> Model:
+    """Loads a trained model, see `trainer.inference.model.load`."""
+    from trainer.inference import model
+
+    return model.load(run, checkpoint, device)
+
+
+def train(
+    recipe: str | Path, overrides: Mapping[str, Any] | None = None, /, *, resume: str = "auto", **more: Any
+) -> Run:
+    """Trains a recipe in this process, see `trainer.inference.api.train`."""
+    from trainer.inference import api
+
+    return api.train(recipe, {**(overrides or {}), **more}, resume)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Run":
+        from trainer.inference.api import Run
+
+        return Run
+    raise AttributeError(f"module 'trainer' has no attribute {name!r}")

@@ -164,7 +164,7 @@ class Trainer:
         if not self.may_continue("restoring"):
             raise Stopped
         self.report.summary("running", **self.facts())
-        self.report.begin(self.state.step, self.clock.total_steps, self.device)
+        self.report.begin(self.state.step, self.clock.total_steps, self.device, self.data.description())
         self.time_limit = TimeLimit()
         self.stopwatch = Stopwatch(self.state.step, self.state.seconds)
 

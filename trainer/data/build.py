@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +81,14 @@ class Data:
     def validation_batch(self, sample_ids: Sequence[int]) -> dict[str, Tensor]:
         """These validation samples as one batch."""
         return to_device(self.validation.batch(sample_ids), self.device)
+
+    def description(self) -> dict[str, Any]:
+        """What a trained model must know of the set to predict (JSON): its classes and statistics, and the size of the
+        images that it sees, None where they differ.
+        """
+        pixels = self.train.reader.pixels
+        size = pixels.sizes[0].tolist() if pixels and pixels.uniform else None
+        return {"name": self.folder.name, **asdict(self.info), "size": size}
 
     def check_unchanged(self, identity: str | None) -> None:
         """Compares the set with the one that a run began with; None is unknown, as in checkpoints of older versions.

@@ -64,9 +64,10 @@ class Reporter:
         for caveat in caveats:
             self.say(caveat)
 
-    def begin(self, step: int, total_steps: int | None, device: torch.device) -> None:
-        """Writes environment.json, and opens trackers and progress bar."""
+    def begin(self, step: int, total_steps: int | None, device: torch.device, data: dict[str, Any]) -> None:
+        """Writes environment.json and data.json, and opens trackers and progress bar."""
         if self.enabled:
+            self.folder.write_data(data)
             precision = resolve_precision(self.recipe.train.precision)
             self.folder.write_environment(environment() | {"precision": precision, "device": str(device)})
             self.mirrors = Mirrors(self.recipe.trackers, self.folder.path, self.recipe.name, self.recipe.resolved())

@@ -20,6 +20,8 @@ from trainer.recipe.file import nearest
 from trainer.runs.durable import atomic_write
 from trainer.runs.store import CheckpointStore
 
+RECIPE, DATA = "recipe.yaml", "data.json"
+
 Status = Literal["running", "finished", "stopped", "failed"]
 
 Line = dict[str, Any]
@@ -116,7 +118,7 @@ class RunFolder:
         text = io.StringIO("# The recipe of this run, with every default written out.\n")
         text.seek(0, io.SEEK_END)
         YAML().dump(resolved, text)
-        atomic_write(self.path / "recipe.yaml", text.getvalue())
+        atomic_write(self.path / RECIPE, text.getvalue())
 
     def read_recipe(self) -> dict[str, Any]:
         """The resolved recipe that this run was started with.
@@ -124,7 +126,7 @@ class RunFolder:
         Raises:
             UserError: it can't be read.
         """
-        file = self.path / "recipe.yaml"
+        file = self.path / RECIPE
         try:
             recipe = YAML(typ="safe", pure=True).load(file)
         except (OSError, YAMLError) as error:
@@ -135,6 +137,10 @@ class RunFolder:
         if not isinstance(recipe, dict) or "train" not in recipe:
             raise UserError(f"{file} is not a resolved recipe; --resume never moves the folder to {self.path.name}.1")
         return recipe
+
+    def write_data(self, description: dict[str, Any]) -> None:
+        """Writes what a model must know of its data set to predict, see `Data.description`."""
+        atomic_write(self.path / DATA, _pretty(description))
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Writes `environment.json`, see `environment`."""

@@ -16,6 +16,9 @@ from trainer.tasks.task import Color
 
 LEGIBLE = 384  # pixels: smaller images are enlarged to make room for names
 MASK_OPACITY = 0.5
+CLASS_OPACITY = 0.65  # of the colours of classes over the image
+STRIPES = ((70, 70, 70), (200, 200, 200))  # of ignored pixels
+STRIPE_WIDTH = 4  # pixels along a row
 MIN_TEXT, TEXT_SHARE = 12, 48  # height of a name in pixels: at least the first, or the longer side over the second
 MARGIN = 2  # pixels around a name
 BACKGROUND, BLACK, WHITE = (52, 56, 70), (0, 0, 0), (255, 255, 255)
@@ -69,6 +72,28 @@ def _oklab(rgb: Tensor) -> Tensor:
         [0.0259040371, 0.7827717662, -0.8086757660],
     ]
     return (_linear(rgb) @ rgb.new_tensor(cones).T) ** (1 / 3) @ rgb.new_tensor(opponents).T
+
+
+def paint_classes(image: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None = None) -> Tensor:
+    """Blends the colours of the classes over images; ignored pixels are striped.
+
+    Args:
+        image: uint8 (B, 3, H, W).
+        labels: class indices (B, H, W).
+        num_classes: how many classes there are.
+        ignore_index: the label of ignored pixels, or None.
+
+    Returns:
+        uint8 (B, 3, H, W).
+    """
+    palette = torch.tensor(class_colors(num_classes), dtype=torch.float32, device=image.device)
+    ignored = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
+    colors = palette[torch.where(ignored, 0, labels).long()]
+    rows, columns = (torch.arange(size, device=image.device) for size in labels.shape[-2:])
+    stripe = (rows[:, None] + columns) // STRIPE_WIDTH % len(STRIPES)
+    stripes = torch.tensor(STRIPES, dtype=torch.float32, device=image.device)[stripe]
+    colors = torch.where(ignored[..., None], stripes, colors).movedim(-1, 1)
+    return (CLASS_OPACITY * colors + (1 - CLASS_OPACITY) * image).round().to(torch.uint8)
 
 
 def draw_objects(image: Tensor, objects: Detections, classes: Sequence[str], with_scores: bool) -> Tensor:

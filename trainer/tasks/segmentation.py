@@ -21,21 +21,18 @@ from trainer.metrics.confusion import (
     most_likely,
 )
 from trainer.recipe.file import nearest
-from trainer.tasks.drawing import class_colors
+from trainer.tasks.drawing import class_colors, paint_classes
 from trainer.tasks.sums import EvaluationSums
 from trainer.tasks.task import Batch, Forward, Task
 
 # Mean and standard deviation of ImageNet's pixels in [0, 1], which pretrained backbones were trained with.
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
-OPACITY = 0.65  # of the class colours over the image
 # The name of each metric's mean over the classes.
 MEANS = {"iou": "miou", "class_accuracy": "class_accuracy", "ap": "map"}
 # Shares of the pixels: a model that predicts one class for more than the first has not learnt the others, if less than
 # the second are of that class.
 EVERYWHERE, NEARLY_ALL = 0.999, 0.99
-STRIPES = ((70, 70, 70), (200, 200, 200))  # of ignored pixels
-STRIPE_WIDTH = 4  # pixels along a row
 
 
 @task(interface="dense", fields=("image", "mask"))
@@ -158,7 +155,11 @@ class Segmentation(Task[Tensor]):
         truth are striped.
         """
         image, predicted = batch["image"], self.predict(model, batch)
-        return torch.stack([image, self._paint(image, batch["mask"][:, 0]), self._paint(image, predicted)], dim=1)
+        painted = (
+            paint_classes(image, labels, self.num_classes, self.ignore_index)
+            for labels in (batch["mask"][:, 0], predicted)
+        )
+        return torch.stack([image, *painted], dim=1)
 
     def inputs(self, image: Tensor) -> Tensor:
         """Normalises uint8 (B, 3, H, W) on its device, to the dtype and memory format of the model's weights."""
@@ -166,16 +167,3 @@ class Segmentation(Task[Tensor]):
         self.mean, self.std = self.mean.to(image.device), self.std.to(image.device)
         pixels = self.pixels(image)
         return (pixels - self.mean.to(pixels.dtype)) / self.std.to(pixels.dtype)
-
-    def _paint(self, image: Tensor, labels: Tensor) -> Tensor:
-        """Blends the colours of `labels` (B, H, W) over `image` (B, 3, H, W)."""
-        palette = torch.tensor(class_colors(self.num_classes), dtype=torch.float32, device=image.device)
-        ignored = (
-            torch.zeros_like(labels, dtype=torch.bool) if self.ignore_index is None else labels == self.ignore_index
-        )
-        colors = palette[torch.where(ignored, 0, labels).long()]
-        rows, columns = (torch.arange(size, device=image.device) for size in labels.shape[-2:])
-        stripe = (rows[:, None] + columns) // STRIPE_WIDTH % len(STRIPES)
-        stripes = torch.tensor(STRIPES, dtype=torch.float32, device=image.device)[stripe]
-        colors = torch.where(ignored[..., None], stripes, colors).movedim(-1, 1)
-        return (OPACITY * colors + (1 - OPACITY) * image).round().to(torch.uint8)

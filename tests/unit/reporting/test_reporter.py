@@ -24,7 +24,7 @@ def reported(
     reporter = Reporter(
         RunFolder(folder / "runs" / "run"), load_recipe(write_recipe(folder), ["track=[]"]), enabled=True
     )
-    reporter.begin(0, None, torch.device("cpu"))
+    reporter.begin(0, None, torch.device("cpu"), {})
     for step, each in enumerate(advice):
         reporter.validation({"step": step, "epoch": 0.0, "split": "validation", "miou": 0.2}, ["miou"], False, each)
     if status == "finished":

@@ -1,0 +1,184 @@
+"""A trained model as a function from images to results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from trainer.detection.boxes import Detections
+from trainer.distributed.accelerator import resolve_precision
+from trainer.errors import UserError
+from trainer.inference.geometry import Frame, Preparation
+from trainer.inference.inputs import read_image
+from trainer.inference.results import Result, result_of
+from trainer.inference.trained import TrainedModel, find_trained
+from trainer.recipe.load import load_recipe
+from trainer.recipe.recipe import Recipe
+from trainer.tasks.build import build_task
+from trainer.tasks.objects import SHOWN_SCORE
+from trainer.tasks.task import Task
+
+Input = str | Path | bytes | Image.Image | np.ndarray | Tensor
+"""An image, see `read_image`."""
+
+
+class Model:
+    """A trained model: `model = trainer.load("runs/x"); result = model("photo.jpg")`.
+
+    Args:
+        trained: its files.
+        device: where it computes; the first GPU where there is one, else the CPU.
+
+    Attributes:
+        recipe: what it was trained with.
+        task: what a prediction means.
+        classes: names of the classes.
+        module: the network, in eval mode, with the averaged weights where the run has them.
+        preparation: from an image of any size to the network's input.
+
+    Raises:
+        UserError: files are missing or damaged, or belong to another network.
+    """
+
+    def __init__(self, trained: TrainedModel, device: str | torch.device | None = None) -> None:
+        self.trained = trained
+        self.recipe = _recipe(trained)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.task: Task[Any] = build_task(self.recipe, trained.info)
+        self.classes = trained.info.classes
+        self.module: nn.Module = self.task.model
+        try:
+            self.module.load_state_dict(load_file(trained.weights))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"{trained.weights}: these weights can't be loaded: {str(error)[:300]}") from error
+        self.module.to(self.device).eval().requires_grad_(False)
+        if self.recipe.train.precision == "fp64":
+            self.module.double()
+        if self.recipe.train.channels_last:
+            self.module.to(memory_format=torch.channels_last)
+        letterbox = self.recipe.data.resize_mode == "letterbox"
+        self.preparation = Preparation(trained.size, letterbox, getattr(self.module, "size_divisor", 1))
+
+    def __repr__(self) -> str:
+        return f"Model({self.recipe.name}: {self.recipe.task.name}, {self.recipe.model.name}, step {self.trained.step})"
+
+    def __call__(
+        self, images: Input | list[Input] | tuple[Input, ...], *, threshold: float = SHOWN_SCORE, batch_size: int = 8
+    ) -> Any:
+        """Predicts on one image, or on a list of them.
+
+        Args:
+            images: a file, a Pillow image, an array or a tensor, see `read_image`; or a list of these.
+            threshold: objects of a lower score are left out; of no meaning to other tasks.
+            batch_size: images that the network sees at once, if they have one size.
+
+        Returns:
+            A `Result`, or a list of them.
+
+        Raises:
+            UserError: an image can't be read.
+        """
+        if isinstance(images, list | tuple):
+            return list(self.predict(map(read_image, images), threshold=threshold, batch_size=batch_size))
+        (result,) = self.predict([read_image(images)], threshold=threshold)
+        return result
+
+    def predict(
+        self, images: Iterable[Tensor], *, threshold: float = SHOWN_SCORE, batch_size: int = 8
+    ) -> Iterator[Result]:
+        """Predicts on images uint8 (3, H, W), one after the other; neighbours of one size form batches."""
+        prepared = ((image, *self.preparation(image)) for image in images)
+        for _, group in groupby(prepared, key=lambda each: each[1].shape):
+            batch: list[tuple[Tensor, Tensor, Frame]] = []
+            for each in group:
+                batch.append(each)
+                if len(batch) == batch_size:
+                    yield from self._predict_batch(batch, threshold)
+                    batch = []
+            if batch:
+                yield from self._predict_batch(batch, threshold)
+
+    @torch.inference_mode()
+    def _predict_batch(self, images: Sequence[tuple[Tensor, Tensor, Frame]], threshold: float) -> list[Result]:
+        frames = [frame for _, _, frame in images]
+        inputs = torch.stack([prepared for _, prepared, _ in images]).to(self.device)
+        results = []
+        for (image, _, _), prediction in zip(images, self.predictions(inputs, frames), strict=True):
+            if isinstance(prediction, Detections):
+                kept = prediction.scores >= threshold
+                prediction = Detections(*(None if part is None else part[kept] for part in prediction))  # type: ignore[arg-type]
+            results.append(result_of(prediction, image, self.classes))
+        return results
+
+    def predictions(self, inputs: Tensor, frames: Sequence[Frame]) -> list[Tensor | Detections]:
+        """The task's predictions for prepared inputs uint8 (B, 3, h, w), at the sizes of the images."""
+        batch = {
+            "image": inputs,
+            "sample_id": torch.arange(len(inputs)),
+            "height": torch.full((len(inputs),), inputs.shape[2]),
+            "width": torch.full((len(inputs),), inputs.shape[3]),
+            "content": torch.tensor([frame.content for frame in frames], dtype=torch.float32, device=inputs.device),
+        }
+        outputs = self.task.infer(self.forward, batch)
+        if isinstance(outputs, Tensor) and outputs.dim() == 4:  # maps: resized before they are decoded
+            return [
+                self.task.decode(frame.map_back(outputs[index : index + 1]), batch)[0]
+                for index, frame in enumerate(frames)
+            ]
+        predictions = self.task.decode(outputs, batch)
+        return [
+            frame.detections_back(each) if isinstance(each, Detections) else each
+            for each, frame in zip(predictions, frames, strict=True)
+        ]
+
+    def forward(self, *inputs: Any) -> Any:
+        """Calls the network as evaluation does: in the precision of the run, with fp32 outputs."""
+        with self._autocast():
+            outputs = self.module(*inputs)
+        return tree_map(_as_fp32, outputs)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        precision = resolve_precision(self.recipe.train.precision)
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return torch.autocast(self.device.type, dtypes[precision]) if precision in dtypes else nullcontext()
+
+
+def _as_fp32(value: Any) -> Any:
+    is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_half else value
+
+
+def _recipe(trained: TrainedModel) -> Recipe:
+    """The recipe of a run, as what is needed of it to predict: its weights are loaded afterwards."""
+    return load_recipe(trained.recipe, ["model.weights=none", "model.reset_layers=[]", "track=[]"])
+
+
+def load(
+    run: str | Path,
+    checkpoint: str = "best",
+    device: str | torch.device | None = None,
+    find: Callable[[str, str], TrainedModel] = find_trained,
+) -> Model:
+    """Loads a trained model.
+
+    Args:
+        run: a run folder or a run's name, a checkpoint folder, or the folder of a published model.
+        checkpoint: of a run: `best` (the newest one, where none is the best), `last`, or the name of one.
+        device: where it computes; the first GPU where there is one, else the CPU.
+        find: finds the files.
+
+    Raises:
+        UserError: there is no such run, it has no checkpoint yet, or its files are damaged.
+    """
+    return Model(find(str(run), checkpoint), device)
