@@ -2,8 +2,9 @@
 
     import trainer
 
-    run = trainer.train("recipes/quickstart.yaml", {"train.duration": "2 epochs"})
-    model = trainer.load("runs/quickstart")
+    run = trainer.train("recipes/quickstart.yaml", name="first", **{"train.duration": "2 epochs"})
+    run.metrics
+    model = trainer.load("runs/first")
     model("photo.jpg").plot()
 
 What these functions need is imported when they are called: `import trainer` itself takes milliseconds.
@@ -11,14 +12,13 @@ What these functions need is imported when they are called: `import trainer` its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-    from trainer.inference.api import Run
+    from trainer.api import Run
     from trainer.inference.model import Model
 
 __version__ = "0.1.0"
@@ -32,18 +32,16 @@ def load(run: str | Path, checkpoint: str = "best", device: str | torch.device |
     return model.load(run, checkpoint, device)
 
 
-def train(
-    recipe: str | Path, overrides: Mapping[str, Any] | None = None, /, *, resume: str = "auto", **more: Any
-) -> Run:
-    """Trains a recipe in this process, see `trainer.inference.api.train`."""
-    from trainer.inference import api
+def train(recipe: str | Path, /, *, resume: str = "auto", **overrides: Any) -> Run:
+    """Trains a recipe in this process, see `trainer.api.train`."""
+    from trainer import api
 
-    return api.train(recipe, {**(overrides or {}), **more}, resume)
+    return api.train(recipe, overrides, resume)
 
 
 def __getattr__(name: str) -> Any:
     if name == "Run":
-        from trainer.inference.api import Run
+        from trainer.api import Run
 
         return Run
     raise AttributeError(f"module 'trainer' has no attribute {name!r}")

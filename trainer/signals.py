@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,24 @@ class StopRequest:
                 signal.signal(number, self._handle)
         if os.path.exists(noted):
             self.signal_name = "SIGUSR1"
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handles stop signals inside, and none of them afterwards; outside of the main thread, which alone may do so,
+        not at all.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.__init__()  # type: ignore[misc]  # an earlier request has been met
+        self.install()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.__init__()  # type: ignore[misc]
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

@@ -124,7 +124,7 @@ class Trainer:
         return Path(folder)
 
     def _open_folder(self) -> Path | None:
-        self._lock = lock_run(self.folder.path)  # until this process ends, however it does
+        self.folder.lock = lock_run(self.folder.path)  # until this process ends, however it does
         return open_run(self.folder, self.recipe, self.resume, self.report.say)
 
     def build(self) -> None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -21,6 +21,9 @@ from trainer.runs.durable import atomic_write
 from trainer.runs.store import CheckpointStore
 
 RECIPE, DATA = "recipe.yaml", "data.json"
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -93,6 +96,12 @@ class RunFolder:
         self.path = path
         self.checkpoints = CheckpointStore(path / "checkpoints")
         self.is_open = False
+        self.lock: FileLock | None = None  # while this process holds the run
+
+    def release(self) -> None:
+        """Lets other processes, or this one again, train this run."""
+        if self.lock:
+            self.lock.release()
 
     @property
     def pictures(self) -> Path:

@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.distributed.launch import Launch
 from trainer.inference.model import Model, load
-from trainer.runs.folder import RunFolder, find_run
+from trainer.recipe.load import load_recipe
+from trainer.runs.folder import RunFolder, find_run, runs_dir
+from trainer.signals import STOP
+from trainer.tasks.checks import TASK_CHECKS, batch_checks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +56,26 @@ class Run:
         return load(self.folder.path, checkpoint)
 
 
-def as_overrides(settings: Mapping[str, Any]) -> list[str]:
-    """`{"optimizer.lr": 1e-3}` as a command line has it: `optimizer.lr=0.001`."""
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+def train(recipe: str | Path, overrides: Mapping[str, Any], resume: str = "auto") -> Run:
+    """Trains a recipe in this process, until it is finished or interrupted: by the kernel's interrupt, in a notebook.
+
+    Args:
+        recipe: a YAML file.
+        overrides: values by dotted key, e.g. `{"optimizer.lr": 1e-3}`.
+        resume: `auto`, `never` or a checkpoint folder, as for `trainer/run.py`.
+
+    Raises:
+        UserError: the recipe is invalid, or the run can't be what it asks for.
+        TrainingFailed: something isn't finite, a sample can't be read, a checkpoint can't be written, out of memory.
+    """
+    from trainer.trainer import Trainer
+
+    arguments = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
+    loaded = load_recipe(recipe, arguments, [*Launch.read().checks(), *TASK_CHECKS, *batch_checks(1)])
+    with STOP.installed():
+        training = Trainer(loaded, resume)
+        try:
+            training.fit()
+        finally:
+            training.folder.release()
+    return Run(runs_dir() / loaded.name)
