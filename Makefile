@@ -55,7 +55,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null; then \
 	    echo "setting up .venv with uv: $(DOWNLOAD)"; \
 	    set -x && uv venv --quiet --allow-existing --python $(or $(PYTHON),'>=3.11') .venv && \
-	    uv pip install --quiet --python .venv --constraint constraints.txt --editable '.[detection,test,dev,bench]'; \
+	    uv pip install --quiet --python .venv --constraint constraints.txt --editable '.[demo,detection,export,test,dev,bench]'; \
 	else \
 	    for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
 	        $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
@@ -65,6 +65,6 @@ $(STAMP): pyproject.toml constraints.txt
 	    fi; \
 	    echo "setting up .venv with pip: $(DOWNLOAD)"; \
 	    set -x && $$python -m venv .venv && \
-	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[detection,test,dev,bench]'; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,detection,export,test,dev,bench]'; \
 	fi
 	@touch $@
