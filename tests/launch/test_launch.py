@@ -32,7 +32,7 @@ def test_a_launch_of_two_processes_trains_and_says_so_once(tmp_path: Path) -> No
     summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
     assert (summary["status"], summary["world_size"]) == ("finished", 2)
     again = run(sys.executable, "trainer/run.py", recipe, "train.duration=4 steps")
-    assert again.returncode == 0 and "finished already, at step 4" in again.stderr
+    assert again.returncode == 0 and "already finished, at step 4" in again.stderr
 
 
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_check_prints_the_resolved_recipe_and_what_reading_costs(tmp_path: Path)
     prepared = run(BIN / "trainer", "prepare", "shapes")
     assert prepared.returncode == 0 and "1651 rows, 1500 train, 151 validation" in prepared.stdout
     done = run(BIN / "trainer", "check", "recipes/quickstart.yaml", "--num_processes", "2", "train.seed=7")
-    assert done.returncode == 0 and "seed: 7" in done.stdout and "rows for each one used (2 processes" in done.stderr
+    assert done.returncode == 0 and "seed: 7" in done.stdout and "rows for each row used (2 processes" in done.stderr
     assert run(BIN / "trainer", "check", recipe, "--num_processes", "3").returncode == 2
 
 

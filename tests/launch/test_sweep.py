@@ -35,7 +35,7 @@ def test_a_failed_run_does_not_stop_the_others_and_finished_ones_are_skipped(tmp
     assert "training failed" in (tmp_path / "runs" / "run-lr=1e300.log").read_text()
     second = sweep(recipe, "optimizer.lr=1e-3,2e-3")
     assert second.returncode == 0, second.stderr
-    assert "run-lr=1e-3: finished already" in second.stdout and "run-lr=2e-3: training" in second.stdout
+    assert "run-lr=1e-3: already finished" in second.stdout and "run-lr=2e-3: training" in second.stdout
 
 
 def test_a_mistake_in_any_run_is_reported_before_one_is_trained(tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_an_image_of_the_test_split_is_in_no_other(
         ({"test": "x", "test_masks": "test"}, "--test x and --test-masks exclude each other; give one of them"),
         ({"test": "0.1"}, "--test 0.1: only the validation split can be a share; name the files of the test split"),
         ({"test": "nowhere"}, "no folder nowhere/train, which should hold images"),
-        ({"validation_labels": "val"}, "--validation-labels belongs to `trainer prepare yolo`, not to folder"),
+        ({"validation_labels": "val"}, "--validation-labels is an option of `trainer prepare yolo`, not of folder"),
     ],
     ids=str,
 )

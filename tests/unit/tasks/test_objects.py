@@ -54,7 +54,7 @@ def test_a_freeze_that_leaves_nothing_or_contradicts_is_refused(tmp_path: Path) 
     assert "train.freeze: the model has 25 layers, so at most 24 can be frozen (got 25)" in problems(
         tmp_path, "train.freeze=25"
     )
-    assert "train.freeze: chooses the trainable layers, and so does model.train_only" in problems(
+    assert "train.freeze: conflicts with model.train_only" in problems(
         tmp_path, "train.freeze=3", "model.train_only=[model.24]"
     )
 
