@@ -241,7 +241,7 @@ def test_offline_one_run_is_written_to_the_run_folder(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert main(["sync", str(run.path)]) == 0
-    assert f"`wandb sync` sends what is in {run.path / 'wandb'}" in capsys.readouterr().out
+    assert f"written offline to {run.path / 'wandb'}; upload them with `wandb sync`" in capsys.readouterr().out
     assert [row["step"] for row in history(run)] == [1, 2, 2, 3, 4, 4]
     assert len(list(run.path.glob("wandb/offline-run-*"))) == 1
 

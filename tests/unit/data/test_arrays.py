@@ -92,7 +92,7 @@ def test_check_tells_what_they_are_trained_on_and_refuses_what_only_images_have(
     assert main(["check", recipe, "--show-samples", str(tmp_path / "out.png")]) == 2
     assert "the samples of vectors aren't images" in capsys.readouterr().err
     assert main(["summary", recipe]) == 2
-    assert "vectors has no images, and `trainer summary` counts per image" in capsys.readouterr().err
+    assert "vectors has no images, but `trainer summary` counts per image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
