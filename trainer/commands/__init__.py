@@ -32,17 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:]
     verbs = sorted(info.name for info in pkgutil.iter_modules(__path__))
     if not arguments or arguments[0] not in verbs:
-        asked = arguments[:1] in (["-h"], ["--help"])
-        if arguments and not asked:
+        is_help = arguments[:1] in (["-h"], ["--help"])
+        output = sys.stdout if is_help else sys.stderr
+        if arguments and not is_help:
             print(f"error: unknown command {arguments[0]!r}; {nearest(arguments[0], verbs)}\n", file=sys.stderr)
-        print(
-            "usage: trainer COMMAND …    (for details: trainer COMMAND --help)\n",
-            file=sys.stdout if asked else sys.stderr,
-        )
+        print("usage: trainer COMMAND …    (for details: trainer COMMAND --help)\n", file=output)
         for verb in verbs:
-            print(f"  {verb:10} {_help(verb)}", file=sys.stdout if asked else sys.stderr)
-        print("\nTo train: accelerate launch trainer/run.py RECIPE", file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+            print(f"  {verb:10} {_help(verb)}", file=output)
+        print("\nTo train: accelerate launch trainer/run.py RECIPE", file=output)
+        return 0 if is_help else 2
     verb, *rest = arguments
     module = importlib.import_module(f"{__name__}.{verb}")
     parser = argparse.ArgumentParser(prog=f"trainer {verb}", description=module.HELP)

@@ -456,8 +456,8 @@ def test_a_bad_file_leaves_the_set_that_was_there(files: Path, capsys: pytest.Ca
         ({"validation": "held out"}, "no folder held out/photos, which should hold images"),
         (
             {"masks": None},
-            "--masks is missing: trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE [--ignore "
-            "LABEL] [--validation SHARE|DIR ",
+            "missing --masks; usage: trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE "
+            "[--ignore LABEL] [--validation SHARE|DIR ",
         ),
     ],
     ids=str,

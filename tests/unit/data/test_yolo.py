@@ -194,7 +194,7 @@ def test_labels_without_an_image_and_damaged_images_are_named(files: Path, capsy
     [
         (
             {"labels": None},
-            "--labels is missing: trainer prepare yolo --name NAME --images DIR --labels DIR --classes FILE "
+            "missing --labels; usage: trainer prepare yolo --name NAME --images DIR --labels DIR --classes FILE "
             "[--validation SHARE|DIR ",
         ),
         ({"labels": "nowhere"}, "no folder nowhere, which should hold label files (.txt)"),
