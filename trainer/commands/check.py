@@ -111,7 +111,7 @@ def _data_line(recipe: Recipe, processes: int) -> str:
     folder = data_dir() / source.name
     if not (folder / CARD).exists():
         return (
-            f"{source.name} is not prepared yet: training or `trainer prepare {source.command or source.name}` does it"
+            f"{source.name} is not prepared yet: run `trainer prepare {source.command or source.name}`, or just train"
         )
     card = Card.load(folder, source.command)
     card.verify(folder, everything=False)
@@ -194,7 +194,7 @@ def _show_samples(recipe: Recipe, file: Path) -> None:
 
     data = _uncached(recipe)
     if "image" not in data.train.reader.columns:
-        raise UserError(f"--show-samples: {recipe.path}: the samples of {recipe.data.name} aren't images")
+        raise UserError(f"--show-samples: {recipe.path}: the samples of {recipe.data.name} have no `image`")
     plain = TrainingSamples(data.train.reader, data.order)
     size = data.order.size
     # For each epoch, the position of each sample in the data order.

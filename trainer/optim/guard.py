@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.distributed.control import Control
 
-GRADIENTS = "gradient_norm"
+GRADIENTS = "gradient_norm"  # among the values that are checked; the others are terms of the loss
 
 MAX_IDS = 32  # sample ids in a message
 
@@ -106,17 +106,17 @@ class Guard:
         for backup in self._backups:
             backup.save()
 
-    def judge(self, step: int, values: dict[str, Tensor], finite_shares: list[Tensor]) -> Verdict:
+    def judge(self, step: int, values: dict[str, Tensor], parts_finite: list[Tensor]) -> Verdict:
         """Decides on a step, after its backward pass.
 
         Args:
             step: its number, from 0.
             values: the terms of the loss over all processes, and `gradient_norm`; scalars.
-            finite_shares: for each micro-batch a bool scalar, whether this process's part of the loss is finite.
+            parts_finite: for each micro-batch a bool scalar, whether this process's part of the loss is finite.
         """
         if self._record is None:
-            self._record = _Record(list(values), len(finite_shares), self.scaled, next(iter(values.values())).device)
-        non_finite, ever_bad = self._record.add(step, values, finite_shares)
+            self._record = _Record(list(values), len(parts_finite), self.scaled, next(iter(values.values())).device)
+        non_finite, ever_bad = self._record.add(step, values, parts_finite)
         veto = non_finite if self.skip else non_finite | ever_bad
         decide = self._decide_on_device if self._device_can_decide(veto.device) else self._decide_on_host
         return Verdict(decide(veto), ~veto)
@@ -131,6 +131,7 @@ class Guard:
         return device.type != "cpu" and self._has_stepped and is_fused
 
     def _decide_on_host(self, veto: Tensor) -> bool:
+        """Waits for the veto; returns whether to call the optimizer."""
         self._found_inf = None
         if not bool(veto):
             self._has_stepped = True
@@ -142,6 +143,7 @@ class Guard:
         return self.scaled
 
     def _decide_on_device(self, veto: Tensor) -> bool:
+        """Passes the veto to the optimizer, which is called in any case."""
         for backup in self._backups:
             backup.restore_where(veto)
         self._found_inf = veto.float()
@@ -175,36 +177,37 @@ class _Record:
         self._first_bad = zeros(2 + len(names) + micro_batches)
         self._seen_bad = self._seen_skipped = 0.0
 
-    def add(self, step: int, values: Mapping[str, Tensor], finite_shares: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def add(self, step: int, values: Mapping[str, Tensor], parts_finite: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Adds a step; returns two bool scalars: whether it is non-finite, and whether any step so far was bad."""
         observed = torch.stack([value.detach().double() for value in values.values()])
         finite = observed.isfinite()
         non_finite = ~finite.all()
         bad = non_finite
         if self.scaled:
-            losses = torch.stack([ok for ok, name in zip(finite, values, strict=True) if name != GRADIENTS])
-            overflow = non_finite & losses.all()
+            losses_finite = torch.stack([ok for ok, name in zip(finite, values, strict=True) if name != GRADIENTS])
+            overflow = non_finite & losses_finite.all()
             self._overflows = (self._overflows + 1) * overflow
             bad = non_finite & ~(overflow & (self._overflows < MAX_OVERFLOWS).all())
-        marked = (~torch.stack(finite_shares)).double()
+        marked = (~torch.stack(parts_finite)).double()
         this_step = torch.cat([torch.full_like(observed[:1], step), self._overflows, observed, marked])
         self._first_bad = torch.where(bad & (self._bad == self._seen_bad), this_step, self._first_bad)
         self._bad, self._skipped = self._bad + bad, self._skipped + non_finite
         return non_finite, (self._bad > 0).squeeze()
 
     def take(self, advice: str) -> Finding:
-        """What is new since the last call; waits for the device."""
+        """The steps skipped since the last call; waits for the device."""
         bad, skipped, step, overflows, *rest = torch.cat([self._bad, self._skipped, self._first_bad]).tolist()
         num_skipped, is_bad = int(skipped - self._seen_skipped), bad > self._seen_bad
         self._seen_bad, self._seen_skipped = bad, skipped
         if not is_bad:
             return Finding(num_skipped)
         values, marked = rest[: len(self.names)], rest[len(self.names) :]
-        named = zip(self.names, values, strict=True)
-        what = ", ".join(f"{name} is {value}" for name, value in named if not isfinite(value))
         if overflows:
             what = f"the gradients overflow fp16 in {overflows:.0f} steps in a row, at every scale"
             advice = "set train.precision=bf16 or fp32, whose range is wider"
+        else:
+            named = zip(self.names, values, strict=True)
+            what = ", ".join(f"{name} is {value}" for name, value in named if not isfinite(value))
         return Finding(num_skipped, what, int(step), [int(mark) for mark in marked], advice)
 
 

@@ -94,20 +94,20 @@ class Learner:
 
         self.guard.begin_step()
         terms: dict[str, Tensor] = {}
-        finite_shares: list[Tensor] = []
+        parts_finite: list[Tensor] = []
         accumulate = self.settings.accumulate
         for number, batch in enumerate(micro_batches, start=1):
             # Processes exchange gradients once per step, after the last micro-batch.
             with nullcontext() if number == accumulate else self.accelerator.no_sync(self.wrapped):
-                micro_terms, share_is_finite = self._forward_backward(batch, weight=1 / accumulate)
+                micro_terms, part_is_finite = self._forward_backward(batch, weight=1 / accumulate)
             terms = {name: terms.get(name, 0.0) + term / accumulate for name, term in micro_terms.items()}
-            finite_shares.append(share_is_finite)
+            parts_finite.append(part_is_finite)
 
         self.accelerator.unscale_gradients()  # only fp16 scales them
         terms[GRADIENTS] = get_total_norm([weight.grad for weight in self.names if weight.grad is not None])
         if self.settings.clip_norm:
             clip_grads_with_norm_(list(self.names), self.settings.clip_norm, terms[GRADIENTS])
-        verdict = self.guard.judge(step, terms, finite_shares)
+        verdict = self.guard.judge(step, terms, parts_finite)
         if verdict.call_optimizer:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -127,8 +127,8 @@ class Learner:
         local_sums = self.task.loss_sums(self.wrapped, batch)
         terms = self.task.loss.combine(add_over_processes(local_sums))
         self.accelerator.backward(terms["loss"] * (weight * self.accelerator.num_processes))
-        share_is_finite = torch.stack([value.detach().isfinite().all() for value in local_sums.values()]).all()
-        return {name: term.detach() for name, term in terms.items()}, share_is_finite
+        part_is_finite = torch.stack([value.detach().isfinite().all() for value in local_sums.values()]).all()
+        return {name: term.detach() for name, term in terms.items()}, part_is_finite
 
     def rehearse(self, batch: Batch) -> None:
         """Runs a micro-batch through DDP before the state is restored; see `ddp.rehearse`."""

@@ -87,10 +87,8 @@ def _check_durations(recipe: Recipe) -> Iterator[Problem]:
         except ValueError as error:
             yield recipe.problem(f"schedule.{key}", str(error))
         else:
-            comparable = {value.unit, clock.duration.unit} != {
-                "steps",
-                "epochs",
-            }  # which needs the size of the data set
+            # Comparing steps with epochs needs the size of the data set.
+            comparable = {value.unit, clock.duration.unit} != {"steps", "epochs"}
             if comparable and share > 1:
                 yield recipe.problem(
                     f"schedule.{key}", f"is longer than the training (train.duration {clock.duration})", value

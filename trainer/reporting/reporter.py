@@ -39,7 +39,7 @@ class Reporter:
         self.folder, self.recipe, self.enabled = folder, recipe, enabled
         self.display = Progress(enabled)
         self.say, self.step = self.display.say, self.display.step
-        self.mirrors: Mirrors | None = None  # the trackers, opened in `begin`
+        self.mirrors: Mirrors | None = None  # the trackers: from `begin` on, on rank 0
         self._curves_drawn = 0.0  # time of the last drawing, in seconds
         self._advice: str | None = None  # from the last evaluation
         self._advice_given = False
@@ -119,7 +119,7 @@ class Reporter:
             panels: names of the P panels.
             legend: the name of each colour.
         """
-        if not (self.enabled and self.mirrors):
+        if not self.mirrors:
             return
         folder, step = self.folder.pictures, line["step"]
         for name, draw in (("confusion", draw_confusion), ("precision_recall", draw_precision_recall)):
@@ -130,7 +130,7 @@ class Reporter:
         self.mirrors.pictures(self.folder.pictures_of(step), step)
 
     def _log(self, line: Line) -> None:
-        if self.enabled and self.mirrors:
+        if self.mirrors:
             self.folder.log(line)
             self.mirrors.log(line)
 
@@ -146,7 +146,7 @@ class Reporter:
     # ------------------------------------------------------------ at the end
 
     def summary(self, status: Status, **facts: Any) -> dict[str, Any]:
-        """Writes and returns summary.json."""
+        """Writes summary.json and returns its contents, {} on other ranks."""
         return self.folder.write_summary(status, **facts) if self.enabled else {}
 
     def stopped(self, resume: str, facts: Mapping[str, Any]) -> None:
@@ -177,7 +177,7 @@ class Reporter:
 
     def _close(self, status: Status, facts: Mapping[str, Any]) -> dict[str, Any]:
         self.display.close()
-        if not (self.enabled and self.mirrors):
+        if not self.mirrors:
             return {}
         summary = self.summary(status, **facts)
         with suppress(OSError):  # a full disk has been reported

@@ -90,7 +90,7 @@ def test_check_tells_what_they_are_trained_on_and_refuses_what_only_images_have(
     assert "data.resize: samples of vectors aren't images: remove this key" in error
     assert "data.augment: samples of vectors aren't images: remove this key" in error
     assert main(["check", recipe, "--show-samples", str(tmp_path / "out.png")]) == 2
-    assert "the samples of vectors aren't images" in capsys.readouterr().err
+    assert "the samples of vectors have no `image`" in capsys.readouterr().err
     assert main(["summary", recipe]) == 2
     assert "vectors has no images, but `trainer summary` counts per image" in capsys.readouterr().err
 
