@@ -131,8 +131,8 @@ def test_without_room_in_memory_the_message_says_the_batch_size_and_what_to_do(t
     ) as job:
         assert job.wait() == [3, 3], job.output
     assert (
-        "rank 1: training failed: out of memory with 4 samples at a time in each process: train.accumulate=2 halves "
-        "them" in job.output
+        "rank 1: training failed: out of memory with 4 samples at a time per process: train.accumulate=2 halves "
+        "this" in job.output
     )
     assert "Traceback" not in job.output
     tally("out of memory on one rank: one message with the batch size")

@@ -128,7 +128,7 @@ while :; do sleep 0.1; done"""
             assert process.poll() is None
         os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches the whole group
         code, output, attempts = finish(process)
-    assert (code, attempts) == (0, 1) and "the same command resumes from step 9" in output
+    assert (code, attempts) == (0, 1) and "rerun to resume from step 9" in output
 
 
 def test_it_never_starts_anew(home: Path) -> None:

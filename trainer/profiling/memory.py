@@ -23,7 +23,7 @@ from trainer.errors import UserError
 from trainer.models.freeze import set_train_mode, train_only
 from trainer.optim.ema import Ema
 from trainer.recipe.recipe import Recipe
-from trainer.tasks.build import build_task, place
+from trainer.tasks.build import build_task, to_device
 
 STEPS = 3
 
@@ -78,7 +78,7 @@ def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, wid
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = _start_peak(device)
     task = build_task(recipe, info)
-    model = place(task, recipe, device, uniform=True)
+    model = to_device(task, recipe, device, uniform=True)
     train_only(model.requires_grad_(True), layers)
     set_train_mode(model)
     precision = resolve_precision(recipe.train.precision)

@@ -62,14 +62,14 @@ def test_the_command_names_the_nearest_data_set() -> None:
             ["cifar10", "num_colours=1", "category=3"],
             r"(?s)command line: category: .*command line: num_colours: must be greater than or equal to 2",
         ),
-        (["cifar10", "ship"], r"command line: an override is key\.path=value"),
+        (["cifar10", "ship"], r"command line: an override must be key\.path=value"),
         (["shapes", "batch_size=3"], "command line: batch_size: unknown key; there are none"),
         (["hub", "image=a", "mask=b"], "command line: path: this key is required"),
         (["cifar10_horses", "num_colours=16"], "cifar10_horses: the course has 24 colour centres, not 16"),
         (
             ["shapes", "--name", "mine"],
-            "--name belongs to `trainer prepare folder` or `trainer prepare yolo` or `trainer prepare coco`, not to "
-            "shapes",
+            "--name is an option of `trainer prepare folder` or `trainer prepare yolo` or `trainer prepare coco`, not "
+            "of shapes",
         ),
         (["folder", "set=mine"], "trainer prepare folder --name NAME --images DIR"),
     ],
@@ -124,13 +124,16 @@ def test_a_folder_that_is_called_like_a_data_set_is_not_taken_for_one() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--masks", "m", "yolo", "--name", "x"], "--masks belongs to `trainer prepare folder`, not to yolo"),
-        (["coco", "--labels=l"], "--labels belongs to `trainer prepare yolo`, not to coco"),
-        (["shapes", "--archive", "x", "--images", "i"], "--images belongs to `trainer prepare folder` or `trainer"),
-        (["folder", "--imges", "x"], "--imges is no option of `trainer prepare folder`; did you mean '--images'?"),
-        (["shapes", "--verfy"], "--verfy is no option of `trainer prepare shapes`; did you mean '--verify'?"),
+        (["--masks", "m", "yolo", "--name", "x"], "--masks is an option of `trainer prepare folder`, not of yolo"),
+        (["coco", "--labels=l"], "--labels is an option of `trainer prepare yolo`, not of coco"),
+        (
+            ["shapes", "--archive", "x", "--images", "i"],
+            "--images is an option of `trainer prepare folder` or `trainer",
+        ),
+        (["folder", "--imges", "x"], "`trainer prepare folder` has no option --imges; did you mean '--images'?"),
+        (["shapes", "--verfy"], "`trainer prepare shapes` has no option --verfy; did you mean '--verify'?"),
         (["--archives", "x", "flower17"], "unknown data set 'flower17'; did you mean 'flowers17'?"),
-        (["yolo", "--name", "x"], "--images, --labels, --classes are missing: trainer prepare yolo --name NAME "),
+        (["yolo", "--name", "x"], "missing --images, --labels, --classes; usage: trainer prepare yolo --name NAME "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -61,7 +61,7 @@ def test_no_cache_of_the_whole_set_is_made_for_it(recipe: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("out.jpg", "name a .png file, and one recipe"),
+        ("out.jpg", "give a .png file and only one recipe"),
         ("missing/out.png", "can't be written: No such file"),
         ("folder.png", "can't be written"),
     ],

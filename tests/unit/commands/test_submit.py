@@ -130,7 +130,7 @@ def test_what_slurm_says_of_a_refused_job_is_passed_on(sbatch: Path, capsys: pyt
         "#!/bin/sh\necho 'sbatch: error: invalid partition specified: nowhere' >&2\nexit 1\n", encoding="utf-8"
     )
     assert main(["submit", "mine.yaml", "--partition", "nowhere"]) == 2
-    assert "SLURM refuses the job: sbatch: error: invalid partition specified: nowhere" in capsys.readouterr().err
+    assert "SLURM rejected the job: sbatch: error: invalid partition specified: nowhere" in capsys.readouterr().err
 
 
 def test_without_slurm_it_says_so_and_what_still_works(
@@ -138,4 +138,4 @@ def test_without_slurm_it_says_so_and_what_still_works(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["submit", "mine.yaml"]) == 2
-    assert "there is no sbatch here" in (wrong := capsys.readouterr().err) and "--dry-run shows the script" in wrong
+    assert "sbatch not found" in (wrong := capsys.readouterr().err) and "--dry-run prints the job script" in wrong

@@ -87,12 +87,12 @@ def test_check_tells_what_they_are_trained_on_and_refuses_what_only_images_have(
     assert "ok; vectors: train 60, validation 13 rows; 30 steps" in capsys.readouterr().err
     assert main(["check", recipe, "data.resize=[8,8]", "data.augment=[horizontal_flip]"]) == 2
     error = capsys.readouterr().err
-    assert "data.resize: samples of vectors are no images: leave it out" in error
-    assert "data.augment: samples of vectors are no images: leave it out" in error
+    assert "data.resize: samples of vectors aren't images: remove this key" in error
+    assert "data.augment: samples of vectors aren't images: remove this key" in error
     assert main(["check", recipe, "--show-samples", str(tmp_path / "out.png")]) == 2
     assert "the samples of vectors have no `image`" in capsys.readouterr().err
     assert main(["summary", recipe]) == 2
-    assert "vectors has no images, and `trainer summary` counts per image" in capsys.readouterr().err
+    assert "vectors has no images, but `trainer summary` counts per image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

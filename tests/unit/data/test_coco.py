@@ -161,7 +161,7 @@ def test_each_split_has_its_file_and_may_have_its_folder(files: Path, elsewhere:
         ({"test_images": "photos"}, "--test-images photos holds the images of a COCO file; name it by --test FILE"),
         ({"test": "0.1"}, "--test 0.1: only the validation split can be a share; name the files of the test split"),
         ({"test": "nothing.json"}, "nothing.json can't be read: No such file"),
-        ({"test_masks": "masks"}, "--test-masks belongs to `trainer prepare folder`, not to coco"),
+        ({"test_masks": "masks"}, "--test-masks is an option of `trainer prepare folder`, not of coco"),
     ],
     ids=str,
 )

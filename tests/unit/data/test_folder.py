@@ -256,7 +256,7 @@ def test_an_image_of_the_test_split_is_in_no_other(
         ({"test": "x", "test_masks": "test"}, "--test x and --test-masks exclude each other; give one of them"),
         ({"test": "0.1"}, "--test 0.1: only the validation split can be a share; name the files of the test split"),
         ({"test": "nowhere"}, "no folder nowhere/train, which should hold images"),
-        ({"validation_labels": "val"}, "--validation-labels belongs to `trainer prepare yolo`, not to folder"),
+        ({"validation_labels": "val"}, "--validation-labels is an option of `trainer prepare yolo`, not of folder"),
     ],
     ids=str,
 )
@@ -456,8 +456,8 @@ def test_a_bad_file_leaves_the_set_that_was_there(files: Path, capsys: pytest.Ca
         ({"validation": "held out"}, "no folder held out/photos, which should hold images"),
         (
             {"masks": None},
-            "--masks is missing: trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE [--ignore "
-            "LABEL] [--validation SHARE|DIR ",
+            "missing --masks; usage: trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE "
+            "[--ignore LABEL] [--validation SHARE|DIR ",
         ),
     ],
     ids=str,

@@ -194,12 +194,12 @@ def test_labels_without_an_image_and_damaged_images_are_named(files: Path, capsy
     [
         (
             {"labels": None},
-            "--labels is missing: trainer prepare yolo --name NAME --images DIR --labels DIR --classes FILE "
+            "missing --labels; usage: trainer prepare yolo --name NAME --images DIR --labels DIR --classes FILE "
             "[--validation SHARE|DIR ",
         ),
         ({"labels": "nowhere"}, "no folder nowhere, which should hold label files (.txt)"),
         ({"validation_labels": "texts"}, "--validation-labels needs --validation-images beside it"),
-        ({"masks": "masks"}, "--masks belongs to `trainer prepare folder`, not to yolo"),
+        ({"masks": "masks"}, "--masks is an option of `trainer prepare folder`, not of yolo"),
         ({"name": "coco128"}, "--name coco128: there is a data set of that name already"),
     ],
     ids=str,

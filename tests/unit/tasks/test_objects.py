@@ -54,7 +54,7 @@ def test_a_freeze_that_leaves_nothing_or_contradicts_is_refused(tmp_path: Path) 
     assert "train.freeze: the model has 25 layers, so at most 24 can be frozen (got 25)" in problems(
         tmp_path, "train.freeze=25"
     )
-    assert "train.freeze: chooses the trainable layers, and so does model.train_only" in problems(
+    assert "train.freeze: conflicts with model.train_only" in problems(
         tmp_path, "train.freeze=3", "model.train_only=[model.24]"
     )
 
@@ -83,7 +83,7 @@ def test_a_set_of_ones_own_without_masks_doesnt_fit_a_task_that_needs_them(
         component.__dict__, "factory", lambda: replace(source, columns={"image": "image", "objects": "boxes"})
     )
     found = problems(tmp_path, "task=watershed", "model=watershed_unet", "loss=watershed", "evaluate.best=mask_map")
-    assert "data: task watershed needs masks, and this set has only boxes (got scenes)" in found
+    assert "data: task watershed needs masks, but this data set has only boxes (got scenes)" in found
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -179,4 +179,4 @@ def test_check_compares_anchors_and_draws_samples(
         text = text.replace(before, after)
     (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
     assert main(["check", str(tmp_path / "s.yaml"), "--anchors"]) == 2
-    assert "has no model with anchors" in capsys.readouterr().err
+    assert "doesn't train a detection model with anchors" in capsys.readouterr().err
