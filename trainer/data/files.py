@@ -14,7 +14,7 @@ from trainer.data.card import sha256
 from trainer.data.images import image_size
 from trainer.errors import UserError
 
-SHOWN = 5  # files that a message lists
+SHOWN = 5  # problems listed in a message
 
 
 class File(NamedTuple):

@@ -132,7 +132,10 @@ def source_of_files(
 
 def _check_name(name: str) -> None:
     if not NAME.fullmatch(name) or name == DOWNLOADS:
-        raise UserError(f"--name {name}: must consist of letters, digits and . _ -; it names a folder in {data_dir()}")
+        raise UserError(
+            f"--name {name}: must consist of letters, digits and . _ -, and not be {DOWNLOADS}; it names a folder "
+            f"in {data_dir()}"
+        )
     if name in catalogue("dataset"):
         raise UserError(f"--name {name}: the catalogue has a data set of this name; choose another")
 

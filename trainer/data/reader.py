@@ -62,14 +62,14 @@ class Reader:
         self.pixels: Pixels | None = None
         pixel_columns = {name: role for name, role in self.columns.items() if rules_of(role).sized}
         if pixel_columns:
-            objects = [(name, role) for name, role in self.columns.items() if role in ROLES]
-            if objects or not resize:
-                sizes = self.rows.sizes()  # as prepared: boxes are stored in these coordinates
-            for name, role in objects[:1]:
+            object_columns = [(name, role) for name, role in self.columns.items() if role in ROLES]
+            if object_columns or not resize:
+                sizes = self.rows.sizes()  # as prepared
+            for name, role in object_columns[:1]:  # a set has at most one
                 self.objects = Objects(self.rows.column(name), sizes, role, resize)
             shape = "native"
             if resize:
-                sizes = np.tile(np.asarray(resize.size, dtype=np.int64), (len(self), 1))
+                sizes = np.tile(np.asarray(resize.size, dtype=np.int64), (len(self), 1))  # after the resize
                 shape = "x".join(map(str, resize.size)) + "-letterbox" * isinstance(resize, Letterbox)
             cache_folder = (
                 machine_folder(folder / "cache") / card.fingerprint[:16] / f"{split}-{shape}" if cache else None

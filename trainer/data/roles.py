@@ -22,7 +22,7 @@ MASK = "mask"  # the column of class indices
 
 IGNORED = 255  # the ignored label of most sets that have one
 
-SHOWN = 5  # labels that a message lists
+SHOWN = 5  # labels listed in a message
 
 Counts = npt.NDArray[np.int64]
 

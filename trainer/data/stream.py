@@ -46,12 +46,13 @@ class Samples(ABC):
         sample_ids: Sequence[int],
         augment: Callable[[list[Sample]], list[Sample]] | None = None,
     ) -> dict[str, Tensor]:
+        """Reads samples, all at once from the cache if possible, then augments and joins them."""
         reader, stand_ins = self.reader, self.reader.stand_ins
         read_ids = [stand_ins.of(sample_id) for sample_id in sample_ids]
         fields: dict[str, Tensor] | None = None
         if reader.pixels and not reader.objects and not augment:
             fields = reader.pixels.read_cached(read_ids)
-        if fields is None:
+        if fields is None:  # reading may find more unreadable samples, so the ids may change
             read_ids, samples = map(list, zip(*map(reader.read, sample_ids), strict=True))
             fields = collate(augment(samples) if augment else samples, reader.name)
         batch = {name: torch.from_numpy(values[read_ids]) for name, values in reader.preloaded.items()} | fields

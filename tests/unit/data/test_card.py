@@ -63,22 +63,22 @@ def test_a_card_of_another_format_is_an_error(folder: Path) -> None:
 
 
 def test_a_folder_without_card_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no prepared data set; `trainer prepare toy`"):
+    with pytest.raises(UserError, match="no prepared data set; run `trainer prepare toy`"):
         Card.load(tmp_path / "toy")
 
 
 def test_advice_says_the_command_where_it_is_known(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no prepared data set; `trainer prepare toy size=3` makes it"):
+    with pytest.raises(UserError, match="no prepared data set; run `trainer prepare toy size=3` to prepare it"):
         Card.load(tmp_path / "nothing", "toy size=3")
     replace(Card.load(folder), command="toy size=4").save(folder)
     (folder / "train/00001.parquet").write_bytes(b"tWo" * 20)
     with pytest.raises(
         UserError,
-        match=r"has changed since it was prepared; delete .*toy, then `trainer prepare toy size=4` makes it again",
+        match=r"changed since it was prepared; delete .*toy, then run `trainer prepare toy size=4` to prepare it again",
     ):
         Card.load(folder).verify(folder)
     (folder / "train/00001.parquet").unlink()
-    with pytest.raises(UserError, match=r"is missing; `trainer prepare toy size=4` makes it again"):
+    with pytest.raises(UserError, match=r"is missing; run `trainer prepare toy size=4` to prepare it again"):
         Card.load(folder, "toy size=3")
 
 

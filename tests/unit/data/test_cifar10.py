@@ -99,7 +99,7 @@ def test_of_two_centres_equally_near_the_first_is_taken() -> None:
 def test_a_batch_that_is_none_is_an_error_that_names_it(archive: Path) -> None:
     pack(archive / "cifar-10-python.tar.gz", {"cifar-10-batches-py/data_batch_1": b"half a pickle"}, "w:gz")
     with pytest.raises(
-        UserError, match=r"cifar-10-python\.tar\.gz: cifar-10-batches-py/data_batch_1: no batch of CIFAR-10"
+        UserError, match=r"cifar-10-python\.tar\.gz: cifar-10-batches-py/data_batch_1: not a batch of CIFAR-10"
     ):
         rows(cifar10(num_colours=4, category="dog"), archive)
 
@@ -162,8 +162,8 @@ def saved(array: np.ndarray) -> bytes:
         (b"no array", "can't be read"),
         (objects(), "can't be read: .*allow_pickle=False"),
         (saved(np.full((24, 3), "red")), "can't be read"),
-        (saved(np.zeros((24, 4))), r"holds an array of shape \(24, 4\), not \(24, 3\)"),
-        (saved(np.full((24, 3), np.nan)), "holds numbers that aren't finite"),
+        (saved(np.zeros((24, 4))), r"contains an array of shape \(24, 4\), not \(24, 3\)"),
+        (saved(np.full((24, 3), np.nan)), "contains non-finite numbers"),
     ],
     ids=["text", "pickle", "words", "shape", "nan"],
 )

@@ -223,7 +223,7 @@ def test_a_full_disk_turns_the_cache_off_with_a_line(
 
     monkeypatch.setattr("trainer.data.cache._allocate", full)
     assert samples(prepared).reader.pixels.cache is None
-    assert "data.cache is off" in capsys.readouterr().err
+    assert "data.cache is disabled" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- samples that can't be read
@@ -359,7 +359,7 @@ def test_a_file_that_is_lost_before_its_sizes_are_read_is_one_line_that_names_it
     path.write_bytes(bytes(1000))
     with pytest.raises(
         UserError,
-        match=r"train/00000\.parquet can't be read: .*; delete .*paired, then `trainer prepare paired` makes it again",
+        match=r"train/00000\.parquet can't be read: .*; delete .*paired, then run `trainer prepare paired` to prepare ",
     ):
         samples(prepared)
 
@@ -411,7 +411,7 @@ def test_the_cache_leaves_room_on_the_disk(
 ) -> None:
     monkeypatch.setattr("trainer.data.cache.SPARE_BYTES", 2**60)
     assert samples(prepared).reader.pixels.cache is None
-    assert "too little room" in capsys.readouterr().err
+    assert "too little space" in capsys.readouterr().err
 
 
 def test_what_the_model_sees_is_moved_to_its_device_and_ids_stay_on_the_cpu(prepared: tuple[Path, Card]) -> None:
