@@ -269,7 +269,7 @@ def test_a_stop_is_noticed_between_members(tmp_path: Path, monkeypatch: pytest.M
             next(found)
 
 
-def test_of_two_downloads_of_an_archive_one_waits_and_says_so(tmp_path: Path) -> None:
+def test_of_two_downloads_of_an_archive_one_waits_and_logs_it(tmp_path: Path) -> None:
     (tmp_path / "downloads").mkdir()
     lock = FileLock(tmp_path / "downloads" / ".set.tgz.lock")
     lock.acquire()

@@ -67,7 +67,7 @@ def test_a_folder_without_card_is_an_error(tmp_path: Path) -> None:
         Card.load(tmp_path / "toy")
 
 
-def test_advice_says_the_command_where_it_is_known(folder: Path, tmp_path: Path) -> None:
+def test_advice_has_the_command_if_it_is_known(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prepared data set; run `trainer prepare toy size=3` to prepare it"):
         Card.load(tmp_path / "nothing", "toy size=3")
     replace(Card.load(folder), command="toy size=4").save(folder)

@@ -96,7 +96,7 @@ def test_of_two_centres_equally_near_the_first_is_taken() -> None:
     assert nearest_centre(np.full((1, 1, 3), 128, np.uint8), np.array([[0.25] * 3, [0.75] * 3])).tolist() == [[0]]
 
 
-def test_a_batch_that_is_none_is_an_error_that_names_it(archive: Path) -> None:
+def test_an_invalid_batch_is_an_error_that_names_it(archive: Path) -> None:
     pack(archive / "cifar-10-python.tar.gz", {"cifar-10-batches-py/data_batch_1": b"half a pickle"}, "w:gz")
     with pytest.raises(
         UserError, match=r"cifar-10-python\.tar\.gz: cifar-10-batches-py/data_batch_1: not a batch of CIFAR-10"
@@ -167,7 +167,7 @@ def saved(array: np.ndarray) -> bytes:
     ],
     ids=["text", "pickle", "words", "shape", "nan"],
 )
-def test_a_file_of_centres_that_is_none_is_an_error_and_runs_nothing(horses: Path, content: bytes, why: str) -> None:
+def test_an_invalid_file_of_centres_is_an_error_and_runs_nothing(horses: Path, content: bytes, why: str) -> None:
     (horses / "colour_kmeans24_cat7.npy").write_bytes(content)
     with pytest.raises(UserError, match=rf"colour_kmeans24_cat7\.npy {why}.*; replace it, or set data\.centres=kmeans"):
         rows(cifar10_horses(), horses)

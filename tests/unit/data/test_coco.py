@@ -101,7 +101,7 @@ def test_polygons_and_both_kinds_ofrun_lengths_become_masks(files: Path, capsys:
 
 
 @pytest.mark.parametrize("segmentation", [None, []], ids=str)
-def test_where_an_annotation_has_no_mask_the_set_has_boxes_only_and_says_so(
+def test_if_an_annotation_has_no_mask_the_set_has_boxes_only_and_reports_it(
     files: Path, segmentation: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = content()
@@ -253,7 +253,7 @@ BAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("expected", "changed"), BAD.items(), ids=BAD)
-def test_an_object_that_cannot_be_so_is_refused_or_dropped(
+def test_an_invalid_object_is_refused_or_dropped(
     files: Path, expected: str, changed: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = content()
@@ -311,7 +311,7 @@ def another_size(found: dict[str, Any]) -> None:
         (another_size, "photos/a/00.jpg is 12 x 8, but listed as 13 x 8"),
     ],
 )
-def test_a_file_that_cannot_be_so_is_a_mistake(
+def test_an_invalid_file_is_a_mistake(
     files: Path, damage: Any, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = content()

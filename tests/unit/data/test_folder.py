@@ -147,7 +147,7 @@ def test_a_folder_can_validate(files: Path) -> None:
     assert len(rows("train")) == 24 and sorted(rows("validation")) == ["0", "1", "2"]
 
 
-def test_so_can_the_folders_beside_where_images_and_masks_are_called_alike(files: Path) -> None:
+def test_so_can_sibling_folders_if_images_and_masks_share_a_name(files: Path) -> None:
     for i, split in enumerate(("train", "val", "test")):
         save(files / f"images/{split}/{split}.png", pixels(i))
         save(files / f"labels/{split}/{split}.png", labels(i))
@@ -318,7 +318,7 @@ def test_only_files_of_equal_size_are_read_to_compare_them(files: Path, monkeypa
     assert from_files(**arguments, validation=str(files / "held out")).name == "mine"
 
 
-def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_prepared_again_only_when_files_change(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options(files)) == 0
     capsys.readouterr()
     assert main(options(files)) == 0
@@ -337,7 +337,7 @@ def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: 
     )
 
 
-def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
+def test_the_card_has_the_command_that_prepares_it_again(files: Path) -> None:
     assert main(options(files, validation=0.5)) == 0
     card = prepared()
     (data_dir() / "mine/card.json").unlink()
@@ -471,7 +471,7 @@ def test_a_bad_file_leaves_the_set_that_was_there(files: Path, capsys: pytest.Ca
     ],
     ids=str,
 )
-def test_an_option_that_cannot_be_so_is_a_mistake(
+def test_an_invalid_option_is_a_mistake(
     files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in refused(capsys, options(files, **changed))

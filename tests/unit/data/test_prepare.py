@@ -53,7 +53,7 @@ def test_the_notes_on_a_card_are_what_the_set_states_and_no_docstring(tmp_path: 
     assert prepare(dataclasses.replace(stated, notes=()), tmp_path / "other", None).notes == ()
 
 
-def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_set_whose_card_has_no_counts_is_prepared_again_which_is_logged_in_one_line(tmp_path: Path) -> None:
     card = prepare(source(), tmp_path, None)
     tree = json.loads((tmp_path / "toy/card.json").read_text())
     del tree["statistics"], tree["command"], tree["version"]  # as it was written before there were any
@@ -66,7 +66,7 @@ def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path:
     ]
 
 
-def test_a_set_of_files_in_another_version_is_made_again(tmp_path: Path) -> None:
+def test_a_set_of_files_in_another_version_is_prepared_again(tmp_path: Path) -> None:
     prepare(dataclasses.replace(source(), version="1"), tmp_path, None)
     said: list[str] = []
     card = ensure_prepared(dataclasses.replace(source(), version="2"), tmp_path, None, said.append)
@@ -138,7 +138,7 @@ def test_a_damaged_set_is_prepared_again(tmp_path: Path, damage: Callable[[Path]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_set_that_is_described_otherwise_is_prepared_again_and_the_command_says_what_changed(
+def test_a_set_whose_description_changed_is_prepared_again_and_the_command_logs_what_changed(
     tmp_path: Path, changed: dict[str, Any], reason: str
 ) -> None:
     def three() -> Iterator[tuple[str, Row]]:
@@ -223,7 +223,7 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".toy.lock"]
 
 
-def test_of_two_processes_one_prepares_and_the_other_says_that_it_waits(tmp_path: Path) -> None:
+def test_of_two_processes_one_prepares_and_the_other_logs_that_it_waits(tmp_path: Path) -> None:
     started, waits = threading.Event(), threading.Event()
 
     def slow() -> Iterator[tuple[str, Row]]:

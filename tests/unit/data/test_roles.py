@@ -55,7 +55,7 @@ def test_the_files_carry_the_features_that_datasets_reads(tmp_path: Path) -> Non
     assert read(tmp_path / "toy")[0]["label"] == 7
 
 
-def test_a_photograph_that_says_it_is_rotated_is_stored_upright(tmp_path: Path) -> None:
+def test_a_photograph_marked_as_rotated_is_stored_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
     row = prepared_row(tmp_path, {"image": picture(1, "PNG", exif=exif), "mask": mask(1, (4, 6))})
@@ -173,7 +173,7 @@ def test_the_card_counts_the_pixels_of_each_class_in_training_but_for_ignored_on
     assert Card.load(tmp_path / "toy").info.statistics == {"class_pixels": [3, 1]}
 
 
-def test_counts_stand_beside_what_the_set_measures(tmp_path: Path) -> None:
+def test_counts_are_stored_next_to_what_the_set_measures(tmp_path: Path) -> None:
     measured = dataclasses.replace(source(masks([0, 1], [1, 1])), statistics=lambda paths: {"mean": 0.5})
     assert prepare(measured, tmp_path, None).statistics == {"mean": 0.5, "class_pixels": [1, 1]}
 

@@ -68,7 +68,7 @@ def test_rows_of_shares_become_boxes_in_pixels(files: Path, capsys: pytest.Captu
     assert "12 rows" in said and "training objects, of 2 of 2 classes" in said and "Split: 10% validate" in said
 
 
-def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
+def test_the_card_has_the_command_that_prepares_it_again(files: Path) -> None:
     assert main(options(files, validation=0.1, invalid="drop")) == 0
     card = Card.load(data_dir() / "mine")
     (data_dir() / "mine").rename(data_dir().parent / "away")
@@ -76,7 +76,7 @@ def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
     assert Card.load(data_dir() / "mine") == card
 
 
-def test_it_is_made_again_when_files_or_options_changed_and_only_then(
+def test_it_is_prepared_again_only_when_files_or_options_change(
     files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(options(files, validation=0.1)) == 0
@@ -103,7 +103,7 @@ def test_a_folder_can_validate(files: Path) -> None:
     assert len(by_image("mine", "train")) == 12 and by_image("mine", "validation")["a"][0]["box"] == [0, 0, 12, 8]
 
 
-def test_so_can_the_folders_beside_where_images_and_labels_are_called_alike(files: Path) -> None:
+def test_so_can_sibling_folders_if_images_and_labels_share_a_name(files: Path) -> None:
     for split in ("train", "val", "test"):
         save(files / f"images/{split}/{split}.jpg", picture(len(split)))
         save(files / f"labels/{split}/{split}.txt", "1 0.5 0.5 1 1")
@@ -167,14 +167,12 @@ LINE = "texts/town 0/00.txt:1: a line must be `class x y width height` or `class
         ("0 nan 0.5 0.5 0.5", "photos/town 0/00.jpg, object 1: its box (nan, 2, nan, 6) isn't finite"),
     ],
 )
-def test_what_cannot_be_so_is_named(
-    files: Path, content: str, expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_labels_are_named(files: Path, content: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     save(files / "texts/town 0/00.txt", content)
     assert expected in refused(capsys, options(files))
 
 
-def test_objects_that_cannot_be_so_are_dropped_on_demand(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_objects_are_dropped_on_demand(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(files / "texts/town 0/00.txt", "0 0.5 0.5 0 0.5\n1 0.5 0.5 0.5 0.5\n7 0.5 0.5 0.5 0.5")
     assert main(options(files, validation=0.1, invalid="drop")) == 0
     assert [each["label"] for each in objects()["00"]] == [1]
@@ -207,7 +205,7 @@ def test_labels_without_an_image_and_damaged_images_are_named(files: Path, capsy
     ],
     ids=str,
 )
-def test_an_option_that_cannot_be_so_is_a_mistake(
+def test_an_invalid_option_is_a_mistake(
     files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in refused(capsys, options(files, **changed))
