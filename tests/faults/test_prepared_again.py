@@ -74,9 +74,7 @@ def test_a_run_whose_set_was_prepared_again_from_other_files_refuses_to_resume_u
     prepare(tmp_path, 1)
     with Job(world_size, recipe, LONGER) as job:
         assert job.wait() == [2] * world_size, job.output
-    assert job.output.count("error: ") == 1 and "streets holds other samples than this run began with" in job.output, (
-        job.output
-    )
+    assert job.output.count("error: ") == 1 and "streets has changed since this run started" in job.output, job.output
     prepare(tmp_path, 0)  # the same files, at another time
     with Job(world_size, recipe, LONGER) as job:
         assert job.wait() == [0] * world_size, job.output

@@ -98,11 +98,11 @@ def test_check_tells_what_they_are_trained_on_and_refuses_what_only_images_have(
 @pytest.mark.parametrize(
     ("value", "what"),
     [
-        ([1.0, 2.0], r"numbers is an array of shape \(2,\) instead of \(2, 3\)"),
-        ([[1.0, 2.0, 3.0], [4.0, 5.0, float("nan")]], "numbers is an array that holds nan or infinity"),
-        (np.full((2, 3), 1e39), "numbers is an array that holds nan or infinity"),
-        ([["a"] * 3] * 2, "numbers is no array of numbers"),
-        (None, r"numbers is an array of shape \(\) instead of \(2, 3\)"),
+        ([1.0, 2.0], r"numbers has shape \(2,\) instead of \(2, 3\)"),
+        ([[1.0, 2.0, 3.0], [4.0, 5.0, float("nan")]], "numbers contains nan or infinity"),
+        (np.full((2, 3), 1e39), "numbers contains nan or infinity"),
+        ([["a"] * 3] * 2, "numbers is not an array of numbers"),
+        (None, r"numbers has shape \(\) instead of \(2, 3\)"),
     ],
 )
 def test_numbers_that_arent_such_an_array_are_refused_and_named(value: Any, what: str) -> None:
@@ -110,7 +110,7 @@ def test_numbers_that_arent_such_an_array_are_refused_and_named(value: Any, what
         yield "train", {"numbers": np.zeros((2, 3)), "label": 0}
         yield "train", {"numbers": value, "label": 0}
 
-    with pytest.raises(UserError, match=rf"vectors, train sample 1: {what}.*; replace the archive it comes from"):
+    with pytest.raises(UserError, match=rf"vectors, train sample 1: {what}.*; replace the archive that contains it"):
         prepare(replace(vectors(), rows=rows), data_dir(), None, lambda line: None)
     assert not (data_dir() / "vectors").exists()
 

@@ -184,7 +184,7 @@ def test_impossible_values_are_mistakes_of_the_recipe(name: str, wrong: dict[str
         AUGMENTATIONS[name].schema(**wrong)
 
 
-def test_a_crop_keeps_the_size_of_data_resize_unless_it_says_another() -> None:
+def test_a_crop_has_the_size_of_data_resize_by_default() -> None:
     component, image = AUGMENTATIONS["random_resized_crop"], tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8))
     assert build(component, component.schema(), resize=[20, 30])(image).shape == (3, 20, 30)
     assert build(component, component.schema(size=[8, 9]), resize=[20, 30])(image).shape == (3, 8, 9)

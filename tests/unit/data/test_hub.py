@@ -240,7 +240,7 @@ REFUSED = {
         r"me/streets has no column 'foto'; did you mean 'photo'\?"
     ),
     "prepare hub path=me/streets image=photo mask=seg": (
-        r"the features of column seg name no classes; list them, e\.g\. data\.classes="
+        r"the features of column seg have no class names; list them, e\.g\. data\.classes="
     ),
     "prepare hub path=me/streets image=photo mask=painted classes=[a,b]": (
         r"train row 0, column painted: this mask can't be decoded \(.*mode RGB\)"
@@ -249,16 +249,16 @@ REFUSED = {
         r"train row 0, column note: neither an encoded image nor a list of lists"
     ),
     "prepare hub path=me/streets image=photo mask=seg classes=[a,b]": (
-        r"train row \d, column seg: this mask holds the labels 2; .* pass ignore_index=2"
+        r"train row \d, column seg: this mask contains the labels 2; .* pass ignore_index=2"
     ),
-    "prepare hub path=me/table image=photo mask=seg classes=[a,b]": r"me/table is not in Parquet but csv",
-    "prepare hub path=streets image=photo mask=seg": r"path: must be the owner and the name of a repository",
+    "prepare hub path=me/table image=photo mask=seg classes=[a,b]": r"me/table is in the format csv, not Parquet",
+    "prepare hub path=streets image=photo mask=seg": r"path: must be OWNER/NAME of a repository",
 }
 
 
 @pytest.fixture(scope="module")
 def prepared(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, str]]]:
-    """The folder of the sets, and what each command said."""
+    """The folder of the sets, and what each command printed."""
     folder = tmp_path_factory.mktemp("hub")
     lines = [*PREPARED.values(), *REFUSED]
     return folder, dict(

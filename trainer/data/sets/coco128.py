@@ -1,4 +1,4 @@
-"""The first 128 and the first 8 images of COCO with their boxes, as Ultralytics packs them to try a detector out.
+"""The first 128 and the first 8 images of COCO with their boxes, as packaged by Ultralytics to try out a detector.
 
 T.-Y. Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014.
 """
@@ -70,6 +70,6 @@ def _samples(archive: Path) -> Iterator[tuple[str, Row]]:
             key[0],
             {
                 "image": images[key],
-                "objects": read_objects(labels.get(key), images[key], f"replace {archive} by the official archive"),
+                "objects": read_objects(labels.get(key), images[key], f"replace {archive} with the official archive"),
             },
         )
