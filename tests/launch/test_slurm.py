@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes: pre-emption, sweeps, a node that doesn't answer. `launch/` as users call it."""
+"""A real SLURM of two nodes: pre-emption, sweeps, a node that doesn't respond. `launch/` as users call it."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_node_that_never_answers_is_named_within_the_limit(
         "sbatch", "--parsable", "--nodes=2", ROOT / "launch" / "slurm.sbatch", write_recipe(tmp_path)
     ).strip()
     output = tmp_path / "logs" / f"trainer-{job}.out"
-    wait_for(lambda: "error: node n2 (rank 1) doesn't answer within 5 s" in text_of(output), "the node's name")
+    wait_for(lambda: "error: node n2 (rank 1) did not respond within 5 s" in text_of(output), "the node's name")
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", "another attempt")
     cluster.hang("n2", False)
     cluster.run("scancel", job)
