@@ -1,4 +1,4 @@
-"""The framework against `plain_loop.py`, alternating in one run: ratios of time to the first step and samples per second.
+"""The framework against `plain_loop.py`, alternating in one run: ratios of time to first step and samples per second.
 
     make bench
 

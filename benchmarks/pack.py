@@ -1,6 +1,6 @@
 """Packs prepared data sets for a machine without network: images re-encoded at the size that a recipe trains at.
 
-    python benchmarks/pack.py recipes/deeplab_iou.yaml recipes/quickstart.yaml --out DIR
+python benchmarks/pack.py recipes/deeplab_iou.yaml recipes/quickstart.yaml --out DIR
 """
 
 from __future__ import annotations

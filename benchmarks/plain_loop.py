@@ -1,7 +1,7 @@
 """Plain training loops, without the framework: the baseline of the benchmarks, and proof that it hides nothing.
 
-    python benchmarks/plain_loop.py shapes --steps 100               # a U-Net: speed
-    python benchmarks/plain_loop.py cifar10_horses --epochs 25       # the colourisation U-Net, evaluated after each epoch
+    python benchmarks/plain_loop.py shapes --steps 100            # a U-Net: speed
+    python benchmarks/plain_loop.py cifar10_horses --epochs 25    # the colourisation U-Net, evaluated after each epoch
 
 Reads the prepared Parquet into memory, shuffles, trains. One process, no checkpoints, no resuming.
 """
