@@ -3,7 +3,7 @@
     python launch/preflight.py ADDRESS PORT RANK NODE…
 
 The nodes register with the first one, which can thus name those that don't. Then they run an all-reduce over gloo, as
-the training will. If that takes longer than $TRAINER_PREFLIGHT_TIMEOUT (default 60) seconds, one message and exit code 1.
+the training will. If that takes longer than $TRAINER_PREFLIGHT_TIMEOUT (default 60) seconds: one message, exit code 1.
 """
 
 from __future__ import annotations

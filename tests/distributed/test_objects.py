@@ -194,22 +194,22 @@ def test_one_and_two_processes_see_the_same_and_evaluate_every_image(tmp_path: P
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_interrupted_run_ends_with_the_same_weights_and_metrics(tmp_path: Path, task: str, world_size: int) -> None:
     file = recipe(tmp_path, task)
-    run_processes(world_size, train, file, ("name=whole", "train.ema=0.9"))
+    run_processes(world_size, train, file, ("name=uninterrupted", "train.ema=0.9"))
     for stop_after in (3, 6, None):
         run_processes(world_size, train, file, ("name=parts", "train.ema=0.9"), stop_after)
-    whole, parts = (tmp_path / "runs" / name for name in ("whole", "parts"))
-    assert weights(whole) == weights(parts)
-    assert lines(whole) == lines(parts)
+    uninterrupted, parts = (tmp_path / "runs" / name for name in ("uninterrupted", "parts"))
+    assert weights(uninterrupted) == weights(parts)
+    assert lines(uninterrupted) == lines(parts)
 
 
 @TASKS
-def test_pictures_show_truth_beside_prediction_and_curves(tmp_path: Path, task: str) -> None:
+def test_pictures_show_ground_truth_beside_prediction_and_curves(tmp_path: Path, task: str) -> None:
     run_processes(1, train, recipe(tmp_path, task), ("train.duration=4 steps",))
     names = {file.name for file in (tmp_path / "runs" / "run" / "pictures").glob("*.png")}
     assert names == {"curves.png", "validation_step_00000004.png", "precision_recall_step_00000004.png"}
 
 
-def test_frozen_layers_stay_bit_for_bit_and_the_others_learn(tmp_path: Path) -> None:
+def test_frozen_layers_stay_bit_for_bit_and_the_others_are_trained(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     run_processes(

@@ -82,19 +82,19 @@ def test_a_full_disk_ends_the_run_in_one_message_and_nothing_saved_is_lost(
 ) -> None:
     recipe = write_recipe(tmp_path)
     options = (*OPTIONS, f"train.log_every={log_every}")
-    with Job(world_size, recipe, "name=whole", *options) as job:
+    with Job(world_size, recipe, "name=uninterrupted", *options) as job:
         assert set(job.wait()) == {0}, job.output
     with Job(world_size, recipe, *options, fault=lambda rank: filled(disk) if rank == 0 else None) as job:
         assert job.wait() == [3] * world_size, job.output
-    said = sorted(messages(job.output), key=lambda line: line.startswith("training failed: rank 0"))
+    printed = sorted(messages(job.output), key=lambda line: line.startswith("training failed: rank 0"))
     # Where no launcher ends the other, it says why it ends.
-    assert said and all(line.startswith("training failed: rank 0") for line in said[1:]), job.output
+    assert printed and all(line.startswith("training failed: rank 0") for line in printed[1:]), job.output
     assert (
-        says in said[0]
-        and "No space left on device" in said[0]
-        and "(0 MiB free)" in said[0]
-        and "rerun to resume" in said[0]
-    ), said
+        says in printed[0]
+        and "No space left on device" in printed[0]
+        and "(0 MiB free)" in printed[0]
+        and "rerun to resume" in printed[0]
+    ), printed
     found = sorted((disk / "run" / "checkpoints").glob("step_*"))
     assert [folder.name for folder in found] == ["step_00000005", "step_00000007"]
     for folder in found:
@@ -104,7 +104,9 @@ def test_a_full_disk_ends_the_run_in_one_message_and_nothing_saved_is_lost(
     with Job(world_size, recipe, *options) as job:
         assert set(job.wait()) == {0}, job.output
     assert "resumed run from step 7" in job.output
-    assert weights(disk / "run") == weights(disk / "whole") and lines(disk / "run") == lines(disk / "whole")
+    assert weights(disk / "run") == weights(disk / "uninterrupted") and lines(disk / "run") == lines(
+        disk / "uninterrupted"
+    )
     tally("disks filled to the last byte: one message, older checkpoints load, went on and ended equal to the bit")
 
 
@@ -116,8 +118,8 @@ def test_a_read_only_run_folder_is_one_message(tmp_path: Path, disk: Path, tally
     for name in ("run", "new"):
         with Job(2, recipe, f"name={name}", "train.duration=10 steps") as job:
             assert job.wait() == [2, 2], job.output
-        (said,) = messages(job.output)
-        assert "Read-only file system" in said and str(disk) in said, said
+        (printed,) = messages(job.output)
+        assert "Read-only file system" in printed and str(disk) in printed, printed
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     with Job(1, recipe, "train.duration=10 steps") as job:
         assert job.wait() == [0] and "resumed run from step 8" in job.output, job.output
@@ -130,8 +132,8 @@ def test_a_run_folder_in_use_by_another_process_is_one_message(tmp_path: Path, t
         gate.await_arrival()
         with Job(2, recipe) as second:
             assert second.wait() == [2, 2], second.output
-        (said,) = messages(second.output)
-        assert "is in use by another process" in said
+        (printed,) = messages(second.output)
+        assert "is in use by another process" in printed
         gate.open()
         assert first.wait() == [0], first.output
     tally("run folders in use by another process: one message")

@@ -41,7 +41,7 @@ def stop(rank: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_whose_data_are_damaged_says_so_until_they_are_mended_and_then_resumes(
+def test_a_run_whose_data_are_damaged_reports_it_until_they_are_fixed_and_then_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], world_size: int
 ) -> None:
     recipe, run = write_recipe(tmp_path), tmp_path / "runs" / "run"
@@ -54,9 +54,9 @@ def test_a_run_whose_data_are_damaged_says_so_until_they_are_mended_and_then_res
     shard.write_bytes(content[::-1])
     with Job(world_size, recipe, *BRIEF) as job:
         assert job.wait() == [2] * world_size, job.output
-    code, said = status(capsys, recipe)
-    assert code == 3 and "failed" in said and f"{shard} has changed since it was prepared" in said, said
-    assert said.rstrip().endswith("fix this, and the same command resumes from step 7"), said
+    code, printed = status(capsys, recipe)
+    assert code == 3 and "failed" in printed and f"{shard} has changed since it was prepared" in printed, printed
+    assert printed.rstrip().endswith("fix this, and the same command resumes from step 7"), printed
     failed = summary(run)
     assert failed.pop("error") in job.output and failed == finished | {"status": "failed"} and lines(run) == metrics
     shard.write_bytes(content)
@@ -68,7 +68,7 @@ def test_a_run_whose_data_are_damaged_says_so_until_they_are_mended_and_then_res
     assert status(capsys, recipe)[0] == 0 and "error" not in summary(run)
 
 
-def test_a_run_whose_first_start_fails_says_why_and_starts_from_scratch(
+def test_a_run_whose_first_start_fails_reports_why_and_starts_from_scratch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -77,8 +77,10 @@ def test_a_run_whose_first_start_fails_says_why_and_starts_from_scratch(
     recipe = write_recipe(tmp_path)
     with Job(2, recipe, *BRIEF, fault=lambda rank: before_call(trainer_module, "build_task", refuse)) as job:
         assert job.wait() == [2, 2], job.output
-    code, said = status(capsys, recipe)
-    assert code == 3 and "these weights don't fit; fix this, and the same command starts from scratch" in said, said
+    code, printed = status(capsys, recipe)
+    assert code == 3 and "these weights don't fit; fix this, and the same command starts from scratch" in printed, (
+        printed
+    )
     assert summary(tmp_path / "runs" / "run") == {
         "status": "failed",
         "best": {},
@@ -100,7 +102,7 @@ def test_another_recipe_or_a_wrong_checkpoint_under_the_same_name_leaves_a_run_a
         assert status(capsys, recipe)[0] == 0 and summary(run) == before and weights(run) == its_weights
 
 
-def test_a_run_without_an_intact_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_an_intact_checkpoint_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, run = write_recipe(tmp_path), tmp_path / "runs" / "run"
     with Job(1, recipe, *BRIEF) as job:
         assert job.wait() == [0], job.output
@@ -109,13 +111,13 @@ def test_a_run_without_an_intact_checkpoint_says_so(tmp_path: Path, capsys: pyte
     (run / "summary.json").write_text(json.dumps(summary(run) | {"status": "stopped"}))
     with Job(1, recipe, *BRIEF, "train.duration=12 steps") as job:
         assert job.wait() == [2], job.output
-    code, said = status(capsys, recipe)
-    assert code == 3 and "no checkpoint is intact; --resume never starts from scratch" in said, said
+    code, printed = status(capsys, recipe)
+    assert code == 3 and "no checkpoint is intact; --resume never starts from scratch" in printed, printed
 
 
-def test_a_failed_training_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_training_reports_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path)
     with Job(2, recipe, *BRIEF, fault=make_nan) as job:
         assert job.wait() == [3, 3], job.output
-    code, said = status(capsys, recipe)
-    assert code == 3 and "loss is nan" in said and "samples" in said, said
+    code, printed = status(capsys, recipe)
+    assert code == 3 and "loss is nan" in printed and "samples" in printed, printed

@@ -24,7 +24,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
-def test_a_launch_of_two_processes_trains_and_says_so_once(tmp_path: Path) -> None:
+def test_a_launch_of_two_processes_trains_and_logs_it_once(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     done = run(*LAUNCH, "--num_processes", "2", "trainer/run.py", recipe, "train.duration=4 steps")
     assert done.returncode == 0, done.stderr
@@ -55,7 +55,7 @@ def test_check_prints_the_resolved_recipe_and_what_reading_costs(tmp_path: Path)
     assert run(BIN / "trainer", "check", recipe, "--num_processes", "3").returncode == 2
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     command = [
         sys.executable,
@@ -89,7 +89,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) 
     assert process.returncode == 0
 
 
-def test_a_signal_is_heard_before_anything_is_imported_that_takes_time(tmp_path: Path) -> None:
+def test_a_signal_is_handled_before_anything_is_imported_that_takes_time(tmp_path: Path) -> None:
     """As soon as the operating system knows of a handler; what is imported before it is counted,
     since a signal kills until then.
     """

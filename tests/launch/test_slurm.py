@@ -54,7 +54,7 @@ def text_of(file: Path) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def test_a_job_of_two_nodes_is_preempted_twice_goes_on_by_itself_and_ends_with_the_same_bits(
+def test_a_job_of_two_nodes_is_preempted_twice_resumes_automatically_and_ends_with_the_same_bits(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     recipe, runs = write_recipe(tmp_path), tmp_path / "runs"
@@ -79,10 +79,10 @@ def test_a_job_of_two_nodes_is_preempted_twice_goes_on_by_itself_and_ends_with_t
     # The launchers survived the signal, too.
     assert re.search(r"^run  finished  .*miou", output, re.MULTILINE) and "srun ended" not in output
 
-    run_processes(2, train, recipe, (*overrides, "name=undisturbed"))
+    run_processes(2, train, recipe, (*overrides, "name=uninterrupted"))
     weights = [
         sha256((runs / run / "checkpoints" / "last" / "model.safetensors").read_bytes()).hexdigest()
-        for run in ("run", "undisturbed")
+        for run in ("run", "uninterrupted")
     ]
     assert weights[0] == weights[1]
 

@@ -152,7 +152,7 @@ def test_a_run_killed_resumed_and_synced_twice_is_one_run_with_each_line_once_an
     assert KEY.encode() not in everything and base64.b64encode(f"api:{KEY}".encode()) not in everything
 
 
-def test_what_training_could_not_send_goes_later(
+def test_what_training_could_not_send_is_sent_later(
     folder: RunFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers, "UPLOAD_TIMEOUT_S", 0.5)
@@ -208,8 +208,13 @@ def test_a_server_that_does_not_take_a_run_is_one_message_and_the_run_folder_sta
             server.status = {"refuses": 401, "answers 500": 500, "never answers": None}[trouble]
     before = contents(run)
     assert main(["sync", str(run.path)]) == 2
-    out, said = capfd.readouterr()
-    assert out == "" and said.startswith(f"error: {run.path}") and said.count("\n") == 1 and "the same command" in said
+    out, printed = capfd.readouterr()
+    assert (
+        out == ""
+        and printed.startswith(f"error: {run.path}")
+        and printed.count("\n") == 1
+        and "the same command" in printed
+    )
     after = contents(run)
     assert after.pop(run.path / "tracking.json") and after == before, (
         "but for the id, which has to be known before anything is sent"
@@ -232,8 +237,8 @@ def test_a_run_that_is_being_trained_is_left_alone(
 
 def test_without_a_key_the_message_says_how_to_give_one(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sync", str(run.path)]) == 2
-    said = capsys.readouterr().err
-    assert "wandb login" in said and "WANDB_API_KEY" in said and not (run.path / "tracking.json").exists()
+    printed = capsys.readouterr().err
+    assert "wandb login" in printed and "WANDB_API_KEY" in printed and not (run.path / "tracking.json").exists()
 
 
 def test_offline_one_run_is_written_to_the_run_folder(

@@ -269,14 +269,14 @@ def test_a_stop_is_noticed_between_members(tmp_path: Path, monkeypatch: pytest.M
             next(found)
 
 
-def test_of_two_downloads_of_an_archive_one_waits_and_says_so(tmp_path: Path) -> None:
+def test_of_two_downloads_of_an_archive_one_waits_and_reports_it(tmp_path: Path) -> None:
     (tmp_path / "downloads").mkdir()
     lock = FileLock(tmp_path / "downloads" / ".set.tgz.lock")
     lock.acquire()
-    said: list[str] = []
+    printed: list[str] = []
 
     def say(line: str) -> None:
-        said.append(line)
+        printed.append(line)
         if "waiting" in line:
             (tmp_path / "downloads" / "set.tgz").write_bytes(b"official")
             lock.release()
@@ -284,7 +284,7 @@ def test_of_two_downloads_of_an_archive_one_waits_and_says_so(tmp_path: Path) ->
     assert (
         locate([Archive("set.tgz", (published(tmp_path),))], tmp_path, None, say)["set.tgz"].read_bytes() == b"official"
     )
-    assert said == ["waiting for another process that downloads set.tgz"]
+    assert printed == ["waiting for another process that downloads set.tgz"]
 
 
 def test_a_connection_that_breaks_leaves_no_archive(tmp_path: Path) -> None:

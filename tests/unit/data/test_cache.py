@@ -27,7 +27,7 @@ def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_whoever_is_told_that_a_sample_is_there_finds_all_of_its_pixels(tmp_path: Path) -> None:
+def test_a_sample_that_the_cache_reports_as_there_has_all_of_its_pixels(tmp_path: Path) -> None:
     writer, reader = (PixelCache(tmp_path, {"image": 3, "mask": 1}, SIZES) for _ in range(2))
     seen: list[bool] = []
 

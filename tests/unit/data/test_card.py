@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_card_tells_what_the_set_holds(folder: Path) -> None:
+def test_a_card_describes_the_set(folder: Path) -> None:
     card = Card.load(folder)
     assert card.info == DataInfo(("no", "yes"), 255)
     assert card.row_groups("train") == [16, 4, 16, 4]
@@ -67,7 +67,7 @@ def test_a_folder_without_card_is_an_error(tmp_path: Path) -> None:
         Card.load(tmp_path / "toy")
 
 
-def test_advice_says_the_command_where_it_is_known(folder: Path, tmp_path: Path) -> None:
+def test_advice_names_the_command_where_it_is_known(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prepared data set; `trainer prepare toy size=3` makes it"):
         Card.load(tmp_path / "nothing", "toy size=3")
     replace(Card.load(folder), command="toy size=4").save(folder)

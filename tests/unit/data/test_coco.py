@@ -79,7 +79,7 @@ def pixels(mask: bytes) -> np.ndarray:
     return np.repeat(np.arange(len(runs)) % 2, runs).reshape(SIZE).T.astype(bool)
 
 
-def test_polygons_and_both_kinds_ofrun_lengths_become_masks(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_polygons_and_both_kinds_of_run_lengths_become_masks(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = content()
     found["annotations"][0]["segmentation"] = {"size": [8, 12], "counts": RUNS}
     found["annotations"][1] |= {
@@ -101,7 +101,7 @@ def test_polygons_and_both_kinds_ofrun_lengths_become_masks(files: Path, capsys:
 
 
 @pytest.mark.parametrize("segmentation", [None, []], ids=str)
-def test_where_an_annotation_has_no_mask_the_set_has_boxes_only_and_says_so(
+def test_where_an_annotation_has_no_mask_the_set_has_boxes_only_and_reports_it(
     files: Path, segmentation: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = content()
@@ -184,7 +184,9 @@ def test_all_files_have_the_same_categories(files: Path, capsys: pytest.CaptureF
     other["categories"].reverse()
     save(files / "test.json", json.dumps(other))
     assert prepare(files, content(range(11)), test=files / "test.json") == 2
-    assert "instances.json and " in (said := capsys.readouterr().err) and "test.json list other categories" in said
+    assert (
+        "instances.json and " in (printed := capsys.readouterr().err) and "test.json list other categories" in printed
+    )
 
 
 @pytest.mark.parametrize("listed", [range(12), range(11, 13)], ids=["the same file", "one image of two"])
@@ -194,10 +196,10 @@ def test_an_image_on_both_sides_of_the_split_is_refused_by_name(
     save(files / "photos/12.jpg", picture(12))
     save(files / "held out.json", json.dumps(content(listed)))
     assert prepare(files, content(), validation=files / "held out.json") == 2
-    image, said = f"{files}/photos/{'a/00' if 0 in listed else 'b/11'}.jpg", capsys.readouterr().err
+    image, printed = f"{files}/photos/{'a/00' if 0 in listed else 'b/11'}.jpg", capsys.readouterr().err
     assert (
-        f"{12 if 0 in listed else 1} images are in more than one split" in said
-        and f"\n  {image} (train), {image} (validation)\n" in said
+        f"{12 if 0 in listed else 1} images are in more than one split" in printed
+        and f"\n  {image} (train), {image} (validation)\n" in printed
     )
     assert not (data_dir() / "mine").exists()
 
@@ -216,9 +218,9 @@ def test_a_set_of_another_kind_is_not_replaced(files: Path, capsys: pytest.Captu
     assert main(["prepare", "yolo", *command_line(yolo)]) == 0
     card = Card.load(data_dir() / "mine")
     assert prepare(files, content()) == 2
-    said, folder = capsys.readouterr().err, data_dir() / "mine"
-    assert said.startswith(f"error: {folder} was made by `trainer prepare yolo --name mine --images ")
-    assert "which `trainer prepare coco --name mine --images " in said and said.endswith(
+    printed, folder = capsys.readouterr().err, data_dir() / "mine"
+    assert printed.startswith(f"error: {folder} was made by `trainer prepare yolo --name mine --images ")
+    assert "which `trainer prepare coco --name mine --images " in printed and printed.endswith(
         f"would replace; choose another name, or delete {folder}\n"
     )
     assert Card.load(folder) == card

@@ -110,14 +110,14 @@ def test_every_pair_is_stored_and_counted(files: Path, capsys: pytest.CaptureFix
     assert stored["00"]["mask"]["path"] == "masks/town 0/00.png"
     counts = np.bincount(np.concatenate([labels(int(name)) for name in rows("train")]).ravel(), minlength=256)[:3]
     assert card.statistics["class_pixels"] == counts.tolist()
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for expected in (
         "24 rows",
         f"{len(rows('validation'))} validation",
         f"road {counts[0] / counts.sum():.2%}",
         "ignored: 255",
     ):
-        assert expected in said
+        assert expected in printed
 
 
 def test_the_share_that_validates_is_drawn_once_and_for_ever(files: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_folder_can_validate(files: Path) -> None:
     assert len(rows("train")) == 24 and sorted(rows("validation")) == ["0", "1", "2"]
 
 
-def test_so_can_the_folders_beside_where_images_and_masks_are_called_alike(files: Path) -> None:
+def test_so_can_the_folders_beside_where_images_and_masks_have_the_same_name(files: Path) -> None:
     for i, split in enumerate(("train", "val", "test")):
         save(files / f"images/{split}/{split}.png", pixels(i))
         save(files / f"labels/{split}/{split}.png", labels(i))
@@ -177,7 +177,7 @@ def of_splits(folder: Path, **changed: Any) -> list[str]:
     return options(folder, **given | changed)
 
 
-def test_images_and_masks_that_validate_can_lie_anywhere(splits: Path) -> None:
+def test_images_and_masks_that_validate_can_be_anywhere(splits: Path) -> None:
     assert main(of_splits(splits)) == 0
     assert sorted(rows("train")) == [f"train{i}" for i in range(5)] and sorted(rows("validation")) == [
         "val0",
@@ -234,10 +234,10 @@ def test_an_image_of_the_test_split_is_in_no_other(
     splits: Path, other: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (splits / "test/test1.png").write_bytes((splits / f"{other}/{other}2.png").read_bytes())
-    said = refused(capsys, of_splits(splits, test_images=splits / "test", test_masks=splits / "testannot"))
+    printed = refused(capsys, of_splits(splits, test_images=splits / "test", test_masks=splits / "testannot"))
     assert (
         f"{splits}/{other}/{other}2.png ({'validation' if other == 'val' else other}), {splits}/test/test1.png (test)"
-        in said
+        in printed
     )
     assert nothing_half_written()
 
@@ -278,16 +278,16 @@ def test_an_image_on_both_sides_of_the_split_is_refused_by_name(
             save(held_out / f"photos/new {i}.png", pixels(90 + i))
             save(held_out / f"masks/new {i}.png", labels(90 + i))
         (held_out / "photos/new 3.png").write_bytes((files / "photos/town 2/05.PNG").read_bytes())
-    said = refused(capsys, options(files, validation=held_out))
+    printed = refused(capsys, options(files, validation=held_out))
     if as_copy:
-        assert "1 images are in more than one split" in said
-        assert f"\n  {files}/photos/town 2/05.PNG (train), {held_out}/photos/new 3.png (validation)\n" in said
+        assert "1 images are in more than one split" in printed
+        assert f"\n  {files}/photos/town 2/05.PNG (train), {held_out}/photos/new 3.png (validation)\n" in printed
     else:
         first = f"{files}/photos/town 0/00.jpg"
         assert (
-            "24 images are in more than one split" in said
-            and f"\n  {first} (train), {first} (validation)\n" in said
-            and said.endswith("\n  …\n")
+            "24 images are in more than one split" in printed
+            and f"\n  {first} (train), {first} (validation)\n" in printed
+            and printed.endswith("\n  …\n")
         )
     assert nothing_half_written()
 
@@ -328,7 +328,7 @@ def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: 
     assert f"{data_dir() / 'mine'} is prepared again: --validation was 0.2 and is now 0.4\n" in capsys.readouterr().out
 
 
-def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
+def test_the_card_names_the_command_that_makes_it_again(files: Path) -> None:
     assert main(options(files, validation=0.5)) == 0
     card = prepared()
     (data_dir() / "mine/card.json").unlink()
@@ -427,10 +427,10 @@ def test_a_bad_file_is_named_and_nothing_half_written_stays(
 
 
 def test_a_label_that_is_no_class_may_be_one_to_ignore(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, options(files, ignore=None))
+    printed = refused(capsys, options(files, ignore=None))
     assert (
         "this mask holds the labels 255; classes are 0 to 2, and none is ignored; if 255 marks pixels that don't "
-        "count, pass --ignore 255; otherwise" in said
+        "count, pass --ignore 255; otherwise" in printed
     )
 
 

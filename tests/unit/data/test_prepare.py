@@ -58,9 +58,9 @@ def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path:
     tree = json.loads((tmp_path / "toy/card.json").read_text())
     del tree["statistics"], tree["command"], tree["version"]  # as it was written before there were any
     (tmp_path / "toy/card.json").write_text(json.dumps(tree))
-    said: list[str] = []
-    assert ensure_prepared(source(), tmp_path, None, said.append) == card
-    assert said == [
+    printed: list[str] = []
+    assert ensure_prepared(source(), tmp_path, None, printed.append) == card
+    assert printed == [
         f"{tmp_path / 'toy'} is prepared again: its card has no class frequencies",
         f"preparing toy in {tmp_path / 'toy'}",
     ]
@@ -68,11 +68,11 @@ def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path:
 
 def test_a_set_of_files_in_another_version_is_made_again(tmp_path: Path) -> None:
     prepare(dataclasses.replace(source(), version="1"), tmp_path, None)
-    said: list[str] = []
-    card = ensure_prepared(dataclasses.replace(source(), version="2"), tmp_path, None, said.append)
+    printed: list[str] = []
+    card = ensure_prepared(dataclasses.replace(source(), version="2"), tmp_path, None, printed.append)
     assert (
         card.version == "2"
-        and said[0] == f"{tmp_path / 'toy'} is prepared again: the name, size or time of a file has changed"
+        and printed[0] == f"{tmp_path / 'toy'} is prepared again: the name, size or time of a file has changed"
     )
     assert ensure_prepared(dataclasses.replace(source(refuse), version="2"), tmp_path, None) == card
 
@@ -111,10 +111,10 @@ def cut_file(folder: Path) -> None:
 def test_a_damaged_set_is_prepared_again(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     card = prepare(source(), tmp_path, None)
     damage(tmp_path / "toy")
-    said: list[str] = []
-    assert prepare(source(), tmp_path, None, said.append) == card
+    printed: list[str] = []
+    assert prepare(source(), tmp_path, None, printed.append) == card
     card.verify(tmp_path / "toy")
-    assert str(tmp_path / "toy") in said[0]
+    assert str(tmp_path / "toy") in printed[0]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["toy"]
 
 
@@ -138,7 +138,7 @@ def test_a_damaged_set_is_prepared_again(tmp_path: Path, damage: Callable[[Path]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_set_that_is_described_otherwise_is_prepared_again_and_the_command_says_what_changed(
+def test_a_set_that_is_described_differently_is_prepared_again_and_the_command_reports_what_changed(
     tmp_path: Path, changed: dict[str, Any], reason: str
 ) -> None:
     def three() -> Iterator[tuple[str, Row]]:
@@ -149,9 +149,9 @@ def test_a_set_that_is_described_otherwise_is_prepared_again_and_the_command_say
     before = dataclasses.replace(source(), version="1", command="toy --invalid refuse")
     after = dataclasses.replace(source(three), **{"version": "1", "command": "toy --invalid refuse"} | changed)
     prepare(before, tmp_path, None)
-    said: list[str] = []
-    card = ensure_prepared(after, tmp_path, None, said.append)
-    assert said == [f"{tmp_path / 'toy'} is prepared again: {reason}", f"preparing toy in {tmp_path / 'toy'}"]
+    printed: list[str] = []
+    card = ensure_prepared(after, tmp_path, None, printed.append)
+    assert printed == [f"{tmp_path / 'toy'} is prepared again: {reason}", f"preparing toy in {tmp_path / 'toy'}"]
     assert (card.info, card.columns, tuple(card.splits), card.version) == (
         after.info,
         after.columns,
@@ -223,7 +223,7 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".toy.lock"]
 
 
-def test_of_two_processes_one_prepares_and_the_other_says_that_it_waits(tmp_path: Path) -> None:
+def test_of_two_processes_one_prepares_and_the_other_reports_that_it_waits(tmp_path: Path) -> None:
     started, waits = threading.Event(), threading.Event()
 
     def slow() -> Iterator[tuple[str, Row]]:
@@ -262,7 +262,7 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("stop")
-def test_a_stop_that_is_asked_for_while_preparing_leaves_nothing(tmp_path: Path) -> None:
+def test_a_stop_requested_while_preparing_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         prepare(source(asked_after(7)), tmp_path, None)
     assert [path.name for path in tmp_path.iterdir()] == [".toy.lock"]
@@ -290,7 +290,7 @@ def test_a_stop_is_noticed_while_another_process_prepares(tmp_path: Path) -> Non
 @pytest.mark.parametrize("killed", [False, True], ids=["finishes", "is killed"])
 def test_a_process_waits_for_one_that_prepares_and_takes_over_if_that_is_killed(tmp_path: Path, killed: bool) -> None:
     fork = multiprocessing.get_context("fork")
-    started, waits, go_on = fork.Event(), fork.Event(), fork.Event()
+    started, waits, proceed = fork.Event(), fork.Event(), fork.Event()
     made = tmp_path / "made"
 
     def slow() -> Iterator[tuple[str, Row]]:
@@ -299,7 +299,7 @@ def test_a_process_waits_for_one_that_prepares_and_takes_over_if_that_is_killed(
         yield from rows(3, 1)
         if not started.is_set():
             started.set()
-            assert go_on.wait(60)
+            assert proceed.wait(60)
         yield from rows()
 
     def second() -> None:
@@ -312,7 +312,7 @@ def test_a_process_waits_for_one_that_prepares_and_takes_over_if_that_is_killed(
     other = fork.Process(target=second)
     other.start()
     assert waits.wait(60)
-    first.kill() if killed else go_on.set()
+    first.kill() if killed else proceed.set()
     first.join()
     other.join()
     assert (first.exitcode, other.exitcode) == (-signal.SIGKILL if killed else 0, 0)
@@ -362,9 +362,9 @@ def test_a_disk_that_cannot_be_written_serves_a_prepared_set_and_refuses_a_new_o
     (disk / "toy" / "verified.json").unlink()
     os.utime(disk / "toy/train/00000.parquet", ns=(0, 0))  # copied there
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    said: list[str] = []
-    card = ensure_prepared(source(refuse), disk, None, said.append)
-    assert card.splits["train"].rows == 20 and said == []
+    printed: list[str] = []
+    card = ensure_prepared(source(refuse), disk, None, printed.append)
+    assert card.splits["train"].rows == 20 and printed == []
     other = Source("other", DataInfo(("no", "yes"), 255), SEGMENTATION, source().rows)
     with pytest.raises(
         UserError, match=rf"other can't be written to {disk}: Read-only file system .* or set TRAINER_DATA"

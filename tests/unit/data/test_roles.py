@@ -55,7 +55,7 @@ def test_the_files_carry_the_features_that_datasets_reads(tmp_path: Path) -> Non
     assert read(tmp_path / "toy")[0]["label"] == 7
 
 
-def test_a_photograph_that_says_it_is_rotated_is_stored_upright(tmp_path: Path) -> None:
+def test_a_photograph_marked_as_rotated_is_stored_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
     row = prepared_row(tmp_path, {"image": picture(1, "PNG", exif=exif), "mask": mask(1, (4, 6))})

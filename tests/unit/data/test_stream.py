@@ -133,7 +133,7 @@ def test_masks_move_with_their_images_and_are_never_interpolated(prepared: tuple
             assert set(mask.unique().tolist()) <= set(red.reshape(-1).tolist())
 
 
-def test_augmentation_draws_anew_at_every_position_of_every_epoch_and_only_the_position_counts(
+def test_augmentation_differs_at_every_position_of_every_epoch_and_only_the_position_counts(
     prepared: tuple[Path, Card],
 ) -> None:
     """What an augmentation draws is compared with generators that are seeded here."""

@@ -64,11 +64,13 @@ def test_rows_of_shares_become_boxes_in_pixels(files: Path, capsys: pytest.Captu
     assert one["label"] == 1 and one["box"] == pytest.approx([4.5, 4 - 4 * 0.17, 7.5, 4 + 4 * 0.17])
     card = Card.load(data_dir() / "mine")
     assert card.columns == {"image": "image", "objects": "boxes"} and card.classes == ("car", "van")
-    said = capsys.readouterr().out
-    assert "12 rows" in said and "training objects, of 2 of 2 classes" in said and "Split: 10% validate" in said
+    printed = capsys.readouterr().out
+    assert (
+        "12 rows" in printed and "training objects, of 2 of 2 classes" in printed and "Split: 10% validate" in printed
+    )
 
 
-def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
+def test_the_card_names_the_command_that_makes_it_again(files: Path) -> None:
     assert main(options(files, validation=0.1, invalid="drop")) == 0
     card = Card.load(data_dir() / "mine")
     (data_dir() / "mine").rename(data_dir().parent / "away")
@@ -100,7 +102,7 @@ def test_a_folder_can_validate(files: Path) -> None:
     assert len(by_image("mine", "train")) == 12 and by_image("mine", "validation")["a"][0]["box"] == [0, 0, 12, 8]
 
 
-def test_so_can_the_folders_beside_where_images_and_labels_are_called_alike(files: Path) -> None:
+def test_so_can_the_folders_beside_where_images_and_labels_have_the_same_name(files: Path) -> None:
     for split in ("train", "val", "test"):
         save(files / f"images/{split}/{split}.jpg", picture(len(split)))
         save(files / f"labels/{split}/{split}.txt", "1 0.5 0.5 1 1")
@@ -110,7 +112,7 @@ def test_so_can_the_folders_beside_where_images_and_labels_are_called_alike(file
     assert card.command.endswith("--validation val --invalid refuse") and card.notes == ("Split: val validates.",)
 
 
-def test_images_and_labels_that_validate_or_test_can_lie_anywhere(
+def test_images_and_labels_that_validate_or_test_can_be_anywhere(
     files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {}
@@ -133,11 +135,13 @@ def test_an_image_on_both_sides_of_the_split_is_refused_by_name(
 ) -> None:
     save(files / "images/train/a.jpg", picture(1))
     save(files / "labels/train/a.txt", "1 0.5 0.5 1 1")
-    said = refused(
+    printed = refused(
         capsys, options(files, images=files / "images/train", labels=files / "labels/train", validation="train")
     )
     file = f"{files}/images/train/a.jpg"
-    assert "1 images are in more than one split" in said and said.endswith(f"\n  {file} (train), {file} (validation)\n")
+    assert "1 images are in more than one split" in printed and printed.endswith(
+        f"\n  {file} (train), {file} (validation)\n"
+    )
 
 
 LINE = "texts/town 0/00.txt:1: a line is `class x y width height` or `class x1 y1 x2 y2 x3 y3 …`"
@@ -164,9 +168,7 @@ LINE = "texts/town 0/00.txt:1: a line is `class x y width height` or `class x1 y
         ("0 nan 0.5 0.5 0.5", "photos/town 0/00.jpg, object 1: its box (nan, 2, nan, 6) isn't finite"),
     ],
 )
-def test_what_cannot_be_so_is_named(
-    files: Path, content: str, expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_invalid_is_named(files: Path, content: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     save(files / "texts/town 0/00.txt", content)
     assert expected in refused(capsys, options(files))
 

@@ -107,7 +107,7 @@ def test_the_instance_that_is_most_surely_foreground_comes_first() -> None:
     assert result.scores.tolist() == pytest.approx([0.8, 0.6]) and result.boxes[0].tolist() == [25, 25, 45, 45]
 
 
-def test_an_instance_with_a_narrow_neck_stays_whole() -> None:
+def test_an_instance_with_a_narrow_neck_is_not_split() -> None:
     # Body, neck, head: the head is deep enough.
     neck = rectangle(5, 5, 25, 30) | rectangle(14, 30, 17, 36) | rectangle(12, 36, 19, 43)
     result = found(neck, min_pixels=40)

@@ -167,7 +167,7 @@ def test_kernels_are_searched_only_where_each_step_has_the_same_shapes_and_bits_
 @pytest.mark.parametrize(
     ("device", "deterministic", "expected"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
 )
-def test_a_run_resumed_on_a_gpu_is_told_what_makes_its_bits_equal(
+def test_a_run_resumed_on_a_gpu_logs_what_makes_its_bits_equal(
     device: str, deterministic: bool, expected: bool
 ) -> None:
     torch.use_deterministic_algorithms(deterministic)
@@ -182,7 +182,7 @@ def test_a_run_resumed_on_a_gpu_is_told_what_makes_its_bits_equal(
 
 
 @pytest.mark.parametrize("minutes", [0.1, 10, 600])
-def test_a_collective_gives_up_soon_after_the_time_that_a_rank_may_stand_still(
+def test_a_collective_times_out_soon_after_the_time_that_a_rank_may_stall(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float
 ) -> None:
     asked: list[timedelta] = []

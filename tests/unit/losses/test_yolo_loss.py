@@ -387,13 +387,13 @@ def test_a_single_class_has_no_class_term() -> None:
         assert gradient[..., :5].any() and not gradient[..., 5:].any()
 
 
-def test_objectness_learns_the_complete_iou_and_nothing_else_learns_from_it() -> None:
+def test_the_target_of_objectness_is_the_complete_iou_and_nothing_else_is_trained_by_it() -> None:
     loss, levels = YoloLoss(CLASSES, box_gain=0.0, cls_gain=0.0), outputs()
     for gradient in torch.autograd.grad(value(loss, levels, sample()), [level.logits for level in levels]):
         assert gradient[..., 4].all() and not gradient[..., :4].any() and not gradient[..., 5:].any()
 
 
-def test_a_prediction_that_answers_for_two_boxes_learns_the_larger_complete_iou() -> None:
+def test_the_target_of_a_prediction_assigned_to_two_boxes_is_the_larger_complete_iou() -> None:
     loss, levels, targets = YoloLoss(CLASSES), outputs(), sample()
     twice = Targets(*(torch.cat([field, field]) for field in targets))
     once, again = (loss.combine(loss(levels, each)) for each in (targets, twice))

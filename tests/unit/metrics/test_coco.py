@@ -110,7 +110,7 @@ def joined() -> coco.Rows:
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_it_is_what_pycocotools_says_of_exported_files(tmp_path: Path, kind: Any) -> None:
+def test_it_is_what_pycocotools_computes_from_exported_files(tmp_path: Path, kind: Any) -> None:
     truth, results = coco.as_coco(joined(), CLASSES)
     precision = coco.average_precision(truth, results, kind)
     expected = independently(kind, tmp_path)

@@ -50,7 +50,7 @@ def test_matrices_of_parts_add_up_to_that_of_the_whole() -> None:
     assert torch.equal(sum(parts, torch.zeros(())), confusion_matrix(guess, truth, CLASSES, IGNORED))
 
 
-def test_rows_are_the_truth_and_columns_the_prediction() -> None:
+def test_rows_are_the_ground_truth_and_columns_the_prediction() -> None:
     matrix = confusion_matrix(torch.tensor([1, 1, 0]), torch.tensor([0, 0, 0]), 2, None)
     assert matrix.tolist() == [[1, 2], [0, 0]]
 

@@ -90,7 +90,7 @@ def sheet(*arguments: object) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_samples_stand_in_rows_and_their_panels_in_columns_small_ones_enlarged(tmp_path: Path) -> None:
+def test_samples_are_in_rows_and_their_panels_in_columns_small_ones_enlarged(tmp_path: Path) -> None:
     samples = [torch.full((2, 3, 4, 6), 10, dtype=torch.uint8), torch.full((2, 3, 2, 9), 20, dtype=torch.uint8)]
     samples[1][1] = 30
     found = sheet(samples, tmp_path / "s.png")[..., 0]
@@ -109,7 +109,7 @@ def test_enlarged_samples_have_the_colours_of_the_small_ones_and_no_others(tmp_p
     ).all()
 
 
-def test_a_sheet_says_what_its_panels_and_colours_are(tmp_path: Path) -> None:
+def test_a_sheet_labels_its_panels_and_colours(tmp_path: Path) -> None:
     sample = torch.full((2, 3, 128, 128), 200, dtype=torch.uint8)
     plain = sheet([sample], tmp_path / "plain.png")
     named = sheet([sample], tmp_path / "named.png", ("image", "truth"))
