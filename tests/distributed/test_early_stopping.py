@@ -45,5 +45,5 @@ def test_training_ends_when_nothing_improves_and_an_interrupted_one_ends_there_t
     run_processes(2, train, recipe, ("name=parts", *OPTIONS))  # is finished, and stays so
     assert follow(tmp_path / "runs" / "parts")[0] == last
     longer = tuple(option for option in OPTIONS if "stop_after" not in option)
-    run_processes(2, train, recipe, ("name=parts", *longer), last + 3)  # without the limit it goes on
+    run_processes(2, train, recipe, ("name=parts", *longer), last + 3)  # without the limit it continues
     assert follow(tmp_path / "runs" / "parts")[0] == last + 3

@@ -32,13 +32,13 @@ def recipe(tmp_path: Path, task: str) -> Path:
 
 
 def train_and_export(file: Path, overrides: tuple[str, ...], folder: Path) -> None:
-    """Lets each process write down what is true and what is found in the images that it evaluates, as COCO's files."""
+    """Lets each process write down ground truth and detections of the images that it evaluates, as COCO's files."""
     rows, numbers = ObjectTask.rows, count()
 
     def keeping(task: ObjectTask, outputs: Any, batch: dict[str, Any]) -> coco.Rows:
         found = rows(task, outputs, batch)
-        truth, results = coco.as_coco(found, CLASSES)
-        (folder / f"{os.environ.get('RANK', 0)}_{next(numbers)}.json").write_text(json.dumps([truth, results]))
+        ground_truth, results = coco.as_coco(found, CLASSES)
+        (folder / f"{os.environ.get('RANK', 0)}_{next(numbers)}.json").write_text(json.dumps([ground_truth, results]))
         return found
 
     ObjectTask.rows = keeping  # type: ignore[method-assign]
@@ -53,15 +53,15 @@ def test_average_precision_is_pycocotools_on_exported_predictions(tmp_path: Path
     overrides = ("train.duration=30 steps", "evaluate.every=30 steps", "evaluate.pictures=0")
     run_processes(world_size, train_and_export, recipe(tmp_path, task), overrides, kept)
     (line,) = lines(tmp_path / "runs" / "run", "validation")
-    truth: dict[str, Any] = {}
+    ground_truth: dict[str, Any] = {}
     results = []
     for file in kept.glob("*.json"):
         part, found = json.loads(file.read_text())
         for annotation in part["annotations"]:
-            annotation["id"] += 1000 * len(truth.get("images", ()))  # which are of each batch alone
-        truth = part | {key: truth.get(key, []) + part[key] for key in ("images", "annotations")}
+            annotation["id"] += 1000 * len(ground_truth.get("images", ()))  # which are of each batch alone
+        ground_truth = part | {key: ground_truth.get(key, []) + part[key] for key in ("images", "annotations")}
         results += found
-    assert sorted(image["id"] for image in truth["images"]) == list(range(VALIDATION))
+    assert sorted(image["id"] for image in ground_truth["images"]) == list(range(VALIDATION))
     assert {file.name[0] for file in kept.glob("*.json")} == {str(rank) for rank in range(world_size)}
     assert results
     for prefix, kind in {
@@ -70,7 +70,7 @@ def test_average_precision_is_pycocotools_on_exported_predictions(tmp_path: Path
         "mask_rcnn": {"mask_": "segm", "box_": "bbox"},
     }[task].items():
         annotations = COCO()
-        annotations.dataset = truth
+        annotations.dataset = ground_truth
         annotations.createIndex()
         shown = [
             {key: value for key, value in result.items() if key != ("bbox" if kind == "segm" else "segmentation")}
@@ -121,15 +121,15 @@ def evaluate_jittered_truth(file: Path, overrides: tuple[str, ...], folder: Path
 def test_average_precision_of_letterboxed_images_is_that_in_the_original_images(
     tmp_path: Path, world_size: int
 ) -> None:
-    """The truth comes from the scenes as they were drawn;
-    what is found is mapped back and clipped at the original image.
+    """The ground truth is the scenes as they were drawn;
+    detections are mapped back and clipped at the original image.
     """
     side, kept = (96, 288), tmp_path / "kept"
     kept.mkdir()
     overrides = ("train.duration=1 steps", "evaluate.pictures=0", f"data.resize={list(side)}")
     run_processes(world_size, evaluate_jittered_truth, recipe(tmp_path, "detection"), overrides, kept)
     (line,) = lines(tmp_path / "runs" / "run", "validation")
-    truth: dict[str, Any] = {
+    ground_truth: dict[str, Any] = {
         "info": {},
         "images": [],
         "annotations": [],
@@ -137,7 +137,7 @@ def test_average_precision_of_letterboxed_images_is_that_in_the_original_images(
     }
     for number in range(VALIDATION):
         image, masks, labels, crowds = scene(TRAIN + number)
-        truth["images"].append({"id": number, "height": image.shape[0], "width": image.shape[1]})
+        ground_truth["images"].append({"id": number, "height": image.shape[0], "width": image.shape[1]})
         for mask, label, crowd in zip(masks, labels, crowds, strict=True):
             left, top, right, bottom = box(mask)
             entry = {
@@ -145,8 +145,8 @@ def test_average_precision_of_letterboxed_images_is_that_in_the_original_images(
                 "area": (right - left) * (bottom - top),
                 "iscrowd": int(crowd),
             }
-            truth["annotations"].append(
-                entry | {"id": len(truth["annotations"]) + 1, "image_id": number, "category_id": label}
+            ground_truth["annotations"].append(
+                entry | {"id": len(ground_truth["annotations"]) + 1, "image_id": number, "category_id": label}
             )
     results, num_outside = [], 0
     for number, label, score, corners in (row for file in kept.glob("*.json") for row in json.loads(file.read_text())):
@@ -163,7 +163,7 @@ def test_average_precision_of_letterboxed_images_is_that_in_the_original_images(
             {"image_id": number, "category_id": label, "score": score, "bbox": [left, top, right - left, bottom - top]}
         )
     annotations = COCO()
-    annotations.dataset = truth
+    annotations.dataset = ground_truth
     annotations.createIndex()
     evaluation = COCOeval(annotations, annotations.loadRes(results), "bbox")
     evaluation.evaluate()

@@ -23,7 +23,7 @@ _TABLE = pytest.StashKey[dict[str, tuple[int, float]]]()
 
 @pytest.fixture(scope="session")
 def uninterrupted() -> Uninterrupted:
-    """Weights and metrics of a brief run that nothing happens to; trained once for each number of processes."""
+    """Weights and metrics of a brief, uninterrupted run; trained once for each number of processes."""
     known: dict[Any, tuple[dict[str, str], list[dict[str, Any]]]] = {}
 
     def train(world_size: int, recipe: Path, *options: str) -> tuple[dict[str, str], list[dict[str, Any]]]:

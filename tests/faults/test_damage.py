@@ -1,4 +1,4 @@
-"""A checkpoint that isn't as it was written is never used: the one before is, and the message says what was wrong."""
+"""A damaged checkpoint is never used: the one before it is, and the message reports what was wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def damage(file: Path, draw: random.Random) -> str:
 
 
 def resume(folder: RunFolder, recipe: Recipe) -> tuple[str, list[str]]:
-    """Name of the checkpoint that the run goes on from, and what is printed."""
+    """Name of the checkpoint that the run resumes from, and what is printed."""
     printed: list[str] = []
     found = open_run(folder, recipe, "auto", printed.append)
     return found.name if found else "", printed
@@ -53,20 +53,20 @@ def test_every_flipped_byte_and_truncation_is_noticed_and_the_checkpoint_before_
             assert victim.name == "manifest.json" and json.loads(victim.read_bytes()) == before, (
                 f"{kind} of {victim.name} was not noticed"
             )
-            tally("damaged checkpoints: white space of the manifest, which says the same")
+            tally("damaged checkpoints: white space of the manifest, which changes nothing")
             continue
         assert found == "step_00000015" and len(printed) == 1, printed
         assert printed[0].startswith(f"{newest.name} is not intact: "), printed
-        # A damaged manifest may say something wrong of another file.
+        # A damaged manifest may be wrong about another file.
         assert victim.name in printed[0] or (
             victim.name == "manifest.json" and any(name in printed[0] for name in before["files"])
         ), printed
-        tally("damaged checkpoints noticed, the one before used, and printed")
+        tally("damaged checkpoints noticed, the one before used, and reported")
         if number % 10 == 3:
             with Job(1, file, f"name={copy.name}", *OPTIONS) as job:
                 assert job.wait() == [0], job.output
             assert "resumed" in job.output and weights(copy) == weights(intact) and lines(copy) == lines(intact)
-            tally("runs that went on from the one before, weights and metrics equal to the bit")
+            tally("runs that resumed from the one before, weights and metrics equal to the bit")
         shutil.rmtree(copy)
 
 

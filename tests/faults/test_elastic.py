@@ -1,4 +1,4 @@
-"""A run goes on with another number of processes: the same batches, equal up to rounding."""
+"""A run resumes with another number of processes: the same batches, equal up to rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fp16 in whole runs, on a CPU: gradients that overflow are counted,
+"""fp16 in complete runs, on a CPU: gradients that overflow are counted,
 and never finite ones end the run or are reported.
 """
 
@@ -47,12 +47,12 @@ def scaled(overflows: Callable[[int], bool]) -> Callable[[int], None]:
             accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
             return accelerator
 
-        def spoiled(task: Segmentation, model: Any, batch: Any) -> dict[str, Tensor]:
+        def overflowing_sums(task: Segmentation, model: Any, batch: Any) -> dict[str, Tensor]:
             sums = loss_sums(task, model, batch)
             return {name: Overflow.apply(value) for name, value in sums.items()} if overflows(next(steps)) else sums
 
         trainer.trainer.build_accelerator = build_with_scaler
-        Segmentation.loss_sums = spoiled
+        Segmentation.loss_sums = overflowing_sums
 
     return fault
 

@@ -123,7 +123,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def identified(kind: str, number: int, what: object) -> Iterator[None]:
-    """Says which case failed."""
+    """Names the case that failed."""
     try:
         yield
     except BaseException as error:

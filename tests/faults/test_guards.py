@@ -1,4 +1,4 @@
-"""What isn't finite, can't be read or has no room: one message, or skipped and counted where the recipe says so."""
+"""What isn't finite, can't be read or has no room: one message, or skipped and counted if the recipe asks for it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def make_nan(rank: int) -> None:
     """The loss of a micro-batch with that sample is nan."""
     loss_sums = Segmentation.loss_sums
 
-    def spoiled(task: Segmentation, model: Any, batch: Any) -> dict[str, Tensor]:
+    def non_finite(task: Segmentation, model: Any, batch: Any) -> dict[str, Tensor]:
         sums = loss_sums(task, model, batch)
         return {name: value * float("nan") for name, value in sums.items()} if BAD in batch["sample_id"] else sums
 
-    Segmentation.loss_sums = spoiled
+    Segmentation.loss_sums = non_finite
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -80,12 +80,12 @@ def test_skipped_steps_are_counted_and_an_interrupted_run_skips_the_same(
         == json.loads((run / "summary.json").read_text())["skipped_steps"]
         >= 2
     )
-    assert "skipped, 1 so far" not in job.output and "so far" in job.output  # the count goes on where it was
+    assert "skipped, 1 so far" not in job.output and "so far" in job.output  # the count continues
     tally(f"steps skipped, {world_size} processes: counted, interrupted and resumed equal to the bit")
 
 
 class OnDevice(Tensor):
-    """A tensor on the CPU whose flags, bools, say that they are on a GPU."""
+    """A tensor on the CPU whose flags, bools, claim to be on a GPU."""
 
     @property
     def device(self) -> Any:  # type: ignore[override]

@@ -116,7 +116,7 @@ def met(marks: Path) -> Callable[[int], None]:
 
 
 def kill_one(job: Job, victim: int, marks: Path, seconds: float, tally: Tally) -> None:
-    """Kills one rank, so long after the processes have met; the other ends by itself, and says why."""
+    """Kills one rank, so long after the processes have met; the other ends on its own, and reports why."""
     while not all((marks / str(rank)).exists() for rank in (0, 1)):
         job.wait(0.01)
     job.wait(seconds)
@@ -126,7 +126,7 @@ def kill_one(job: Job, victim: int, marks: Path, seconds: float, tally: Tally) -
     took = time.monotonic() - began
     if codes[victim] == -signal.SIGKILL:
         assert took < LIMIT_S, job.output
-        tally("SIGKILL of one rank: the other ended by itself", seconds=took)
+        tally("SIGKILL of one rank: the other ended on its own", seconds=took)
         # 0: nothing was left to do.
         assert codes[1 - victim] == 0 or (codes[1 - victim] == 3 and f"training failed: rank {victim}" in job.output), (
             job.output

@@ -1,5 +1,5 @@
-"""A run that can't begin because of what the user has to fix keeps its work,
-and `trainer status` repeats what it is.
+"""A run that can't start because of a user error keeps its work,
+and `trainer status` repeats the message.
 """
 
 from __future__ import annotations

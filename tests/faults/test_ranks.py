@@ -1,4 +1,4 @@
-"""No rank waits for ever: a lost rank ends the job in time, is named, and the same command goes on."""
+"""No rank waits for ever: a lost rank ends the job in time, is named, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_stopped(job: Job, victim: int) -> None:
 
 
 def is_stuck(job: Job, victim: int) -> None:
-    """It stands at the gate already, in the loader, and nobody opens it."""
+    """It is already waiting at the gate, in the loader, and nobody opens it."""
 
 
 def raises() -> None:
@@ -82,7 +82,7 @@ def test_a_lost_rank_ends_the_job_in_time_and_is_named(
     assert others == [3] * (world_size - 1) and took < LIMIT_S, (codes, took, job.output)
     failures = [line for line in job.output.splitlines() if line.startswith("training failed: ")]
     assert failures and all(f"rank {victim}" in line for line in failures), job.output
-    # Rank 0 holds the store through which the others hear of it; a launcher would.
+    # Rank 0 holds the store that informs the others; with a launcher, that would.
     assert victim == 0 or f"reading data, after step {STEP}" in failures[0], failures
     assert fault is not raises or "something broke" in job.output
     with Job(world_size, recipe, *BRIEF, TIMEOUT, "checkpoint.every=2 steps") as job:
@@ -90,7 +90,7 @@ def test_a_lost_rank_ends_the_job_in_time_and_is_named(
     assert "resumed run from step 2" in job.output
     assert (weights(tmp_path / "runs" / "run"), lines(tmp_path / "runs" / "run")) == uninterrupted(world_size, recipe)
     tally(
-        f"lost ranks: one of {world_size} {fault.__name__.replace('_', ' ')}: named, ended, went on exactly",
+        f"lost ranks: one of {world_size} {fault.__name__.replace('_', ' ')}: named, ended, resumed exactly",
         seconds=took,
     )
 
@@ -169,4 +169,4 @@ def test_a_rank_killed_under_a_launcher_ends_the_job_in_time_and_is_named(
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "finished run" in done.stderr, done.stderr
     assert (weights(tmp_path / "runs" / "run"), lines(tmp_path / "runs" / "run")) == uninterrupted(2, recipe)
-    tally("lost ranks: killed under accelerate launch: named, ended, went on exactly", seconds=took)
+    tally("lost ranks: killed under accelerate launch: named, ended, resumed exactly", seconds=took)

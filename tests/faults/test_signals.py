@@ -1,4 +1,4 @@
-"""A stop signal is heard wherever a run stands: it ends in under 20 seconds with exit code 0, and goes on exactly."""
+"""A stop signal is handled at any point of a run: it ends in under 20 seconds with exit code 0, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def in_building(gate: Gate) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize(
-    ("place", "world_size", "arrivals", "number", "to_rank", "says"),
+    ("place", "world_size", "arrivals", "number", "to_rank", "message"),
     [
         (in_first_step, 1, 1, signal.SIGUSR1, None, "stopped on SIGUSR1 at step 1, checkpoint saved"),
         (in_first_step, 1, 1, signal.SIGHUP, None, "stopped on SIGHUP at step 1, checkpoint saved"),
@@ -92,7 +92,7 @@ def test_a_stop_is_handled_at_once_and_the_same_command_resumes_exactly(
     arrivals: int,
     number: int,
     to_rank: int | None,
-    says: str,
+    message: str,
 ) -> None:
     recipe, gate = write_recipe(tmp_path), Gate()
     with Job(world_size, recipe, *BRIEF, fault=place(gate)) as job:
@@ -105,14 +105,14 @@ def test_a_stop_is_handled_at_once_and_the_same_command_resumes_exactly(
         assert job.wait(2 * LIMIT_S) == [0] * world_size, job.output
         took = time.monotonic() - began
         assert took < LIMIT_S
-    assert says in job.output and "Traceback" not in job.output, job.output
+    assert message in job.output and "Traceback" not in job.output, job.output
     if place is in_preparation:
         assert {path.name for path in (tmp_path / "data").iterdir()} == {".tiny.lock"}  # nothing half-done
     output, ended = resume(world_size, recipe)
     assert ended == uninterrupted(world_size, recipe)
-    assert ("resumed run from step" in output) == ("checkpoint saved" in says)
+    assert ("resumed run from step" in output) == ("checkpoint saved" in message)
     tally(
-        f"stop signals {place.__name__.replace('_', ' ')}: exit 0, went on, weights and metrics equal to the bit",
+        f"stop signals {place.__name__.replace('_', ' ')}: exit 0, resumed, weights and metrics equal to the bit",
         seconds=took,
     )
 
@@ -135,7 +135,7 @@ def test_a_second_ctrl_c_ends_at_once_and_saved_checkpoints_are_intact(
     for step in (5, 7):
         verify(store.folder(step))
     assert resume(1, recipe)[1] == uninterrupted(1, recipe)
-    tally("second Ctrl-C in the middle of a save: exit 130 at once, checkpoints whole, went on exactly")
+    tally("second Ctrl-C in the middle of a save: exit 130 at once, checkpoints intact, resumed exactly")
 
 
 def test_a_hang_up_of_an_entire_process_group_leaves_loader_workers_to_the_process_that_started_them(
@@ -223,7 +223,7 @@ def test_a_stop_while_wandb_waits_for_a_server_that_never_answers(
     recipe, gate = write_recipe(tmp_path), Gate()
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        key = "0123456789abcdef0123456789abcdef01234567"  # made up
+        key = "0123456789abcdef0123456789abcdef01234567"  # synthetic
         with start(
             recipe, gate, "step", GATED, "track=[wandb]", WANDB_MODE="online", WANDB_API_KEY=key, WANDB_BASE_URL=address
         ) as process:
@@ -236,4 +236,4 @@ def test_a_stop_while_wandb_waits_for_a_server_that_never_answers(
             connection.close()
     assert "stopped on SIGTERM at step 6, checkpoint saved" in errors and key not in errors, errors
     assert resume(1, recipe, GATED)[1] == uninterrupted(1, recipe)
-    tally("stop signals while W&B starts, real run: exit 0 in time, went on, weights and metrics equal to the bit")
+    tally("stop signals while W&B starts, real run: exit 0 in time, resumed, weights and metrics equal to the bit")

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m gpu`. Each run is a process of its own: one that has used CUDA must not fork."""
+"""What only a GPU can show: `pytest -m gpu`. Each run has its own process: one that has used CUDA must not fork."""
 
 from __future__ import annotations
 

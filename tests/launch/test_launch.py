@@ -84,7 +84,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(tmp_path: Path) 
                 process.send_signal(signal.SIGTERM)
                 break
         else:
-            raise AssertionError("it didn't go on")
+            raise AssertionError("it didn't continue")
         process.communicate(timeout=60)
     assert process.returncode == 0
 

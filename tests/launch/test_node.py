@@ -1,5 +1,5 @@
-"""`launch/node.sh` survives SLURM's warning at any moment and notes it;
-stand-ins for what it starts make that cost nothing.
+"""`launch/node.sh` survives SLURM's warning at any moment and records it;
+stand-ins for what it starts make that cheap.
 """
 
 from __future__ import annotations

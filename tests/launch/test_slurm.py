@@ -42,7 +42,7 @@ def _submit_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def last_step(run: Path) -> int:
-    """Of the newest whole line of metrics.jsonl."""
+    """Of the newest complete line of metrics.jsonl."""
     file = run / "metrics.jsonl"
     whole = (
         [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
@@ -76,7 +76,7 @@ def test_a_job_of_two_nodes_is_preempted_twice_resumes_automatically_and_ends_wi
     log = (tmp_path / "logs" / f"trainer-{job}-rank0.log").read_text()
     assert log.count("stopped on SIGUSR1 at step") == 2 and log.count("resumed run from step") == 2
     output = (tmp_path / "logs" / f"trainer-{job}.out").read_text()
-    # The launchers survived the signal, too.
+    # The launchers survived the signal too.
     assert re.search(r"^run  finished  .*miou", output, re.MULTILINE) and "srun ended" not in output
 
     run_processes(2, train, recipe, (*overrides, "name=uninterrupted"))

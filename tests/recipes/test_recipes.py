@@ -15,7 +15,7 @@ from trainer.tasks.checks import TASK_CHECKS
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 STAND_IN = Path(__file__).resolve().parents[1] / "stand_in.py"
-# What a test changes: less of everything, no download; whatever else the recipe says is tried.
+# What a test changes: less of everything, no download; all other settings of the recipe are tried.
 SMALLER = (
     "name=small",
     "data.batch_size=4",
@@ -54,7 +54,7 @@ def test_recipe_trains_on_generated_data(recipe: Path, tmp_path: Path) -> None:
     )
     if settings.model.weights != "none":
         smaller.append("model.weights=none")
-    if getattr(settings.task, "exclude", []):  # classes that the generated data haven't got
+    if getattr(settings.task, "exclude", []):  # classes that the generated data lack
         smaller.append("task.exclude=[flower]")
     run_processes(1, train, recipe, (*smaller, *stand_in))
     run = tmp_path / "runs" / "small"

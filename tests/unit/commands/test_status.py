@@ -1,4 +1,4 @@
-"""Where runs stand, as `trainer status` says it."""
+"""The state of runs, as `trainer status` reports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of `trainer sync`: whatever became of a run, W&B gets each of its lines once, in one run,
+"""Promises of `trainer sync`: however a run ended, W&B gets each of its lines once, in one run,
 and the run folder stays as it is.
 """
 

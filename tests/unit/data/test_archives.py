@@ -275,14 +275,15 @@ def test_of_two_downloads_of_an_archive_one_waits_and_reports_it(tmp_path: Path)
     lock.acquire()
     printed: list[str] = []
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         printed.append(line)
         if "waiting" in line:
             (tmp_path / "downloads" / "set.tgz").write_bytes(b"official")
             lock.release()
 
     assert (
-        locate([Archive("set.tgz", (published(tmp_path),))], tmp_path, None, say)["set.tgz"].read_bytes() == b"official"
+        locate([Archive("set.tgz", (published(tmp_path),))], tmp_path, None, report)["set.tgz"].read_bytes()
+        == b"official"
     )
     assert printed == ["waiting for another process that downloads set.tgz"]
 

@@ -1,4 +1,4 @@
-"""What a recipe says under `data:` is what its batches are like."""
+"""Batches are what a recipe's `data:` asks for."""
 
 from __future__ import annotations
 

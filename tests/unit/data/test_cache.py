@@ -1,4 +1,4 @@
-"""A sample of the cache is whole or not there, whatever moment another process looks or a kill comes."""
+"""A sample of the cache is complete or not there, whenever another process looks or a kill comes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images and a COCO file of one's own become a set that recipes name, without a line of code."""
+"""Images and a COCO file of the user's own become a set that recipes name, without a line of code."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ BAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("expected", "changed"), BAD.items(), ids=BAD)
-def test_an_object_that_cannot_be_so_is_refused_or_dropped(
+def test_an_invalid_object_is_refused_or_dropped(
     files: Path, expected: str, changed: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = content()
@@ -313,7 +313,7 @@ def another_size(found: dict[str, Any]) -> None:
         (another_size, "photos/a/00.jpg is 12 x 8, but listed with 13 x 8"),
     ],
 )
-def test_a_file_that_cannot_be_so_is_a_mistake(
+def test_an_invalid_file_is_a_mistake(
     files: Path, damage: Any, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = content()

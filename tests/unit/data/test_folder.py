@@ -1,4 +1,4 @@
-"""Image and mask files of one's own become a set that recipes name, without a line of code."""
+"""Image and mask files of the user's own become a set that recipes name, without a line of code."""
 
 from __future__ import annotations
 
@@ -462,7 +462,7 @@ def test_a_bad_file_leaves_the_set_that_was_there(files: Path, capsys: pytest.Ca
     ],
     ids=str,
 )
-def test_an_option_that_cannot_be_so_is_a_mistake(
+def test_an_invalid_option_is_a_mistake(
     files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in refused(capsys, options(files, **changed))
@@ -498,7 +498,7 @@ def test_where_it_is_not_prepared_a_recipe_that_names_it_is_one_mistake(tmp_path
 
 
 def test_a_recipe_never_makes_it_again(files: Path, tmp_path: Path) -> None:
-    """Whatever becomes of the files it was made from, and of the classes in the file."""
+    """Whatever happens to the files it was made from, and to the classes in the file."""
     assert main(options(files)) == 0
     card = prepared()
     (files / "photos").rename(files / "gone")

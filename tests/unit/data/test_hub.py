@@ -258,7 +258,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def prepared(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, str]]]:
-    """The folder of the sets, and what each command outputs."""
+    """The folder of the sets, and what each command printed."""
     folder = tmp_path_factory.mktemp("hub")
     lines = [*PREPARED.values(), *REFUSED]
     return folder, dict(

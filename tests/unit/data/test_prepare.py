@@ -77,7 +77,7 @@ def test_a_set_of_files_in_another_version_is_made_again(tmp_path: Path) -> None
     assert ensure_prepared(dataclasses.replace(source(refuse), version="2"), tmp_path, None) == card
 
 
-# ---------------------------------------------------------------- once, whole, by one process
+# ---------------------------------------------------------------- once, completely, by one process
 
 
 def refuse() -> Iterator[tuple[str, Row]]:
@@ -231,20 +231,20 @@ def test_of_two_processes_one_prepares_and_the_other_reports_that_it_waits(tmp_p
         assert waits.wait(60)
         yield from rows()
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         assert "waiting for another process" in line
         waits.set()
 
     first = threading.Thread(target=prepare, args=(source(slow), tmp_path, None))
     first.start()
     assert started.wait(60)
-    card = prepare(source(refuse), tmp_path, None, say)
+    card = prepare(source(refuse), tmp_path, None, report)
     first.join()
     assert card.splits["train"].rows == 20
 
 
 def asked_after(rows_before: int) -> Callable[[], Iterator[tuple[str, Row]]]:
-    """Rows, among which a stop is asked for."""
+    """Rows, between which a stop is requested."""
 
     def make() -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(rows()):
@@ -279,12 +279,12 @@ def test_a_stop_is_noticed_while_checksums_are_compared(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("stop")
 def test_a_stop_is_noticed_while_another_process_prepares(tmp_path: Path) -> None:
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         assert "waiting for another process" in line
         STOP.signal_name = "SIGTERM"
 
     with FileLock(tmp_path / ".toy.lock"), pytest.raises(Stopped):
-        prepare(source(), tmp_path, None, say)
+        prepare(source(), tmp_path, None, report)
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["finishes", "is killed"])

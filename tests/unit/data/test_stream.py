@@ -162,7 +162,7 @@ def test_resize_is_done_once_and_kept(prepared: tuple[Path, Card]) -> None:
     first = samples(prepared, resize=[10, 12])
     a = first.batch([0, 1, 2])
     assert a["image"].shape == (3, 3, 10, 12) and a["mask"].shape == (3, 1, 10, 12)
-    first.reader.rows._read = None  # type: ignore[method-assign,assignment]  # Parquet can't be read any more
+    first.reader.rows._read = None  # type: ignore[method-assign,assignment]  # Parquet can no longer be read
     assert equal(first.batch([0, 1, 2]), a)
 
 
@@ -230,7 +230,7 @@ def test_a_full_disk_turns_the_cache_off_with_a_line(
 
 
 def damage(prepared: tuple[Path, Card], *sample_ids: int) -> None:
-    """Overwrites the ends of training images in their Parquet file, whose row groups stay whole."""
+    """Overwrites the ends of training images in their Parquet file, whose row groups stay intact."""
     path = prepared[1].files(prepared[0], "train")[0]
     content = path.read_bytes()
     for sample_id in sample_ids:
@@ -271,7 +271,7 @@ def test_the_next_readable_sample_takes_the_place_of_an_unreadable_one(
         shown = [stand_ins.get(i, i) for i in meant]
         assert batch["label"].tolist() == shown
         assert torch.equal(batch["mask"], batch["image"][:, :1]) or transforms == FLIP
-        assert (batch["image"][:, 1].flatten(1).amax(1)).tolist() == shown  # the green channel says which image it is
+        assert (batch["image"][:, 1].flatten(1).amax(1)).tolist() == shown  # the green channel identifies the image
     assert sorted({i for batch in reference for i in batch["unreadable"].tolist()}) == [7, 8, 29]
     assert sorted(i for batch in reference[:5] for i in batch["sample_id"].tolist()) == list(range(COUNT))
 

@@ -1,4 +1,4 @@
-"""Images and YOLO label files of one's own become a set that recipes name, without a line of code."""
+"""Images and YOLO label files of the user's own become a set that recipes name, without a line of code."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_what_is_invalid_is_named(files: Path, content: str, expected: str, caps
     assert expected in refused(capsys, options(files))
 
 
-def test_objects_that_cannot_be_so_are_dropped_on_demand(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_objects_are_dropped_on_demand(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(files / "texts/town 0/00.txt", "0 0.5 0.5 0 0.5\n1 0.5 0.5 0.5 0.5\n7 0.5 0.5 0.5 0.5")
     assert main(options(files, validation=0.1, invalid="drop")) == 0
     assert [each["label"] for each in objects()["00"]] == [1]
@@ -206,7 +206,7 @@ def test_labels_without_an_image_and_damaged_images_are_named(files: Path, capsy
     ],
     ids=str,
 )
-def test_an_option_that_cannot_be_so_is_a_mistake(
+def test_an_invalid_option_is_a_mistake(
     files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in refused(capsys, options(files, **changed))

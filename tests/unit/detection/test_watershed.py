@@ -1,4 +1,4 @@
-"""Deep watershed: from instances to what is learnt, and from what is learnt back to instances."""
+"""Deep watershed: from instances to training targets, and from predictions back to instances."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def certain(masks: Tensor, labels: Tensor, num_classes: int = 2, certainty: floa
 
 
 def found(*masks: Tensor, labels: list[int] | None = None, min_pixels: int = 20) -> Detections:
-    """What is recovered from the true maps of these instances."""
-    truth, classes = torch.stack(masks), torch.tensor(labels or [0] * len(masks))
-    return instances(certain(truth, classes), boundary_distance(truth).amax(0), min_pixels=min_pixels)
+    """What is recovered from the ground-truth maps of these instances."""
+    true_masks, classes = torch.stack(masks), torch.tensor(labels or [0] * len(masks))
+    return instances(certain(true_masks, classes), boundary_distance(true_masks).amax(0), min_pixels=min_pixels)
 
 
 def test_depth_is_counted_from_the_boundary_up_to_the_limit() -> None:

@@ -1,4 +1,4 @@
-"""What a run asks of PyTorch's backends and of a GPU; where there is none, one that is made up."""
+"""What a run asks of PyTorch's backends and of a GPU; if there is none, one that is simulated."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ CASES = {
     "images of different sizes": (RECIPE, ("data.augment=[horizontal_flip]",), False, False),
     "a crop": (RECIPE, ("data.augment=[{name: random_crop, size: [16, 16]}, horizontal_flip]",), False, True),
     "mosaics": (RECIPES["detection"], ("data.augment=[{name: mosaic, size: [64, 64]}]",), False, True),
-    "a network that resizes by itself": (RECIPES["mask_rcnn"], (), True, False),
+    "a network that resizes its images": (RECIPES["mask_rcnn"], (), True, False),
     "deterministic kernels": (RECIPE, ("train.deterministic=true",), True, False),
 }
 

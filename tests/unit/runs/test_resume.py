@@ -250,7 +250,7 @@ def test_a_checkpoint_that_was_unreadable_for_a_moment_never_comes_back(
     improve(run, 5, None)
     assert open_run(run, recipe, "auto", print) == run.checkpoints.folder(5)
     assert len(list(run.checkpoints.path.glob(".invalid-*"))) == 2
-    improve(run, 7, None)  # what it has trained past is of no use any more
+    improve(run, 7, None)  # what it has trained past is no longer of use
     assert [path.name for path in run.checkpoints.path.glob(".invalid-*")] == [".invalid-step_00000008"]
 
 

@@ -1,4 +1,4 @@
-"""What a user sees of detection and instance segmentation: which recipes fit, what is drawn, which layers learn."""
+"""What a user sees of detection and instance segmentation: which recipes fit, what is drawn, what is trained."""
 
 from __future__ import annotations
 
