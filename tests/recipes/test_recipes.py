@@ -33,7 +33,7 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
-def test_recipe_is_valid_and_says_what_it_is(recipe: Path) -> None:
+def test_recipe_is_valid_and_its_header_states_cost_and_result(recipe: Path) -> None:
     loaded = load_recipe(recipe, (), [*Launch(processes=1).checks(), *TASK_CHECKS])
     assert loaded.evaluate.best
     header = recipe.read_text(encoding="utf-8").split("\n\n")[0]
