@@ -87,7 +87,7 @@ def test_a_job_of_two_nodes_is_preempted_twice_resumes_automatically_and_ends_wi
     assert weights[0] == weights[1]
 
 
-def test_a_sweep_of_which_a_run_fails_and_one_is_cancelled_ends_with_a_table_that_says_so(
+def test_a_sweep_of_which_a_run_fails_and_one_is_cancelled_ends_with_a_table_that_shows_it(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path)
@@ -117,7 +117,7 @@ def test_a_sweep_of_which_a_run_fails_and_one_is_cancelled_ends_with_a_table_tha
     assert "training failed: " in Path(f"logs/run-sweep-1-{job}_1-rank0.log").read_text()
 
 
-def test_a_node_that_never_answers_is_named_within_the_limit(
+def test_a_node_that_never_responds_is_named_within_the_limit(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRAINER_PREFLIGHT_TIMEOUT", "5")
