@@ -111,7 +111,7 @@ class Trainer:
     # ------------------------------------------------------------ before the first step
 
     def open_run(self) -> Path | None:
-        """Takes the run folder; returns the checkpoint to resume from, with its counters (not yet its tensors) restored."""
+        """Takes the run folder; returns the checkpoint to resume from. Its counters are restored, its tensors not yet."""
         self.watchdog.enter("preparing", patient=True)  # may take hours: a data set may have to be downloaded
         folder = self.control.on_main(self._lock_and_open)  # to the other ranks it comes as text
         if not folder:
@@ -203,8 +203,8 @@ class Trainer:
     def agree(self) -> None:
         """Shares rank 0's clock, whether any process received a stop signal, and whether the time limit is near."""
         self.enter("waiting for the other ranks")
-        near, seconds = (self.time_limit.comes_near(), self.stopwatch.seconds()) if self.is_main else (False, 0.0)
-        stop, near, self.state.seconds = self.control.maximum([STOP.is_requested, near, seconds])
+        mine = [self.time_limit.comes_near(), self.stopwatch.seconds()] if self.is_main else [False, 0.0]
+        stop, near, self.state.seconds = self.control.maximum([STOP.is_requested, *mine])
         self.stopping, self.limit_near = bool(stop), bool(near)
         if self.limit_near:
             self.report.time_limit_near(self.state.step)

@@ -1,4 +1,4 @@
-"""A set of one's own that was prepared again from other files under the same name is another set:
+"""A user's set that was prepared again from other files under the same name is another set:
 no run resumes with it.
 """
 
@@ -30,7 +30,7 @@ LONGER = "train.duration=6 steps"
 
 
 def prepare(folder: Path, seed: int) -> None:
-    """The set `streets` of 20 images, which another seed makes others."""
+    """The set `streets` of 20 images, which another seed changes."""
     shutil.rmtree(folder / "data", ignore_errors=True)
     draw = np.random.default_rng(seed)
     for i in range(20):

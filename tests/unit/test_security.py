@@ -47,7 +47,7 @@ UNSAFE_CALLS = {
         for end in ("", "_list")
     ),
 }
-# A call that ends in this name must have this argument, whatever else it says.
+# A call that ends in this name must have this argument, whatever its others are.
 NEEDS = {
     "torch.load": ("weights_only", True),
     "get_state_dict": ("weights_only", True),

@@ -72,7 +72,7 @@ class Learner:
         set_train_mode(self.model)
 
     @property
-    def evaluated(self) -> nn.Module:
+    def evaluation_model(self) -> nn.Module:
         """The model to evaluate: the moving average if there is one."""
         return self.ema.model if self.ema else self.model
 

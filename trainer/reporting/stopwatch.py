@@ -23,7 +23,7 @@ class Stopwatch:
         """Seconds of training, including evaluations and checkpoints, accumulated over all interruptions."""
         return time.monotonic() - self._start
 
-    def lap(self, step: int) -> float:
+    def steps_per_second(self, step: int) -> float:
         """Steps per second since the last lap, excluding pauses; starts the next lap."""
         now = time.monotonic()
         rate = (step - self._lap_step) / max(now - self._lap_start, 1e-9)

@@ -32,7 +32,7 @@ def call(*words: str) -> int:
     return command.run(parsed(*words))
 
 
-def test_the_command_prepares_tells_and_verifies(
+def test_the_command_prepares_reports_and_verifies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
@@ -109,7 +109,7 @@ def test_the_command_prepares_what_its_keys_say(
     ],
     ids=" ".join,
 )
-def test_options_and_keys_stand_in_any_order_before_and_after_the_name(words: tuple[str, ...]) -> None:
+def test_options_and_keys_may_be_in_any_order_before_and_after_the_name(words: tuple[str, ...]) -> None:
     args = parsed(*words)
     assert (args.dataset, args.archives, args.verify) == ("cifar10", Path("there"), True)
     assert args.settings == ["category=ship", "num_colours=3"]
@@ -169,9 +169,9 @@ def test_help_lists_the_options_of_one_data_set_alone_with_an_example(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["prepare", kind, "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert ended.value.code == 0 and f"trainer prepare {kind} " in said
-    assert all(each in said for each in own) and not any(each in said for each in foreign)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and f"trainer prepare {kind} " in printed
+    assert all(each in printed for each in own) and not any(each in printed for each in foreign)
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -1,4 +1,4 @@
-"""Where runs stand, as `trainer status` says it."""
+"""The state of runs, as `trainer status` reports it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_run(runs: Path, name: str, status: str | None, *checkpoints: int) -> Pa
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "said"),
+    ("status", "code", "printed"),
     [
         ("finished", 0, "r  finished  step 30 of 100  miou 0.7500  12 s  see {folder}"),
         ("stopped", 75, "r  stopped  step 30 of 100  miou 0.7500  12 s  rerun to resume from step 30"),
@@ -45,16 +45,16 @@ def make_run(runs: Path, name: str, status: str | None, *checkpoints: int) -> Pa
         (None, 75, "r  interrupted  step 30  rerun to resume from step 30"),
     ],
 )
-def test_a_line_says_where_a_run_stands_and_what_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str | None, code: int, said: str
+def test_a_line_reports_the_state_of_a_run_and_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str | None, code: int, printed: str
 ) -> None:
     folder = make_run(tmp_path / "runs", "r", status, 10, 30, 20)
     for run in ("r", str(folder)):
         assert main(["status", run]) == code
-        assert capsys.readouterr().out == said.format(folder=folder) + "\n"
+        assert capsys.readouterr().out == printed.format(folder=folder) + "\n"
 
 
-def test_a_failed_run_says_what_went_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_run_reports_what_went_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "runs", "r", "failed", 30)
     summary = json.loads((folder / "summary.json").read_text()) | {"error": "data/tiny is damaged"}
     (folder / "summary.json").write_text(json.dumps(summary))

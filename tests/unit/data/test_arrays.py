@@ -69,16 +69,16 @@ def test_a_batch_holds_the_arrays_of_its_samples_in_their_shape(tmp_path: Path, 
 
 def test_they_train_and_evaluate_and_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, RECIPE)
-    run_processes(2, train, recipe, ("name=whole",))
+    run_processes(2, train, recipe, ("name=uninterrupted",))
     for stop_after in (11, None):
         run_processes(2, train, recipe, ("name=parts",), stop_after)
-    runs = [tmp_path / "runs" / name for name in ("whole", "parts")]
+    runs = [tmp_path / "runs" / name for name in ("uninterrupted", "parts")]
     assert lines(runs[0]) == lines(runs[1]) and weights(runs[0]) == weights(runs[1])
     last = lines(runs[0], "validation")[-1]
     assert last["step"] == 30 and last["accuracy"] > 0.9
 
 
-def test_check_tells_what_they_are_trained_on_and_refuses_what_only_images_have(
+def test_check_reports_what_they_are_trained_on_and_refuses_what_only_images_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(vectors(), data_dir(), None, lambda line: None)

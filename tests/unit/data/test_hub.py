@@ -266,8 +266,8 @@ def prepared(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     )
 
 
-def card(folder: Path, key: str, said: dict[str, tuple[int, str]]) -> tuple[Path, Card]:
-    code, printed = said[PREPARED[key]]
+def card(folder: Path, key: str, outputs: dict[str, tuple[int, str]]) -> tuple[Path, Card]:
+    code, printed = outputs[PREPARED[key]]
     assert code == 0, printed
     place = Path(re.search(r"in (\S+) \(", printed)[1])
     return place, Card.load(place)
@@ -312,8 +312,8 @@ def test_one_split_is_divided_by_a_share_and_a_configuration_chosen(
 def test_what_cannot_be_read_is_one_sentence_and_leaves_nothing(
     prepared: tuple[Path, dict[str, tuple[int, str]]], line: str
 ) -> None:
-    folder, said = prepared
-    code, printed = said[line]
+    folder, outputs = prepared
+    code, printed = outputs[line]
     assert code == 2
     assert re.search(REFUSED[line], printed)
     assert "Traceback" not in printed

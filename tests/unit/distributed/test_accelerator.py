@@ -1,4 +1,4 @@
-"""What a run asks of PyTorch's backends and of a GPU; where there is none, one that is made up."""
+"""What a run asks of PyTorch's backends and of a GPU; if there is none, one that is simulated."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ CASES = {
     "images of different sizes": (RECIPE, ("data.augment=[horizontal_flip]",), False, False),
     "a crop": (RECIPE, ("data.augment=[{name: random_crop, size: [16, 16]}, horizontal_flip]",), False, True),
     "mosaics": (RECIPES["detection"], ("data.augment=[{name: mosaic, size: [64, 64]}]",), False, True),
-    "a network that resizes by itself": (RECIPES["mask_rcnn"], (), True, False),
+    "a network that resizes its images": (RECIPES["mask_rcnn"], (), True, False),
     "deterministic kernels": (RECIPE, ("train.deterministic=true",), True, False),
 }
 
@@ -169,7 +169,7 @@ def test_kernels_are_searched_only_where_each_step_has_the_same_shapes_and_bits_
 @pytest.mark.parametrize(
     ("device", "deterministic", "expected"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
 )
-def test_a_run_resumed_on_a_gpu_is_told_what_makes_its_bits_equal(
+def test_a_run_resumed_on_a_gpu_logs_what_makes_its_bits_equal(
     device: str, deterministic: bool, expected: bool
 ) -> None:
     torch.use_deterministic_algorithms(deterministic)
@@ -184,7 +184,7 @@ def test_a_run_resumed_on_a_gpu_is_told_what_makes_its_bits_equal(
 
 
 @pytest.mark.parametrize("minutes", [0.1, 10, 600])
-def test_a_collective_gives_up_soon_after_the_time_that_a_rank_may_stand_still(
+def test_a_collective_times_out_soon_after_the_time_that_a_rank_may_stall(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float
 ) -> None:
     asked: list[timedelta] = []

@@ -293,7 +293,7 @@ def test_where_data_changes_the_keys_of_every_set_stay_and_those_of_the_old_one_
     assert inherit(tmp_path, "data: {name: cifar10, batch_size: 6}").data.category == "ship"
 
 
-def test_where_the_model_changes_what_it_starts_from_and_what_learns_stays(tmp_path: Path) -> None:
+def test_where_the_model_changes_its_weights_and_trainable_layers_stay(tmp_path: Path) -> None:
     model = inherit(tmp_path, "model: {name: deeplabv3, weights: coco}").model
     assert (model.weights, model.reset_layers, model.train_only, model.backbone) == (
         "coco",
@@ -338,7 +338,7 @@ def test_task_loss_and_schedule_have_no_key_that_outlives_a_change_of_name(tmp_p
     )
 
 
-def test_lists_of_components_are_replaced_whole(tmp_path: Path) -> None:
+def test_lists_of_components_are_replaced_as_a_whole(tmp_path: Path) -> None:
     recipe = inherit(tmp_path, "data: {name: shapes, augment: [vertical_flip]}\ntrack: [wandb]")
     assert [chosen.name for _, chosen in recipe.augmentations] == ["vertical_flip"]
     assert (
@@ -372,7 +372,7 @@ def test_published_values_hold_for_their_data_only(tmp_path: Path) -> None:
     assert inherit(tmp_path, "data: shapes\nreference: {loss: 2}").reference == {"loss": 2}
 
 
-def test_a_mistake_beside_a_change_of_name_is_reported_where_it_stands(tmp_path: Path) -> None:
+def test_a_mistake_beside_a_change_of_name_is_reported_where_it_is(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"parent.yaml:12:3: data.overfit: must be greater than 0 \(got 0\)"):
         inherit(tmp_path, "", "data.name=flowers17", "data=shapes", parent=PARENT.replace("overfit: 24", "overfit: 0"))
     with pytest.raises(RecipeError, match=r"r.yaml:2:1: loss.name: unknown loss"):
@@ -461,7 +461,7 @@ def test_of_two_overrides_of_a_key_the_last_counts(tmp_path: Path) -> None:
     assert check(tmp_path, "", "loss=dice", "loss={name: soft_iou, channel: 2}").loss.channel == 2
 
 
-def test_the_name_is_the_files_unless_the_recipe_says_one(tmp_path: Path) -> None:
+def test_the_name_is_the_files_unless_the_recipe_sets_one(tmp_path: Path) -> None:
     assert check(tmp_path, "").name == "r"
     assert check(tmp_path, "", "optimizer.lr=1").name == "r"
     assert check(tmp_path, "name: mine").name == "mine"
@@ -513,7 +513,7 @@ def test_an_alias_that_holds_itself_is_refused(tmp_path: Path) -> None:
     assert any("nested too deeply" in line for line in problems(tmp_path, "train: &a [*a]"))
 
 
-def test_a_plugin_that_failed_once_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+def test_a_plugin_that_failed_once_is_not_taken_for_a_loaded_one(tmp_path: Path) -> None:
     (tmp_path / "half.py").write_text("from trainer.components import nothing\n")
     for _ in range(2):
         assert any(

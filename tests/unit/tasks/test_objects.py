@@ -1,4 +1,4 @@
-"""What a user sees of detection and instance segmentation: which recipes fit, what is drawn, which layers learn."""
+"""What a user sees of detection and instance segmentation: which recipes fit, what is drawn, what is trained."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def problems(folder: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_freeze_names_the_layers_that_learn(tmp_path: Path) -> None:
+def test_freeze_names_the_trainable_layers(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE, encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", ["train.freeze=10"], TASK_CHECKS)
     assert trainable_layers(recipe, build_untrained(recipe)) == [f"model.{index}" for index in range(10, 25)]
@@ -163,9 +163,11 @@ def test_check_compares_anchors_and_draws_samples(
     prepare(scenes(), tmp_path / "data", None, lambda line: None)
     (tmp_path / "r.yaml").write_text(RECIPE, encoding="utf-8")
     assert main(["check", str(tmp_path / "r.yaml"), "--anchors", "--show-samples", str(tmp_path / "samples.png")]) == 0
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "the model's anchors fit" in said and "re-estimated anchors fit 100.00%" in said and "model.anchors=[[[" in said
+        "the model's anchors fit" in printed
+        and "re-estimated anchors fit 100.00%" in printed
+        and "model.anchors=[[[" in printed
     )
     assert (tmp_path / "samples.png").stat().st_size > 10_000
     replaced = {
