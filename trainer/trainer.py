@@ -111,7 +111,7 @@ class Trainer:
     # ------------------------------------------------------------ before the first step
 
     def open_run(self) -> Path | None:
-        """Takes the run folder; returns the checkpoint to resume from. Its counters are restored, its tensors not yet."""
+        """Takes the run folder; returns the checkpoint to resume from. Restores its counters, but no tensors yet."""
         self.watchdog.enter("preparing", patient=True)  # may take hours: a data set may have to be downloaded
         folder = self.control.on_main(self._lock_and_open)  # to the other ranks it comes as text
         if not folder:
