@@ -27,7 +27,7 @@ hair drier, toothbrush
 CLASSES = tuple(name.strip() for name in NAMES.split(","))
 NOTES_OF_128 = (
     "Split: none. The set's own description, coco128.yaml, has all 128 images train and validate: what is measured is",
-    "how well they are learnt by heart. An image without a label file has no objects.",
+    "how well they are memorised. An image without a label file has no objects.",
 )
 COLUMNS: dict[str, Role] = {"image": "image", "objects": "boxes"}
 
