@@ -1,4 +1,4 @@
-"""The sections of a recipe: which keys each has, whatever component it names, and their defaults."""
+"""The sections of a recipe, each with the keys that all its components share, and their defaults."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from trainer.recipe.durations import Duration, Span
 class DataSettings(Settings):
     """Keys of `data:` that every data set has.
 
-    `max_unreadable` training samples may be unreadable, as each process counts: the next sample of the set takes the
-    place of each. A validation sample that can't be read is always an error: metrics over another set can't be
-    compared. `resize_mode: letterbox` keeps the aspect and pads what is left; it is for sets of boxes, whose padding
-    has none. `overfit: N` trains and validates on the first N training samples, which a working model
-    memorises.
+    Each process tolerates `max_unreadable` unreadable training samples and replaces each by the next sample. An
+    unreadable validation sample is always an error, since metrics on different samples aren't comparable.
+    `resize_mode: letterbox` keeps the aspect ratio and pads the rest; it can't be used with class masks, since padding
+    has no class. `overfit: N` trains and validates on the first N training samples, which a working model memorises.
     """
 
     name: str
@@ -32,8 +31,8 @@ class DataSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """Keys of `model:` that every model has: its initial weights, the layers that are reset and
-    those that are trainable. Some know published weights by name.
+    """Keys of `model:` that every model has: its initial weights, the layers to reset and the trainable layers.
+    Some models also accept published weights by name.
     """
 
     name: str
@@ -43,27 +42,25 @@ class ModelSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """Keys of `optimizer:` that every optimizer has: the learning rate,
-    by which the schedule's factor is multiplied.
-    """
+    """Keys of `optimizer:` that every optimizer has: the learning rate, which the schedule scales."""
 
     name: str
     lr: PositiveFloat
 
 
 class NamedSettings(Settings):
-    """A section that has nothing but its component's keys."""
+    """A section without keys of its own, only those of its component."""
 
     name: str
 
 
 class TrainSettings(Settings):
-    """`train:`, how the loop runs.
+    """Keys of `train:`, which configure the training loop.
 
-    `precision: tf32` stores fp32 and computes products and convolutions in TF32, on GPUs from Ampere on; `fp32` never
-    does. `deterministic: auto` is true on CPUs and false on GPUs, where it costs speed: there a resumed run has the
-    bits of an uninterrupted one with `true` only. `timeout` is how long a rank may stall. `freeze: N` keeps the
-    first N layers of a model that numbers them (`model.0`, `model.1`, …) as they are.
+    `precision: tf32` stores fp32 and computes matrix products and convolutions in TF32, on GPUs from Ampere on; `fp32`
+    never does. `deterministic: auto` is true on CPUs and false on GPUs, where it costs speed; there a resumed run has
+    the bits of an uninterrupted one only with `true`. `timeout` is how long a rank may stall. `freeze: N` freezes the
+    first N layers of a model that numbers them (`model.0`, `model.1`, …).
     """
 
     duration: Duration
@@ -83,8 +80,8 @@ class TrainSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """`evaluate:`, when, which metric makes a checkpoint the best,
-    and after how many evaluations without a better one training ends.
+    """Keys of `evaluate:`: how often, which metric decides on the best checkpoint, and after how many evaluations
+    without an improvement training ends.
     """
 
     every: Duration = Span.parse("1 epoch")
@@ -95,16 +92,16 @@ class EvaluateSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """`checkpoint:`, when, and how many are kept besides the best."""
+    """Keys of `checkpoint:`: how often, and how many are kept in addition to the best."""
 
     every: Duration = Span.parse("1 epoch")
     keep: Annotated[int, Field(ge=2)] = 3
 
 
 class Sections:
-    """The sections of a recipe, each with the keys below; one that names a component has its keys too.
+    """The sections of a recipe. One that names a component also has that component's keys.
 
-    While checks run, a section with mistakes of its own is missing; each check is registered for those it reads.
+    An invalid section is missing while checks run; each check lists the sections that it reads.
     """
 
     task: NamedSettings
@@ -118,7 +115,7 @@ class Sections:
     checkpoint: CheckpointSettings
 
 
-# section -> schema of the keys that it has whatever component it names
+# section -> schema of the keys that all its components share
 SCHEMAS: dict[str, type[Settings]] = get_type_hints(Sections)
 
 # section -> the kind of component that it names
@@ -131,14 +128,14 @@ KINDS = {
     "schedule": "schedule",
 }
 
-# A section that isn't among them is required.
+# Other sections are required.
 DEFAULTS: dict[str, Any] = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}
 
-# section that names a component -> the keys that stay where it names another
+# section that names a component -> the keys that it keeps if it names another one
 SHARED: dict[str, set[str]] = {section: {*SCHEMAS[section].model_fields} - {"name"} for section in KINDS}
-SHARED["data"].add("augment")  # a list of components: not part of the schema
+SHARED["data"].add("augment")  # a list of components, so not in the schema
 
-# Changes with which a run can be resumed: they leave what is computed as it is, or only add to it.
+# Keys that may change when a run is resumed: they don't change what is computed, or only extend it.
 RESUMABLE = (
     *("train.duration", "train.non_finite", "train.timeout", "evaluate.stop_after", "track", "reference"),
     *("data.workers", "data.cache", "data.max_unreadable", "checkpoint"),

@@ -24,20 +24,18 @@ from trainer.tasks.task import Task
 
 
 def _check_columns(recipe: Recipe) -> Iterator[Problem]:
-    """Whether the set has the masks that the task needs, and images to resize and augment: its component can't say."""
+    """Checks that the data set has the masks that the task needs, and images if they are resized or augmented."""
     for key, changes in (("resize", recipe.data.resize), ("augment", recipe.augmentations)):
         if changes and not has_pixels(recipe.source.columns):
-            yield recipe.problem(f"data.{key}", f"samples of {recipe.data.name} are no images: leave it out")
+            yield recipe.problem(f"data.{key}", f"samples of {recipe.data.name} aren't images: remove this key")
     if "masks" in recipe.components["task"].fields and "boxes" in recipe.source.columns.values():
         yield recipe.problem(
-            "data", f"task {recipe.task.name} needs masks, and this set has only boxes", recipe.data.name
+            "data", f"task {recipe.task.name} needs masks, but this data set has only boxes", recipe.data.name
         )
 
 
 def _check_model(recipe: Recipe) -> Iterator[Problem]:
-    """Builds the model without memory, to see that it can be built, that the layers the recipe names exist and that
-    its weights fit.
-    """
+    """Checks, without memory, that the model can be built, that the recipe's layers exist and that its weights fit."""
     info, settings = recipe.source.info, recipe.model
     try:
         with torch.device("meta"):
@@ -61,7 +59,7 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
         if settings.train_only:
             yield recipe.problem(
                 "train.freeze",
-                "chooses the trainable layers, and so does model.train_only: keep one of them",
+                "conflicts with model.train_only, which also chooses the trainable layers: remove one of them",
                 recipe.train.freeze,
             )
         try:
@@ -75,18 +73,17 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
 
 
 def check_sizes(recipe: Recipe, model: nn.Module) -> None:
-    """Makes sure that a model which states a `size_divisor` gets images whose sides it divides, as far as their sizes
-    are known.
+    """Checks that the model's `size_divisor` divides the sides of all images whose size is known.
 
     Raises:
-        UserError: in training or validation a side isn't divisible.
+        UserError: a side isn't divisible, in training or validation.
     """
     for key, what in _wrong_sides(recipe, model):
         raise UserError(f"{key}: {what}")
 
 
 def _wrong_sides(recipe: Recipe, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The first size that the model can't take: the key that decides on it, and what is wrong."""
+    """The first size that doesn't fit the model: the key that sets it, and a message."""
     fed = sizes_fed(recipe)
     for split, key in (
         ("validation", "data.resize"),
@@ -101,7 +98,7 @@ def _wrong_sides(recipe: Recipe, model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _check_loss(recipe: Recipe) -> Iterator[Problem]:
-    """Builds the loss, to see that its settings fit the data."""
+    """Checks that the loss can be built with its settings for this data."""
     try:
         recipe.build("loss", **context(recipe.source.info))
     except (ValueError, UserError) as error:
@@ -109,9 +106,7 @@ def _check_loss(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _check_task(recipe: Recipe) -> Iterator[Problem]:
-    """Builds the task, with nothing in the place of model and loss, to see that its settings fit the data and that it
-    has `evaluate.best`.
-    """
+    """Checks that the task can be built with its settings for this data, and that it has the metric `evaluate.best`."""
     try:
         task: Task[Any] = recipe.build("task", model=nn.Module(), loss=nn.Module(), **context(recipe.source.info))
     except (ValueError, UserError) as error:
@@ -123,7 +118,7 @@ def _check_task(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _check_batches(recipe: Recipe, processes: int) -> Iterator[Problem]:
-    """Whether so many processes can join the images into batches."""
+    """Checks that the images can be batched with this number of processes."""
     try:
         check_one_size(recipe, recipe.source.columns, processes)
     except UserError as error:
@@ -140,6 +135,6 @@ TASK_CHECKS: tuple[Check, ...] = (
 
 
 def batch_checks(processes: int) -> tuple[Check, ...]:
-    """For `load_recipe`, beside `TASK_CHECKS`: those that depend on the number of processes."""
+    """Further checks for `load_recipe`, which depend on the number of processes."""
     needs = ("source", "data", "task", "train", "evaluate")
     return ((needs, partial(_check_batches, processes=max(1, processes))),)

@@ -240,7 +240,7 @@ REFUSED = {
         r"me/streets has no column 'foto'; did you mean 'photo'\?"
     ),
     "prepare hub path=me/streets image=photo mask=seg": (
-        r"the features of column seg name no classes; list them, e\.g\. data\.classes="
+        r"the features of column seg have no class names; list them, e\.g\. data\.classes="
     ),
     "prepare hub path=me/streets image=photo mask=painted classes=[a,b]": (
         r"train row 0, column painted: this mask can't be decoded \(.*mode RGB\)"
@@ -249,16 +249,16 @@ REFUSED = {
         r"train row 0, column note: neither an encoded image nor a list of lists"
     ),
     "prepare hub path=me/streets image=photo mask=seg classes=[a,b]": (
-        r"train row \d, column seg: this mask holds the labels 2; .* pass ignore_index=2"
+        r"train row \d, column seg: this mask contains the labels 2; .* pass ignore_index=2"
     ),
-    "prepare hub path=me/table image=photo mask=seg classes=[a,b]": r"me/table is not in Parquet but csv",
-    "prepare hub path=streets image=photo mask=seg": r"path: must be the owner and the name of a repository",
+    "prepare hub path=me/table image=photo mask=seg classes=[a,b]": r"me/table is in the format csv, not Parquet",
+    "prepare hub path=streets image=photo mask=seg": r"path: must be OWNER/NAME of a repository",
 }
 
 
 @pytest.fixture(scope="module")
 def prepared(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, str]]]:
-    """The folder of the sets, and what each command said."""
+    """The folder of the sets, and what each command printed."""
     folder = tmp_path_factory.mktemp("hub")
     lines = [*PREPARED.values(), *REFUSED]
     return folder, dict(
@@ -266,8 +266,8 @@ def prepared(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     )
 
 
-def card(folder: Path, key: str, said: dict[str, tuple[int, str]]) -> tuple[Path, Card]:
-    code, printed = said[PREPARED[key]]
+def card(folder: Path, key: str, outputs: dict[str, tuple[int, str]]) -> tuple[Path, Card]:
+    code, printed = outputs[PREPARED[key]]
     assert code == 0, printed
     place = Path(re.search(r"in (\S+) \(", printed)[1])
     return place, Card.load(place)
@@ -312,8 +312,8 @@ def test_one_split_is_divided_by_a_share_and_a_configuration_chosen(
 def test_what_cannot_be_read_is_one_sentence_and_leaves_nothing(
     prepared: tuple[Path, dict[str, tuple[int, str]]], line: str
 ) -> None:
-    folder, said = prepared
-    code, printed = said[line]
+    folder, outputs = prepared
+    code, printed = outputs[line]
     assert code == 2
     assert re.search(REFUSED[line], printed)
     assert "Traceback" not in printed
