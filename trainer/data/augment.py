@@ -30,6 +30,7 @@ Transform = Callable[[Sample], Sample]
 
 
 def _in_order(interval: list[float]) -> list[float]:
+    """The smallest and the largest."""
     if interval[0] > interval[1]:
         raise ValueError("must be the smallest and the largest, in this order")
     return interval
@@ -48,6 +49,11 @@ def random_crop(ignore_index: int | None, has_objects: bool, /, *, size: Size) -
 
     Where no label is ignored, the padding repeats what stands at the edges: black with the label of a class would be
     learnt.
+
+    Args:
+        ignore_index: the label of ignored pixels, or None.
+        has_objects: whether samples have boxes.
+        size: height and width of the result.
     """
     if has_objects:
         return v2.RandomCrop(size, pad_if_needed=True)
@@ -68,6 +74,12 @@ def random_resized_crop(
     """Cuts out a random share `scale` of the area with a random aspect `ratio` and resizes it to `size`, by default
     that of `data.resize`.
 
+    Args:
+        resize: `data.resize`.
+        size: height and width of the result; by default those of `data.resize`.
+        scale: smallest and largest share of the area that is cut out.
+        ratio: smallest and largest aspect, width over height, of what is cut out.
+
     Raises:
         ValueError: neither is there.
     """
@@ -78,13 +90,21 @@ def random_resized_crop(
 
 @augmentation()
 def horizontal_flip(*, p: Fraction = 0.5) -> v2.Transform:
-    """Mirrors left and right with probability `p`."""
+    """Mirrors left and right with probability `p`.
+
+    Args:
+        p: how probable it is that a sample is mirrored.
+    """
     return v2.RandomHorizontalFlip(p)
 
 
 @augmentation()
 def vertical_flip(*, p: Fraction = 0.5) -> v2.Transform:
-    """Mirrors top and bottom with probability `p`."""
+    """Mirrors top and bottom with probability `p`.
+
+    Args:
+        p: how probable it is that a sample is mirrored.
+    """
     return v2.RandomVerticalFlip(p)
 
 
@@ -98,6 +118,12 @@ def color_jitter(
 ) -> v2.Transform:
     """Changes the image's colours by random factors in [1 - strength, 1 + strength];
     hue by a shift of at most `hue` turns.
+
+    Args:
+        brightness: strength of the change of brightness.
+        contrast: strength of the change of contrast.
+        saturation: strength of the change of saturation.
+        hue: the largest shift of the hue, in turns.
     """
     return v2.ColorJitter(brightness, contrast, saturation, hue)
 
@@ -184,6 +210,12 @@ def mosaic(
 
     The result has the height and width `size`, by default those of `data.resize`. Each sample fills a tile of that
     size, cut to its aspect; the four tiles are enlarged by a factor in `scale`.
+
+    Args:
+        resize: `data.resize`.
+        p: how probable it is that a sample becomes part of a mosaic.
+        size: height and width of the result; by default those of `data.resize`.
+        scale: smallest and largest factor by which the samples are enlarged.
 
     Raises:
         ValueError: there is no size.

@@ -50,7 +50,11 @@ Described = tuple[ListedImage, list[Annotation]]
 
 @dataset(fields=("image", "boxes", "masks"))
 def coco(*, set: Annotated[str, names_a_set(COMMAND, "objects")]) -> Source:
-    """What `trainer prepare coco --name SET` made, as its card describes it; a recipe can't make it again."""
+    """What `trainer prepare coco --name SET` made, as its card describes it; a recipe can't make it again.
+
+    Args:
+        set: its name, the SET of that command.
+    """
     return prepared_set(set)
 
 

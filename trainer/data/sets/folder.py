@@ -37,7 +37,11 @@ MAX_LABELS = 256  # a mask has 8 bits
 
 @dataset(fields=("image", "mask"))
 def folder(*, set: Annotated[str, names_a_set(COMMAND, "mask")]) -> Source:
-    """What `trainer prepare folder --name SET` made, as its card describes it; a recipe can't make it again."""
+    """What `trainer prepare folder --name SET` made, as its card describes it; a recipe can't make it again.
+
+    Args:
+        set: its name, the SET of that command.
+    """
     return prepared_set(set)
 
 

@@ -43,7 +43,11 @@ NOT_LABELS = "classes"  # classes.txt, which labelling tools write beside the la
 
 @dataset(fields=("image", "boxes"))
 def yolo(*, set: Annotated[str, names_a_set(COMMAND, "objects")]) -> Source:
-    """What `trainer prepare yolo --name SET` made, as its card describes it; a recipe can't make it again."""
+    """What `trainer prepare yolo --name SET` made, as its card describes it; a recipe can't make it again.
+
+    Args:
+        set: its name, the SET of that command.
+    """
     return prepared_set(set)
 
 
