@@ -16,7 +16,8 @@ class DataSettings(Settings):
     Attributes:
         name: the data set.
         batch_size: samples in one optimizer step, over all processes.
-        workers: processes that load samples, for each training process; `auto` follows the number of cores.
+        workers: processes that load samples, for each training process. `auto` is none on CPUs, where they compete
+            with the training.
         cache: whether decoded and resized pixels are kept on disk; `auto` does so where there is room.
         window: row groups of samples that are shuffled together; more mix better and take more memory.
         resize: height and width that images are resized to, once.
