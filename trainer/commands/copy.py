@@ -23,6 +23,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from trainer.errors import UserError
     from trainer.recipe.describe import recipe_files
+    from trainer.recipe.file import nearest
     from trainer.recipe.load import load_recipe
     from trainer.recipe.template import template
     from trainer.runs.durable import atomic_write
@@ -36,7 +37,10 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"{to}: there is no folder {to.parent}; create it first")
     given = Path(options.recipe)
     if not given.exists() and given.suffix not in SUFFIXES:
-        given = recipe_files().get(options.recipe, given.with_name(f"{given.name}.yaml"))
+        known = recipe_files()
+        if options.recipe not in known:
+            raise UserError(f"no recipe {options.recipe!r}; {nearest(options.recipe, known)}")
+        given = known[options.recipe]
     text = template(load_recipe(given))
     try:
         atomic_write(to, text)

@@ -123,7 +123,7 @@ def _list(sort: str, as_json: bool) -> None:
         return
     lines = fitted_table([HEADINGS, *(_row(info, now) for info in infos)], OPTIONAL, terminal_width())
     if has_color():
-        start = lines[0].index("status")
+        start = lines[0].find("status")  # -1 where the lines are cut before it
         lines[1:] = [_colored(line, start, info) for line, info in zip(lines[1:], infos, strict=True)]
     print("\n".join(lines))
 
@@ -153,7 +153,7 @@ def _row(info: RunInfo, now: float) -> list[str]:
 def _colored(line: str, start: int, info: RunInfo) -> str:
     status = info.standing.status
     end = start + len(status)
-    if status not in COLORS or line[start:end] != status:
+    if start < 0 or status not in COLORS or line[start:end] != status:
         return line
     return f"{line[:start]}\x1b[{COLORS[status]}m{status}\x1b[0m{line[end:]}"
 

@@ -198,7 +198,8 @@ def _list_text(item: Any, metadata: Sequence[Any]) -> str:
 
 
 def _range_text(metadata: Iterable[Any]) -> str:
-    low = high = None
+    low: tuple[str, str, Any] | None = None
+    high: tuple[str, str, Any] | None = None
     for each in metadata:
         match each:
             case annotated_types.Gt():

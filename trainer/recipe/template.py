@@ -24,8 +24,8 @@ from trainer.recipe.settings import SCHEMAS
 WIDEST = 44  # where comments begin at most; a longer line has its comment right behind it
 NOTE = (
     "# Copied from {recipe} by `trainer copy`, with what it inherits. A key that has its default is a comment: to set\n"
-    "# it, remove its `# `, and that of its section where that is a comment, too. `trainer list SECTION` prints types and\n"
-    "# limits, and so does `trainer list NAME` for what a section names."
+    "# it, remove its `# `, and that of its section where that is a comment, too. `trainer list SECTION` prints types\n"
+    "# and limits, and so does `trainer list NAME` for what a section names."
 )
 
 
