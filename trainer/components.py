@@ -140,7 +140,8 @@ def weights_field(*names: str) -> AfterValidator:
 
     Allowed are `names`, `none`, and the path of an existing .safetensors file.
     """
-    allowed = f"must be {', '.join((*names, 'none'))} or an existing {SUFFIX} file"
+    one_of = f"{', '.join((*names, 'none'))} or an existing {SUFFIX} file"
+    allowed = f"must be {one_of}"
 
     def check(weights: str) -> str:
         # Path.is_file() would raise on an invalid file name.
@@ -150,7 +151,13 @@ def weights_field(*names: str) -> AfterValidator:
             raise ValueError(f"{allowed}; to start from scratch, set model.weights=none")
         return weights
 
+    check.__doc__ = one_of
     return AfterValidator(check)
+
+
+def registered(kind: str) -> dict[str, Component]:
+    """The components of a kind that imported modules have, by name."""
+    return dict(sorted(_registered[kind].items()))
 
 
 def catalogue(kind: str) -> dict[str, Component]:
@@ -160,4 +167,4 @@ def catalogue(kind: str) -> dict[str, Component]:
         for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
             importlib.import_module(f"{CATALOGUE[kind]}.{info.name}")
         _loaded.add(kind)
-    return dict(sorted(_registered[kind].items()))
+    return registered(kind)

@@ -20,7 +20,7 @@ from trainer.recipe.file import nearest
 from trainer.runs.durable import atomic_write
 from trainer.runs.store import CheckpointStore
 
-RECIPE, DATA = "recipe.yaml", "data.json"
+RECIPE, DATA, SUMMARY = "recipe.yaml", "data.json", "summary.json"
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -205,7 +205,7 @@ class RunFolder:
             facts: further entries, e.g. `seconds` of training over all interruptions, or the `error` that ended it.
         """
         summary = {"status": status, "best": self._validation.best, "final": self._validation.final, **facts}
-        atomic_write(self.path / "summary.json", _pretty(summary))
+        atomic_write(self.path / SUMMARY, _pretty(summary))
         return summary
 
     def update_status(self, status: Status, **facts: Any) -> None:
@@ -219,7 +219,7 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """What `write_summary` wrote last; empty before that."""
-        file = self.path / "summary.json"
+        file = self.path / SUMMARY
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
