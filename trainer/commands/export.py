@@ -126,4 +126,4 @@ def describe(comparison: Comparison, metadata: dict[str, Any]) -> list[str]:
 
 def _shape(metadata: dict[str, Any]) -> str:
     height, width = metadata["size"] or ("H", "W")
-    return metadata["input"].removeprefix("image: ").replace("H, W", f"{height}, {width}")
+    return str(metadata["input"]).removeprefix("image: ").replace("H, W", f"{height}, {width}")

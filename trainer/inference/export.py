@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-import trainer
 from trainer.errors import UserError, one_line
 from trainer.inference.graphs import Graph, Tensors, graph_of
 from trainer.inference.model import Model
@@ -29,6 +29,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 OPSET = 18
 METADATA = "metadata.json"
 """The extra file of a `.pt2` with the metadata."""
+TORCHVISION = "import torchvision before torch.export.load: it has the non-maximum suppression"
 SIDE = 256  # of the example input where images have no common size
 
 
@@ -71,13 +72,13 @@ def write(
     )
     if graph.one_image and (form == "torch" or precision == "fp16"):
         raise UserError(
-            f"model {model.recipe.model.name} can't be exported as --format {form} --precision {precision}: the regions "
-            "that it looks at depend on the image; use --format onnx --precision fp32"
+            f"model {model.recipe.model.name} can't be exported with --format {form} --precision {precision}, as its "
+            "regions of interest depend on the image; --format onnx --precision fp32 can"
         )
     try:
         with torch.no_grad(), _quiet():
             outputs = list(graph(example))
-            metadata = describe(model, graph, outputs, size, precision)
+            metadata = describe(model, graph, form, outputs, size, precision)
             if graph.one_image:
                 _write_traced(graph, example, file, outputs, size is None)
                 _add_onnx_metadata(file, metadata)
@@ -86,10 +87,8 @@ def write(
             if form == "torch":
                 torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
             else:
-                _write_onnx(program, file, outputs, size is None)
+                _write_onnx(program, file, outputs)
                 _add_onnx_metadata(file, metadata)
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f"{file}: can't be written: {error.strerror or error}") from error
     except Exception as error:  # of many types, for operations and control flow that a graph can't hold
@@ -102,7 +101,12 @@ def write(
 
 
 def describe(
-    model: Model, graph: Graph, outputs: Sequence[str], size: tuple[int, int] | None, precision: Precision
+    model: Model,
+    graph: Graph,
+    form: Format,
+    outputs: Sequence[str],
+    size: tuple[int, int] | None,
+    precision: Precision,
 ) -> dict[str, Any]:
     """The metadata of a file, as JSON has it."""
     recipe, trained = model.recipe, model.trained
@@ -121,8 +125,12 @@ def describe(
         "resize": resize,
         "outputs": list(outputs),
         "precision": precision,
-        "version": trainer.__version__,
-    } | ({"note": graph.note} if graph.note else {})
+        "version": version("recipe-trainer"),
+    } | (
+        {"note": note}
+        if (note := graph.note or (TORCHVISION if form == "torch" and "boxes" in outputs else ""))
+        else {}
+    )
 
 
 def run_metric(trained: TrainedModel, name: str) -> dict[str, Any] | None:
@@ -154,13 +162,13 @@ def open_file(file: Path, form: Format) -> Callable[[Tensor], Tensors]:
 
 def _dynamic(size: tuple[int, int] | None, divisor: int) -> dict[int, Any]:
     """The dimensions of the input that a file leaves open."""
-    if size:
-        return {0: Dim("batch")}
-    sides: Iterator[Any] = (divisor * Dim(name) if divisor > 1 else Dim(name) for name in ("height", "width"))
-    return {0: Dim("batch"), **dict(zip((2, 3), sides, strict=True))}
+    sides: dict[int, Any] = {} if size else {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    if sides and divisor > 1:
+        sides = {2: divisor * Dim("height"), 3: divisor * Dim("width")}
+    return {0: Dim.DYNAMIC, **sides}
 
 
-def _write_onnx(program: ExportedProgram, file: Path, outputs: Sequence[str], any_size: bool) -> None:
+def _write_onnx(program: ExportedProgram, file: Path, outputs: Sequence[str]) -> None:
     onnx_program: Any = torch.onnx.export(
         program, dynamo=True, opset_version=OPSET, input_names=["image"], output_names=outputs, verbose=False
     )

@@ -40,6 +40,8 @@ class Graph(nn.Module):
     raw: tuple[str, ...] = ("logits",)
     note = ""
     one_image = False
+    task: Any
+    network: nn.Module
 
     def __init__(self, task: Task[Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
