@@ -175,19 +175,15 @@ class _Handler(BaseHTTPRequestHandler):
         }
         commit = hashlib.sha1(body).hexdigest()
         repository.commits[commit] = dict(repository.files("main")[1]) | files
-        return self.reply(
-            200,
-            {"commitUrl": f"{self.server.address}/{found[1]}/commit/{commit}", "commitOid": commit, "success": True},
-        )
+        url = f"{self.server.address}/{found[1]}/commit/{commit}"
+        return self.reply(200, {"commitUrl": url, "commitOid": commit, "success": True})
 
     def create(self, wanted: dict[str, Any]) -> None:
         owner, address = wanted["organization"], f"{wanted['organization']}/{wanted['name']}"
         if address in self.server.repositories:
             return self.reply(409, {"error": "You already created this model repo"})
         if self.server.owners.get(owner) != self.token:
-            return self.reply(
-                403, {"error": f"You don't have the rights to create a model under the namespace {owner}"}
-            )
+            return self.reply(403, {"error": f"You don't have the rights to create a model of {owner}"})
         private = wanted.get("visibility") == "private" or wanted.get("private")
         self.server.repositories[address] = Repository({}, (self.token,) if private else (), (self.token,))
         return self.reply(200, {"url": f"{self.server.address}/{address}"})

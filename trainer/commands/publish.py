@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="write the folder, list its files, and upload nothing")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of --dry-run: the folder (default: ./NAME)")
     parser.epilog = (
-        "Uploading needs a token with write access: run `hf auth login` once, or set HF_TOKEN. The model is loaded back "
-        'with trainer.load("hf://OWNER/NAME") or model.weights: hf://OWNER/NAME in a recipe. Look at the model card '
+        "Uploading needs a token with write access: run `hf auth login` once, or set HF_TOKEN. To load the model back, "
+        'use trainer.load("hf://OWNER/NAME") or model.weights: hf://OWNER/NAME in a recipe. Look at the model card '
         "(README.md) with --dry-run first, and choose a license: the data set may restrict it."
     )
 
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
 def _repository(given: str) -> str:
     """A valid `OWNER/NAME`."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     from trainer.components import HUB, HUB_ADDRESS
     from trainer.errors import UserError

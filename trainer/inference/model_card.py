@@ -9,19 +9,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import trainer
 from trainer.components import HUB
 from trainer.data.card import Card
 from trainer.data.prepare import data_dir
 from trainer.errors import UserError
 from trainer.inference.model import Model
 from trainer.runs.checkpoint import read_counters
+from trainer.runs.environment import version
 from trainer.runs.folder import DATA, RunFolder
 
 LIBRARY = "recipe-trainer"
 NO_LICENSE = (
-    "None is stated yet: the data set doesn't name one. Choose a license that its terms allow, and add it to the top of "
-    "this file, e.g. `license: apache-2.0`."
+    "None is stated yet: the data set doesn't name one. Choose a license that its terms allow, and add it at the top "
+    "of this file, e.g. `license: apache-2.0`."
 )
 CAPTIONS = {
     "validation": "Validation samples",
@@ -59,7 +59,7 @@ def model_card(
         f"---\n{_metadata(model, repository, metrics)}\n---\n",
         f"# {repository.partition('/')[2]}\n",
         f"A {recipe.model.name} for {recipe.task.name.replace('_', ' ')}, trained on {data['name']} for {trained.step} "
-        f"steps with [{LIBRARY}](https://pypi.org/project/{LIBRARY}/) {trainer.__version__}.\n",
+        f"steps with {LIBRARY} {version(LIBRARY) or ''}.\n",
         "## Use\n",
         f'```python\nimport trainer\n\nmodel = trainer.load("{HUB}{repository}")\nresult = model("photo.jpg")\n'
         "result.plot()\n```\n",
@@ -85,7 +85,7 @@ def model_card(
         "## Data\n",
         _table(data),
         "## Training\n",
-        f"```sh\n{_commands(model, run)}\n```\n",
+        f"```sh\n{_command(run)}\n```\n",
         "`recipe.yaml` has every setting, defaults included.\n",
         _table(_environment(run)),
         "## License\n",
@@ -122,7 +122,9 @@ def _results(model: Model, metrics: Mapping[str, float]) -> list[str]:
     if not metrics:
         return [f"This checkpoint, of step {model.trained.step}, wasn't evaluated while it was trained.\n"]
     lines = [f"On the validation split of {model.recipe.data.name}; fractions are between 0 and 1.\n"]
-    lines.append(_table({name: f"{value:.4f}" for name, value in metrics.items() if "/" not in name}, "Metric"))
+    lines.append(
+        _rows(["Metric", "Value"], [[name, f"{value:.4f}"] for name, value in metrics.items() if "/" not in name])
+    )
     names = list(dict.fromkeys(name.partition("/")[0] for name in metrics if "/" in name))
     classes = list(dict.fromkeys(name.partition("/")[2] for name in metrics if "/" in name))
     if names:
@@ -149,10 +151,10 @@ def _data_set(model: Model, run: RunFolder) -> dict[str, str]:
     return facts | {"license": "not stated by the data set; see its source"}
 
 
-def _commands(model: Model, run: RunFolder) -> str:
-    """The commands that train this model again."""
+def _command(run: RunFolder) -> str:
+    """The command that trains this model again."""
     world_size = _read(run.path / "environment.json").get("world_size", 1)
-    return f"accelerate launch --num_processes {world_size} trainer/run.py recipe.yaml   # prepares {model.recipe.data.name} too"
+    return f"accelerate launch --num_processes {world_size} trainer/run.py recipe.yaml"
 
 
 def _environment(run: RunFolder) -> dict[str, str]:
@@ -162,7 +164,9 @@ def _environment(run: RunFolder) -> dict[str, str]:
     facts = {
         "Python": environment.get("python"),
         **dict(sorted((environment.get("packages") or {}).items())),
-        "commit": f"{git['commit']}{' with local changes' if git.get('dirty') else ''}" if "commit" in git else None,
+        f"commit of {LIBRARY}": f"{git['commit']}{' with local changes' if git.get('dirty') else ''}"
+        if "commit" in git
+        else None,
         "hardware": ", ".join(environment.get("gpus") or []) or environment.get("cpu"),
         "processes": environment.get("world_size"),
         "precision": environment.get("precision"),
@@ -184,16 +188,12 @@ def _caption(picture: str) -> str:
     return CAPTIONS.get(name, name)
 
 
-def _table(facts: Mapping[str, str], title: str = "") -> str:
-    return _rows([title, ""], [[name, value] for name, value in facts.items()])
+def _table(facts: Mapping[str, str]) -> str:
+    return _rows(["", ""], [[name, value] for name, value in facts.items()])
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return (
-        "\n".join(
-            "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in line) + " |" for line in lines
-        )
-        + "\n"
-    )
+    cells = [[cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)

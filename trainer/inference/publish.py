@@ -8,12 +8,12 @@ import json
 import shutil
 from pathlib import Path
 
-import trainer
 from trainer.errors import UserError
 from trainer.inference.model import Model
-from trainer.inference.model_card import model_card
+from trainer.inference.model_card import LIBRARY, model_card
 from trainer.inference.trained import EMA, TrainedModel
 from trainer.runs.checkpoint import COUNTERS
+from trainer.runs.environment import version
 from trainer.runs.folder import DATA, RECIPE, RunFolder, metrics_of
 from trainer.runs.published import MODEL, hub_errors, seal
 
@@ -47,7 +47,7 @@ def assemble(model: Model, folder: Path, repository: str, pictures: bool = True)
     weights = "average (EMA)" if trained.weights.name == EMA else "raw"
     _write(
         folder / COUNTERS,
-        {"step": trained.step, "run": trained.name, "weights": weights, "trainer": trainer.__version__},
+        {"step": trained.step, "run": trained.name, "weights": weights, "version": version(LIBRARY)},
     )
     _write(folder / METRICS, {"step": trained.step, "split": "validation", "metrics": metrics})
     card = model_card(model, repository, run, metrics, weights, shown, exported)
@@ -69,8 +69,8 @@ def upload(folder: Path, repository: str, private: bool) -> str:
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.model_info(repository).private:
             raise UserError(
-                f"{repository} exists and is public: --private only applies to a new repository; choose another name, or "
-                "make it private in its settings"
+                f"{repository} exists and is public: --private only applies to a new repository; choose another name, "
+                "or make it private in its settings"
             )
         # Not upload_folder, which may split the files into several commits: weights and manifest belong together.
         api.create_commit(
@@ -98,7 +98,7 @@ def _data(trained: TrainedModel, run: RunFolder) -> dict[str, object]:
 
 def _copy_pictures(run: RunFolder, step: int, folder: Path) -> list[str]:
     """Copies the pictures of the step and the curves; returns their paths in the folder."""
-    files = [file for file in (*run.pictures_of(step), run.pictures / "curves.png") if file.exists()]
+    files = [file for file in (*reversed(run.pictures_of(step)), run.pictures / "curves.png") if file.exists()]
     if files:
         (folder / PICTURES).mkdir()
     return [str(Path(shutil.copyfile(file, folder / PICTURES / file.name)).relative_to(folder)) for file in files]
