@@ -23,8 +23,10 @@ from trainer.inference.geometry import Frame, Preparation
 from trainer.inference.inputs import read_image
 from trainer.inference.results import Result, result_of
 from trainer.inference.trained import TrainedModel, find_trained
+from trainer.recipe.file import RecipeError
 from trainer.recipe.load import load_recipe
 from trainer.recipe.recipe import Recipe
+from trainer.runs.folder import RunFolder
 from trainer.tasks.build import build_task
 from trainer.tasks.objects import SHOWN_SCORE
 from trainer.tasks.task import Task
@@ -160,8 +162,23 @@ def _as_fp32(value: Any) -> Any:
 
 
 def _recipe(trained: TrainedModel) -> Recipe:
-    """The recipe of a run, as what is needed of it to predict: its weights are loaded afterwards."""
-    return load_recipe(trained.recipe, ["model.weights=none", "model.reset_layers=[]", "track=[]"])
+    """The recipe of a run, as what is needed of it to predict: its weights are loaded afterwards.
+
+    A published recipe needs neither its data set nor its plugins, whose code isn't run: they may be anything.
+    """
+    overrides = ["model.weights=none", "model.reset_layers=[]", "track=[]"]
+    if not trained.published:
+        return load_recipe(trained.recipe, overrides)
+    plugins = RunFolder(trained.checkpoint).read_recipe().get("plugins", [])
+    try:
+        return load_recipe(trained.recipe, [*overrides, "plugins=[]"], data=False)
+    except RecipeError as error:
+        if not plugins:
+            raise
+        raise UserError(
+            f"{trained.recipe} needs plugins ({', '.join(map(str, plugins))}), and code of published models isn't run: "
+            f"import your own copy of them before trainer.load ({str(error).strip().splitlines()[-1].strip()})"
+        ) from error
 
 
 def load(
@@ -173,7 +190,8 @@ def load(
     """Loads a trained model.
 
     Args:
-        run: a run folder or a run's name, a checkpoint folder, or the folder of a published model.
+        run: a run folder or a run's name, a checkpoint folder, or a published model: its folder or
+            `hf://OWNER/NAME[@REVISION]`.
         checkpoint: of a run: `best` (the newest one, where none is the best), `last`, or the name of one.
         device: where it computes; the first GPU where there is one, else the CPU.
         find: finds the files.

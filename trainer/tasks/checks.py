@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.components import SUFFIX
+from trainer.components import is_trained
 from trainer.data.roles import has_pixels
 from trainer.data.sizes import check_one_size, sizes_fed
 from trainer.errors import UserError
@@ -19,6 +19,7 @@ from trainer.models.weights import check_safetensors
 from trainer.recipe.checks import Check
 from trainer.recipe.file import Problem, nearest
 from trainer.recipe.recipe import Recipe
+from trainer.runs.published import local_weights
 from trainer.tasks.build import alternatives, build_model, context, published_weights
 from trainer.tasks.task import Task
 
@@ -49,10 +50,10 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
         except ValueError as error:
             yield recipe.problem(f"model.{key}", str(error).removeprefix(f"model.{key}: "), getattr(settings, key))
             return
-    if settings.weights.endswith(SUFFIX):
+    if is_trained(settings.weights):
         try:
-            check_safetensors(model, settings.weights, settings.reset_layers, alternatives(recipe, info))
-        except ValueError as error:
+            check_safetensors(model, local_weights(settings.weights), settings.reset_layers, alternatives(recipe, info))
+        except (ValueError, UserError) as error:
             yield recipe.problem("model.weights", str(error))
     yield from (recipe.problem(key, what) for key, what in _wrong_sides(recipe, model))
     if recipe.train.freeze:

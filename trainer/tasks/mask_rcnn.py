@@ -23,6 +23,7 @@ class MaskRcnnTask(ObjectTask):
         classes: names of the classes, without background.
     """
 
+    pipeline_tag = "image-segmentation"
     kinds = {"mask_": "segm", "box_": "bbox"}
     fixed_shapes = False
     has_validation_loss = False

@@ -29,6 +29,7 @@ class ObjectTask(Task[list[Detections]]):
         classes: names of the classes.
     """
 
+    pipeline_tag = "object-detection"
     panels = ("image", "ground truth", "prediction")
     kinds: dict[str, coco.Kind] = {"": "bbox"}
     """Whether boxes or masks are compared, by the prefix of the metrics' names."""

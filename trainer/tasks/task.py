@@ -35,6 +35,7 @@ class Task(ABC, Generic[Predictions]):
         loss: its loss.
         metric_names: the metrics that people look at; a recipe's `evaluate.best` is one of them. Names that end in
             `loss` are better when lower, all others when higher.
+        pipeline_tag: what the Hugging Face Hub calls this kind of assignment, for model cards; "" if it has no name.
         panels: names of the panels of `pictures`.
         legend: the meaning of the colours in them.
         fixed_shapes: whether the network computes at the size of the images it gets, not at one that it chooses for
@@ -44,6 +45,7 @@ class Task(ABC, Generic[Predictions]):
     """
 
     metric_names: tuple[str, ...] = ("loss",)
+    pipeline_tag: str = ""
     panels: tuple[str, ...] = ()
     legend: Mapping[str, Color] = {}
     fixed_shapes: bool = True
