@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.data.build import Data
 from trainer.data.card import CARD
 from trainer.data.prepare import data_dir
-from trainer.data.sizes import samples_together
+from trainer.data.sizes import micro_batch_sizes
 from trainer.errors import UserError
 from trainer.inference.graphs import Graph, Tensors, graph_of, sums_of
 from trainer.inference.model import Model
@@ -91,7 +91,7 @@ def validation_data(model: Model) -> Data | None:
 def batches(data: Data, recipe: Any, count: int, one_image: bool) -> Iterator[Batch]:
     """So many validation samples, spread evenly over the set."""
     ids = sorted(data.validation.spread(count))
-    together = 1 if one_image else min(samples_together(recipe, 1)["validation"], 8)
+    together = 1 if one_image else min(micro_batch_sizes(recipe, 1)["validation"], 8)
     for start in range(0, len(ids), together):
         yield data.validation_batch(ids[start : start + together])
 
