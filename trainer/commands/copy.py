@@ -11,6 +11,13 @@ SUFFIXES = (".yaml", ".yml")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "The copy trains what RECIPE trains, and inherits nothing: what RECIPE inherits stands in it. Keys that RECIPE\n"
+        "leaves at their default are comments, with a few words on each. For example\n"
+        "  trainer copy quickstart mine.yaml\n"
+        "  trainer check mine.yaml"
+    )
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or a name of `trainer list recipes`")
     parser.add_argument("to", type=Path, metavar="MINE.yaml", help="the file to write; it must not exist")
 

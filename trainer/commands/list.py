@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from pathlib import Path
 
-from trainer.components import CATALOGUE, catalogue
+from trainer.components import CATALOGUE, Component
 from trainer.errors import UserError
 from trainer.recipe import describe
 from trainer.recipe.describe import PLURALS, Header, Key
@@ -121,7 +121,7 @@ def _recipes() -> str:
 
 def _no_recipes() -> str:
     places = " nor in ".join(map(str, describe.recipe_folders()))
-    return f"no recipes (*.yaml) in {places}; `trainer list` looks for them there"
+    return f"no recipes (*.yaml) in {places}; run this in a folder that has some, e.g. in a checkout of the repository"
 
 
 def _header(file: Path) -> Header:
@@ -143,14 +143,13 @@ def _named(name: str) -> list[str]:
         return [_components(name)]
     elif name == "recipe":
         return [_recipes()]
-    known = {kind: [entry.name for entry in describe.entries(kind)] for kind in CATALOGUE}
-    texts += [_component(kind, name) for kind, names in known.items() if name in names]
+    known = [entry for kind in CATALOGUE for entry in describe.entries(kind)]
+    texts += [_component(entry.component()) for entry in known if entry.name == name]
     files = describe.recipe_files()
     if name in files:
         texts.append(f"recipe {files[name]}\n\n{_indented(_header(files[name]).text)}")
     if not texts:
-        components = [each for names in known.values() for each in names]
-        hint = nearest(name, [*KIND_OF, RECIPES, SECTIONS, *SCHEMAS, *files, *components])
+        hint = nearest(name, [*KIND_OF, RECIPES, SECTIONS, *SCHEMAS, *files, *(entry.name for entry in known)])
         raise UserError(
             f"there is no {name!r}; " + (hint if hint.startswith("did") else "`trainer list` prints all names")
         )
@@ -166,12 +165,15 @@ def _section(section: str) -> str:
     return "\n\n".join(parts)
 
 
-def _component(kind: str, name: str) -> str:
-    component = catalogue(kind)[name]
+def _component(component: Component) -> str:
+    kind = component.kind
     interfaces = f", interface {', '.join(component.interfaces)}" if any(component.interfaces) else ""
     verb = "needs" if kind == "task" else "has"
     fields = f", {verb} {', '.join(component.fields)}" if component.fields else ""
-    parts = [f"{kind} {name}{interfaces}{fields}", _indented(describe.description(component.factory.__doc__ or ""))]
+    parts = [
+        f"{kind} {component.name}{interfaces}{fields}",
+        _indented(describe.description(component.factory.__doc__ or "")),
+    ]
     keys = describe.component_keys(component)
     section = describe.section_of(kind)
     own = {key.name for key in keys} | {"name"}

@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         nargs="+",
         metavar="RUN",
-        help="print the figures of two or more runs side by side, and the recipe keys in which they differ",
+        help="print the figures of two or more runs (names, or folders) side by side, and the recipe keys in which "
+        "they differ",
     )
     what.add_argument(
         "--remove", nargs="+", metavar="NAME", help="remove runs, after asking; never one that a process is training"
@@ -255,7 +256,9 @@ def _remove(names: list[str], yes: bool) -> None:
     chosen: dict[str, Path] = {}
     for name in dict.fromkeys(names):
         if name not in known:
-            raise UserError(f"no run {name!r} in {parent}; {nearest(name, known)}; nothing was removed")
+            hint = nearest(name, known)
+            hint = hint if hint.startswith("did") else "`trainer runs` lists all"
+            raise UserError(f"no run {name!r} in {parent}; {hint}; nothing was removed")
         chosen[name] = parent / name
         check_removable(chosen[name])
     infos, now = [known[name] for name in chosen], time.time()

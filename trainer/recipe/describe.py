@@ -7,6 +7,7 @@ are those of its schema, each with the sentence that the docstring's `Args` has 
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -40,15 +41,22 @@ class Entry:
     Attributes:
         kind: a key of `CATALOGUE`.
         name: what a recipe calls it.
+        module: that has it.
         interfaces, fields: see `Component`.
         summary: the first sentence of its docstring.
     """
 
     kind: str
     name: str
+    module: str
     interfaces: tuple[str, ...]
     fields: tuple[str, ...]
     summary: str
+
+    def component(self) -> Component:
+        """The component; imports its module, but not those of the others."""
+        importlib.import_module(self.module)
+        return registered(self.kind)[self.name]
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,9 @@ def entries(kind: str) -> list[Entry]:
     found = {entry.name: entry for entry in _scan(kind)}
     for name, component in registered(kind).items():
         if name not in found:
-            found[name] = Entry(
-                kind, name, component.interfaces, component.fields, first_sentence(component.factory.__doc__ or "")
-            )
+            factory, interfaces, fields = component.factory, component.interfaces, component.fields
+            summary = first_sentence(factory.__doc__ or "")
+            found[name] = Entry(kind, name, factory.__module__, interfaces, fields, summary)
     return [found[name] for name in sorted(found)]
 
 
@@ -88,10 +96,12 @@ def _scan(kind: str) -> tuple[Entry, ...]:
     spec = find_spec(CATALOGUE[kind])
     assert spec is not None and spec.origin is not None
     file = Path(spec.origin)
-    files = sorted(file.parent.glob("*.py")) if spec.submodule_search_locations else [file]
+    modules = {CATALOGUE[kind]: file}
+    if spec.submodule_search_locations:
+        modules = {f"{CATALOGUE[kind]}.{each.stem}": each for each in sorted(file.parent.glob("*.py"))}
     return tuple(
-        _entry(kind, node, decorator)
-        for each in files
+        _entry(kind, module, node, decorator)
+        for module, each in modules.items()
         for node in ast.parse(each.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
         for decorator in node.decorator_list
@@ -99,12 +109,13 @@ def _scan(kind: str) -> tuple[Entry, ...]:
     )
 
 
-def _entry(kind: str, node: ast.FunctionDef | ast.ClassDef, decorator: ast.Call) -> Entry:
+def _entry(kind: str, module: str, node: ast.FunctionDef | ast.ClassDef, decorator: ast.Call) -> Entry:
     given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in decorator.keywords}
     interface = given.get("interface", "")
     return Entry(
         kind,
         given.get("name") or node.name.lower(),
+        module,
         (interface,) if isinstance(interface, str) else tuple(interface),
         tuple(given.get("fields", ())),
         first_sentence(ast.get_docstring(node) or ""),
@@ -193,7 +204,7 @@ def _list_text(item: Any, metadata: Sequence[Any]) -> str:
     low, high = bounds.get("min_length", 0), bounds.get("max_length")
     number = f"{low} " if low == high else f"{low} to {high} " if high else f"at least {low} " if low else ""
     word, *limits = type_text(item).split(" ", 1)
-    plural = word if word in ("text", "list") or "|" in "".join(limits) else f"{word}s"
+    plural = word if word == "text" or "|" in "".join(limits) else f"{word}s"
     return " ".join([f"list of {number}{plural}", *limits])
 
 

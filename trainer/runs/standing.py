@@ -121,9 +121,9 @@ def _read_summary(folder: Path) -> Summary:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{file} is damaged: {where + ': ' if where else ''}{first['msg']}") from error
+        raise ValueError(f"{SUMMARY} is damaged: {where + ': ' if where else ''}{first['msg']}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        raise ValueError(f"{SUMMARY} is damaged: {error}") from error
 
 
 def _best(folder: Path, summary: Summary) -> dict[str, Any] | None:
@@ -145,14 +145,17 @@ def read_section(folder: Path, section: str) -> Any:
     Raises:
         OSError, ValueError: the recipe can't be read.
     """
-    file = folder / RECIPE
-    found = re.search(rf"^{section}:.*\n(?:(?:[ \t#-].*)?\n)*", file.read_text(encoding="utf-8") + "\n", re.MULTILINE)
+    try:
+        text = (folder / RECIPE).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{RECIPE} is damaged: {error}") from error
+    found = re.search(rf"^{section}:.*\n(?:(?:[ \t#-].*)?\n)*", text + "\n", re.MULTILINE)
     if found is None:
         return None
     try:
         return _parse(found[0]).get(section)
     except (YAMLError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged: its section {section} is not valid YAML") from error
+        raise ValueError(f"{RECIPE} is damaged: its section {section} is not valid YAML") from error
 
 
 @lru_cache(maxsize=1024)  # runs of a project have most of their sections in common

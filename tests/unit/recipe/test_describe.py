@@ -60,6 +60,7 @@ def test_every_key_of_every_component_and_section_has_a_type_in_words_and_a_sent
         (InnerFraction | None, "number in (0, 1) | null"),
         (Size, "list of 2 integers > 0"),
         (list[str], "list of text"),
+        (list[Size] | None, "list of lists of 2 integers > 0 | null"),
         (Sequence[Annotated[int, Field(ge=1)]], "list of integers ≥ 1"),
         (Annotated[list[float], Field(min_length=2)], "list of at least 2 numbers"),
         (Literal["auto"] | bool, "auto | true | false"),
