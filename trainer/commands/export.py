@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from trainer.errors import UserError
     from trainer.inference import export
-    from trainer.inference.comparison import compare, num_validation, validation_data
+    from trainer.inference.comparison import compare, validation_data
     from trainer.inference.model import load
     from trainer.reporting.progress import Progress
     from trainer.runs.durable import flush
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         progress.say(f"exporting {model.trained.name}, step {model.trained.step}, as {options.format}")
         metadata = export.write(model, temporary, options.format, size, options.precision)
         progress.say("comparing the file with the network")
-        progress.start(num_validation(data, options.samples), 0)
+        progress.start(min(options.samples, len(data.validation)) if data else 0, 0)
         function = export.open_file(temporary, options.format)
         comparison = compare(model, function, options.precision, size, data, options.samples, progress.step)
         if comparison.is_close:
