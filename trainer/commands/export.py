@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,12 +116,11 @@ def describe(comparison: Comparison, metadata: dict[str, Any]) -> list[str]:
         lines.append(f"equal classes: {comparison.agreement:.4%}")
     if comparison.other_numbers:
         lines.append(f"another number of detections than the network's in {comparison.other_numbers} images")
-    lines += [
-        f"{name}: {comparison.by_file[name]:.4f} by the file, {value:.4f} by the network"
-        for name, value in comparison.by_network.items()
-    ]
-    if metric := metadata["metric"]:
-        lines.append(f"{metric['name']} of the run at step {metadata['step']}: {metric['value']:.4f}")
+    for name, value in comparison.by_network.items():
+        noted = metadata["metrics"].get(name)
+        run = "" if noted is None else f"; {noted:.4f} by the run's own evaluation of all samples, in its precision"
+        by_file = comparison.by_file.get(name, nan)
+        lines.append(f"{name}: {by_file:.4f} by the file, {value:.4f} by the network in fp32{run}")
     return lines + ([metadata["note"]] if "note" in metadata else [])
 
 

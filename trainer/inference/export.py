@@ -116,7 +116,7 @@ def describe(
         "model": recipe.model.name,
         "data": recipe.data.name,
         "classes": list(model.classes),
-        "metric": run_metric(trained, recipe.evaluate.best),
+        "metrics": run_metrics(trained, model.task.metric_names),
         "input": "image: uint8 RGB (B, 3, H, W)" if not graph.one_image else "image: uint8 RGB (1, 3, H, W)",
         "size": size and list(size),
         "size_divisor": model.preparation.divisor,
@@ -131,13 +131,13 @@ def describe(
     )
 
 
-def run_metric(trained: TrainedModel, name: str) -> dict[str, Any] | None:
-    """The metric that the run's checkpoint was evaluated with, where it was."""
+def run_metrics(trained: TrainedModel, names: Sequence[str]) -> dict[str, float]:
+    """These metrics of the run's own evaluation of the checkpoint, on the whole set in the run's precision; empty where
+    there was none.
+    """
     lines = RunFolder(trained.recipe.parent).read_metrics()
-    values = [
-        line[name] for line in lines if line["split"] == "validation" and line["step"] == trained.step and name in line
-    ]
-    return {"name": name, "value": values[-1]} if values else None
+    found = [line for line in lines if line["split"] == "validation" and line["step"] == trained.step]
+    return {name: found[-1][name] for name in names if name in found[-1]} if found else {}
 
 
 def open_file(file: Path, form: Format) -> Callable[[Tensor], Tensors]:
