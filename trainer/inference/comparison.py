@@ -143,10 +143,12 @@ def compare(
 def _add(comparison: Comparison, graph: Graph, by_file: Tensors, by_network: Tensors, num_images: int) -> None:
     before = comparison.num_images
     comparison.num_images += num_images
+    if "boxes" in by_network:
+        mine, theirs = (_detections(each, num_images) for each in (by_file, by_network))
+        comparison.other_numbers += int((mine != theirs).sum())
     for name, expected in by_network.items():
         got = by_file[name]
         if got.shape != expected.shape:
-            comparison.other_numbers += num_images if name == "boxes" else 0
             continue
         if name in graph.raw:
             comparison.num_compared += 1
@@ -159,6 +161,12 @@ def _add(comparison: Comparison, graph: Graph, by_file: Tensors, by_network: Ten
         elif name in ("classes", "picture"):
             equal = float((got == expected).double().mean())
             comparison.agreement = (before * comparison.agreement + num_images * equal) / comparison.num_images
+
+
+def _detections(tensors: Tensors, num_images: int) -> Tensor:
+    """The number of detections in each image."""
+    index = tensors.get("image_index", torch.zeros_like(tensors["labels"]))
+    return index.bincount(minlength=num_images)
 
 
 def _nan_last(value: float) -> float:
