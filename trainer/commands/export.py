@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from trainer.errors import UserError
     from trainer.inference import export
-    from trainer.inference.comparison import compare, num_validation, validation_data
+    from trainer.inference.comparison import compare, validation_data
     from trainer.inference.model import load
     from trainer.reporting.progress import Progress
     from trainer.runs.durable import flush
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         progress.say(f"exporting {model.trained.name}, step {model.trained.step}, as {options.format}")
         metadata = export.write(model, temporary, options.format, size, options.precision)
         progress.say("comparing the file with the network")
-        progress.start(num_validation(data, options.samples), 0)
+        progress.start(min(options.samples, len(data.validation)) if data else 0, 0)
         function = export.open_file(temporary, options.format)
         comparison = compare(model, function, options.precision, size, data, options.samples, progress.step)
         if comparison.is_close:
@@ -115,12 +116,11 @@ def describe(comparison: Comparison, metadata: dict[str, Any]) -> list[str]:
         lines.append(f"equal classes: {comparison.agreement:.4%}")
     if comparison.other_numbers:
         lines.append(f"another number of detections than the network's in {comparison.other_numbers} images")
-    lines += [
-        f"{name}: {comparison.by_file[name]:.4f} by the file, {value:.4f} by the network"
-        for name, value in comparison.by_network.items()
-    ]
-    if metric := metadata["metric"]:
-        lines.append(f"{metric['name']} of the run at step {metadata['step']}: {metric['value']:.4f}")
+    for name, value in comparison.by_network.items():
+        noted = metadata["metrics"].get(name)
+        run = "" if noted is None else f"; {noted:.4f} by the run's own evaluation of all samples, in its precision"
+        by_file = comparison.by_file.get(name, nan)
+        lines.append(f"{name}: {by_file:.4f} by the file, {value:.4f} by the network in fp32{run}")
     return lines + ([metadata["note"]] if "note" in metadata else [])
 
 

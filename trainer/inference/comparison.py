@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import reduce
+from math import inf, isnan
 from operator import add
 from typing import Any
 
@@ -16,7 +17,7 @@ from trainer.data.card import CARD
 from trainer.data.prepare import data_dir
 from trainer.data.sizes import micro_batch_sizes
 from trainer.errors import UserError
-from trainer.inference.graphs import Graph, Tensors, graph_of, sums_of
+from trainer.inference.graphs import Graph, Tensors, example_size, graph_of, sums_of
 from trainer.inference.model import Model
 from trainer.tasks.sums import EvaluationSums
 from trainer.tasks.task import Batch
@@ -36,6 +37,7 @@ class Comparison:
         tolerance: see `TOLERANCES`.
         num_samples: validation samples compared; 0 if the prepared set was missing.
         num_images: images compared, samples included.
+        num_compared: raw outputs compared, of all batches.
         difference: the largest of a raw output.
         relative: the largest, relative to the largest value of the output (at least 1).
         other_numbers: images for which file and network have different numbers of detections.
@@ -46,6 +48,7 @@ class Comparison:
     tolerance: float
     num_samples: int = 0
     num_images: int = 0
+    num_compared: int = 0
     difference: float = 0.0
     relative: float = 0.0
     other_numbers: int = 0
@@ -56,21 +59,14 @@ class Comparison:
     @property
     def largest(self) -> float:
         """The largest difference of those that have a tolerance; nan is one, too."""
-        metrics = [abs(self.by_file[name] - value) for name, value in self.by_network.items()]
-        if not self.num_samples and self.other_numbers:
-            metrics.append(1.0)
-        values = [self.relative, 1 - self.agreement, *metrics]
-        return max(values, key=lambda value: float("inf") if value != value else value)
+        metrics = [abs(self.by_file.get(name, inf) - value) for name, value in self.by_network.items()]
+        values = [self.relative if self.num_compared else inf, 1 - self.agreement, *metrics]
+        return max(values, key=_nan_last)
 
     @property
     def is_close(self) -> bool:
         """Whether all are within the tolerance."""
         return self.largest <= self.tolerance
-
-
-def num_validation(data: Data | None, wanted: int) -> int:
-    """How many samples are compared."""
-    return min(wanted, len(data.validation)) if data else 0
 
 
 def validation_data(model: Model) -> Data | None:
@@ -132,40 +128,50 @@ def compare(
         comparison.by_file, comparison.by_network = (
             _figures(task.metrics(reduce(add, each)), task.metric_names) for each in sums.values()
         )
-    sizes = [] if data else [size or model.trained.size or (256, 256)]
+    height, width = example_size(model, size)
+    sizes = [] if data else [(height, width)]
     if size is None:
-        height, width = model.trained.size or (256, 256)
         sizes.append((height + BEYOND + -height % BEYOND, width + 2 * BEYOND + -width % BEYOND))
     random = torch.Generator().manual_seed(0)
     for height, width in sizes:
-        for _ in range(RANDOM_IMAGES if graph.one_image else 1):
-            number = 1 if graph.one_image else RANDOM_IMAGES
-            image = torch.randint(0, 256, (number, 3, height, width), dtype=torch.uint8, generator=random)
-            _add(comparison, graph, run(image), graph(image), number)
+        images = torch.randint(0, 256, (RANDOM_IMAGES, 3, height, width), dtype=torch.uint8, generator=random)
+        for image in images.split(1 if graph.one_image else RANDOM_IMAGES):
+            _add(comparison, graph, run(image), graph(image), len(image))
     return comparison
 
 
 def _add(comparison: Comparison, graph: Graph, by_file: Tensors, by_network: Tensors, num_images: int) -> None:
     before = comparison.num_images
     comparison.num_images += num_images
+    if "boxes" in by_network:
+        mine, theirs = (_detections(each, num_images) for each in (by_file, by_network))
+        comparison.other_numbers += int((mine != theirs).sum())
     for name, expected in by_network.items():
         got = by_file[name]
         if got.shape != expected.shape:
-            comparison.other_numbers += num_images if name == "boxes" else 0
             continue
-        if name in graph.raw and expected.numel():
+        if name in graph.raw:
+            comparison.num_compared += 1
+            if not expected.numel():
+                continue
             difference = float((got.double() - expected.double()).abs().max())
-            # A nan remains one.
-            comparison.difference = max(difference, comparison.difference, key=_nan_first)
+            comparison.difference = max(difference, comparison.difference, key=_nan_last)
             relative = difference / max(1.0, float(expected.abs().max()))
-            comparison.relative = max(relative, comparison.relative, key=_nan_first)
+            comparison.relative = max(relative, comparison.relative, key=_nan_last)
         elif name in ("classes", "picture"):
             equal = float((got == expected).double().mean())
             comparison.agreement = (before * comparison.agreement + num_images * equal) / comparison.num_images
 
 
-def _nan_first(value: float) -> float:
-    return float("inf") if value != value else value
+def _detections(tensors: Tensors, num_images: int) -> Tensor:
+    """The number of detections in each image."""
+    index = tensors.get("image_index", torch.zeros_like(tensors["labels"]))
+    return index.bincount(minlength=num_images)
+
+
+def _nan_last(value: float) -> float:
+    """A key for `max`, which then returns nan where there is one."""
+    return inf if isnan(value) else value
 
 
 def _figures(metrics: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]:

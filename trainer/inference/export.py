@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from trainer.errors import UserError, one_line
-from trainer.inference.graphs import Graph, Tensors, graph_of
+from trainer.inference.graphs import Graph, Tensors, example_size, graph_of
 from trainer.inference.model import Model
 from trainer.inference.trained import TrainedModel
 from trainer.runs.folder import RunFolder
@@ -30,7 +30,7 @@ OPSET = 18
 METADATA = "metadata.json"
 """The extra file of a `.pt2` with the metadata."""
 TORCHVISION = "import torchvision before torch.export.load: it has the non-maximum suppression"
-SIDE = 256  # of the example input where images have no common size
+LONGEST_REASON = 200  # characters of an exporter's message
 
 
 def check_installed(form: Format) -> None:
@@ -65,8 +65,7 @@ def write(
         UserError: the network can't be expressed in this format.
     """
     graph = graph_of(model.task, DTYPES[precision])
-    divisor = model.preparation.divisor
-    height, width = size or (side + -side % divisor for side in model.trained.size or (SIDE, SIDE))
+    height, width = example_size(model, size)
     example = torch.randint(
         0, 256, (1 if graph.one_image else 2, 3, height, width), dtype=torch.uint8, generator=torch.Generator()
     )
@@ -83,7 +82,9 @@ def write(
                 _write_traced(graph, example, file, outputs, size is None)
                 _add_onnx_metadata(file, metadata)
                 return metadata
-            program = torch.export.export(graph, (example,), dynamic_shapes=(_dynamic(size, divisor),), strict=False)
+            program = torch.export.export(
+                graph, (example,), dynamic_shapes=(_dynamic(size, model.preparation.divisor),), strict=False
+            )
             if form == "torch":
                 torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
             else:
@@ -92,11 +93,9 @@ def write(
     except OSError as error:
         raise UserError(f"{file}: can't be written: {error.strerror or error}") from error
     except Exception as error:  # of many types, for operations and control flow that a graph can't hold
-        hint = "; without --dynamic it may be" if size is None and model.trained.size else ""
-        raise UserError(
-            f"model {model.recipe.model.name} can't be exported as {form}{' for any size' if size is None else ''}"
-            f"{hint}: {one_line(error)}"
-        ) from error
+        any_size = " for images of any size; without --dynamic it may be" if size is None and model.trained.size else ""
+        reason = one_line(error).split(". ")[0][:LONGEST_REASON]
+        raise UserError(f"model {model.recipe.model.name} can't be exported as {form}{any_size}: {reason}") from error
     return metadata
 
 
@@ -110,7 +109,6 @@ def describe(
 ) -> dict[str, Any]:
     """The metadata of a file, as JSON has it."""
     recipe, trained = model.recipe, model.trained
-    resize = None if model.preparation.size is None else recipe.data.resize_mode if recipe.data.resize else "stretch"
     return {
         "run": trained.name,
         "step": trained.step,
@@ -118,11 +116,11 @@ def describe(
         "model": recipe.model.name,
         "data": recipe.data.name,
         "classes": list(model.classes),
-        "metric": run_metric(trained, recipe.evaluate.best),
+        "metrics": run_metrics(trained, model.task.metric_names),
         "input": "image: uint8 RGB (B, 3, H, W)" if not graph.one_image else "image: uint8 RGB (1, 3, H, W)",
         "size": size and list(size),
         "size_divisor": model.preparation.divisor,
-        "resize": resize,
+        "resize": recipe.data.resize_mode if model.preparation.size else None,
         "outputs": list(outputs),
         "precision": precision,
         "version": version("recipe-trainer"),
@@ -133,13 +131,13 @@ def describe(
     )
 
 
-def run_metric(trained: TrainedModel, name: str) -> dict[str, Any] | None:
-    """The metric that the run's checkpoint was evaluated with, where it was."""
+def run_metrics(trained: TrainedModel, names: Sequence[str]) -> dict[str, float]:
+    """These metrics of the run's own evaluation of the checkpoint, on the whole set in the run's precision; empty where
+    there was none.
+    """
     lines = RunFolder(trained.recipe.parent).read_metrics()
-    values = [
-        line[name] for line in lines if line["split"] == "validation" and line["step"] == trained.step and name in line
-    ]
-    return {"name": name, "value": values[-1]} if values else None
+    found = [line for line in lines if line["split"] == "validation" and line["step"] == trained.step]
+    return {name: found[-1][name] for name in names if name in found[-1]} if found else {}
 
 
 def open_file(file: Path, form: Format) -> Callable[[Tensor], Tensors]:
@@ -156,8 +154,8 @@ def open_file(file: Path, form: Format) -> Callable[[Tensor], Tensors]:
 
         return run
     with _quiet():
-        module = torch.export.load(file).module()
-    return lambda image: module(image)
+        module: Callable[[Tensor], Tensors] = torch.export.load(file).module()
+    return module
 
 
 def _dynamic(size: tuple[int, int] | None, divisor: int) -> dict[int, Any]:

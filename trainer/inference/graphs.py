@@ -12,6 +12,7 @@ from torchvision.ops import nms
 
 from trainer.detection.boxes import MAX_CANDIDATES, Detections, decode_levels
 from trainer.detection.watershed import WatershedOutput
+from trainer.inference.model import Model
 from trainer.metrics import coco
 from trainer.tasks.detection import Detection
 from trainer.tasks.mask_rcnn import MaskRcnnTask
@@ -20,6 +21,7 @@ from trainer.tasks.task import Batch, Task
 from trainer.tasks.watershed import Watershed
 
 Tensors = dict[str, Tensor]
+SIDE = 256  # of an example where the images of a run have no common size
 
 
 class Graph(nn.Module):
@@ -157,6 +159,11 @@ def graph_of(task: Task[Any], dtype: torch.dtype = torch.float32) -> Graph:
     """The graph of a task's network, in eval mode."""
     kinds: dict[type[Task[Any]], type[Graph]] = {Detection: Boxes, Watershed: Depths, MaskRcnnTask: Masks}
     return kinds.get(type(task), Graph)(task, dtype).eval()
+
+
+def example_size(model: Model, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of an input that a file for this size, or None for any, certainly takes."""
+    return size or model.trained.size or (SIDE, SIDE)
 
 
 def sums_of(task: Task[Any], outputs: Any, batch: Batch) -> EvaluationSums:
