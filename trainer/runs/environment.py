@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
     """Versions, commit, devices and processes. No environment variables: they hold secrets."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return {
-        "python": platform.pythonversion(),
+        "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed for name in PACKAGES if (installed := version(name))},
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
