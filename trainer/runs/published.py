@@ -136,7 +136,7 @@ def hub_errors(address: str, done: str) -> Iterator[None]:
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
             raise UserError(f"{address} can't be {done}: {_refusal(status, done)}") from error
         advice = "try again later" if status and status >= 500 else "check the network and HF_ENDPOINT"
-        if isinstance(error, ValueError):  # an invalid name, or metadata that the Hub rejects
+        if isinstance(error, errors.HFValidationError):  # of the name
             raise UserError(f"{address} can't be {done}: {_reason(error)}") from error
         raise UserError(f"{address} can't be {done}: {_reason(error)}; {advice}") from error
 
