@@ -181,7 +181,9 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, wanted: dict[str, Any]) -> None:
         owner, address = wanted["organization"], f"{wanted['organization']}/{wanted['name']}"
         if address in self.server.repositories:
-            return self.reply(409, {"error": "You already created this model repo"})
+            return self.reply(
+                409, {"error": "You already created this model repo", "url": f"{self.server.address}/{address}"}
+            )
         if self.server.owners.get(owner) != self.token:
             return self.reply(403, {"error": f"You don't have the rights to create a model of {owner}"})
         private = wanted.get("visibility") == "private" or wanted.get("private")

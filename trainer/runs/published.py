@@ -10,6 +10,7 @@ huggingface_hub: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from trainer.runs.folder import DATA, RECIPE
 
 FORMAT = 1
 MODEL = "model.safetensors"
+ATTEMPTS = 3  # to download a file while the server has errors; huggingface_hub itself only repeats lost connections
 LOADED = (RECIPE, DATA, COUNTERS, MODEL)  # what predicting takes
 
 
@@ -78,15 +80,26 @@ def fetch(address: str, names: Iterable[str] = LOADED) -> Path:
     found = HUB_ADDRESS.fullmatch(address)
     if not found:
         raise UserError(f"{address!r}: must be {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
-    from huggingface_hub import hf_hub_download
-
     with hub_errors(address, "downloaded"):
-        manifest = Path(hf_hub_download(found["repository"], MANIFEST, revision=found["revision"]))
-        commit = manifest.parent.name  # the cache has a folder for each
+        folder = _download(found["repository"], MANIFEST, found["revision"])
         for name in names:
-            hf_hub_download(found["repository"], name, revision=commit)
-    verify(manifest.parent, names)
-    return manifest.parent
+            _download(found["repository"], name, folder.name)
+    verify(folder, names)
+    return folder
+
+
+def _download(repository: str, name: str, revision: str | None) -> Path:
+    """Downloads a file to the cache, unless it is there; returns the folder of its commit, which has its name."""
+    from huggingface_hub import errors, hf_hub_download
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision)).parent
+        except errors.HfHubHTTPError as error:
+            if error.response.status_code < 500 or attempt == ATTEMPTS:
+                raise
+        time.sleep(attempt)
+    raise AssertionError
 
 
 def local_weights(weights: str) -> str | Path:
@@ -122,7 +135,10 @@ def hub_errors(address: str, done: str) -> Iterator[None]:
             raise UserError(f"{address} can't be {done}: HF_HUB_OFFLINE is set; unset it") from error
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
             raise UserError(f"{address} can't be {done}: {_refusal(status, done)}") from error
-        raise UserError(f"{address} can't be {done}: {_reason(error)}; check the network and HF_ENDPOINT") from error
+        advice = "try again later" if status and status >= 500 else "check the network and HF_ENDPOINT"
+        if isinstance(error, errors.HFValidationError):  # of the name
+            raise UserError(f"{address} can't be {done}: {_reason(error)}") from error
+        raise UserError(f"{address} can't be {done}: {_reason(error)}; {advice}") from error
 
 
 def _missing(error: Any) -> str:
