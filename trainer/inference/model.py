@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from trainer.data.source import DataInfo
 from trainer.detection.boxes import Detections
 from trainer.distributed.accelerator import resolve_precision
 from trainer.errors import UserError
@@ -29,6 +30,8 @@ from trainer.tasks.build import build_task
 from trainer.tasks.objects import SHOWN_SCORE
 from trainer.tasks.task import Task
 
+AS_TRAINED = ("model.weights=none", "model.reset_layers=[]", "track=[]")
+"""Overrides of the recipe of a run whose model is only used: its weights are loaded once the network is built."""
 Input = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """An image, see `read_image`."""
 
@@ -53,15 +56,11 @@ class Model:
 
     def __init__(self, trained: TrainedModel, device: str | torch.device | None = None) -> None:
         self.trained = trained
-        self.recipe = _recipe(trained)
+        self.recipe = load_recipe(trained.recipe, AS_TRAINED)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.task: Task[Any] = build_task(self.recipe, trained.info)
+        self.task = load_task(self.recipe, trained, trained.info)
         self.classes = trained.info.classes
         self.module: nn.Module = self.task.model
-        try:
-            self.module.load_state_dict(load_file(trained.weights))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{trained.weights}: these weights can't be loaded: {str(error)[:300]}") from error
         self.module.to(self.device).eval().requires_grad_(False)
         if self.recipe.train.precision == "fp64":
             self.module.double()
@@ -159,9 +158,23 @@ def _as_fp32(value: Any) -> Any:
     return value.float() if is_half else value
 
 
-def _recipe(trained: TrainedModel) -> Recipe:
-    """The recipe of a run, as what is needed of it to predict: its weights are loaded afterwards."""
-    return load_recipe(trained.recipe, ["model.weights=none", "model.reset_layers=[]", "track=[]"])
+def load_task(recipe: Recipe, trained: TrainedModel, info: DataInfo) -> Task[Any]:
+    """The task of a recipe with the trained weights, on the CPU.
+
+    Args:
+        recipe: of the run, loaded with `AS_TRAINED`.
+        trained: its files.
+        info: what the task must know of the data set.
+
+    Raises:
+        UserError: the weights are damaged, or belong to another network.
+    """
+    task = build_task(recipe, info)
+    try:
+        task.model.load_state_dict(load_file(trained.weights))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{trained.weights}: these weights can't be loaded: {str(error)[:300]}") from error
+    return task
 
 
 def load(

@@ -29,6 +29,7 @@ class TrainedModel:
         size: height and width of all images that validation shows to the network; None where they differ.
         step: optimizer steps done.
         checkpoint: its folder.
+        identity: of the prepared set that it was trained on; None where that is unknown.
     """
 
     name: str
@@ -38,6 +39,7 @@ class TrainedModel:
     size: tuple[int, int] | None
     step: int
     checkpoint: Path
+    identity: str | None = None
 
 
 def find_trained(given: str, checkpoint: str = "best") -> TrainedModel:
@@ -88,8 +90,9 @@ def _checkpoint(run: Path, folder: Path) -> TrainedModel:
     ema = folder / EMA
     weights = ema if ema.exists() else folder / MODEL
     info, size = _data(run)
-    step = read_counters(folder)["step"]
-    return TrainedModel(RunFolder(run).path.name, run / RECIPE, weights, info, size, step, folder)
+    counters = read_counters(folder)
+    step, identity = counters["step"], counters.get("data")
+    return TrainedModel(RunFolder(run).path.name, run / RECIPE, weights, info, size, step, folder, identity)
 
 
 def _published(folder: Path) -> TrainedModel:
