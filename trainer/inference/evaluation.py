@@ -80,7 +80,7 @@ def evaluation_recipe(trained: TrainedModel, overrides: Sequence[str] = ()) -> R
         overrides: `key.path=value`, of `data` or `CHANGEABLE`.
 
     Raises:
-        UserError: an override would change the network or the task, or is invalid.
+        UserError: an override would change the network or the task, or is invalid; or the set has other classes.
     """
     for override in overrides:
         key = override.partition("=")[0].strip()
@@ -92,7 +92,13 @@ def evaluation_recipe(trained: TrainedModel, overrides: Sequence[str] = ()) -> R
                 f"it takes data.*, {', '.join(CHANGEABLE[:-1])} and {CHANGEABLE[-1]}"
             )
     checks = [*DATA_CHECKS, (("train",), check_device)]
-    return load_recipe(trained.recipe, [*AS_TRAINED, "data.augment=[]", *overrides], checks)
+    recipe = load_recipe(trained.recipe, [*AS_TRAINED, "data.augment=[]", *overrides], checks)
+    own, others = trained.info.classes, recipe.source.info.classes
+    if own != others:
+        raise UserError(
+            f"{recipe.source.name} has other classes than {trained.name} was trained on: {_difference(own, others)}"
+        )
+    return recipe
 
 
 def evaluate_trained(
@@ -185,16 +191,13 @@ def _info(trained: TrainedModel, data: EvaluationData, fields: Sequence[str]) ->
     """What the task must know: the classes and statistics are the network's, the ignored label is the set's.
 
     Raises:
-        UserError: the set has other classes, or other values of what gives the classes their meaning.
+        UserError: the set has other values of what gives the classes their meaning, e.g. colour centres.
     """
-    own, others, name = trained.info.classes, data.info.classes, data.folder.name
-    if own != others:
-        raise UserError(f"{name} has other classes than {trained.name} was trained on: {_difference(own, others)}")
     for field in fields:
         if trained.info.statistics.get(field) != data.info.statistics.get(field):
             raise UserError(
-                f"{name} has other {field.replace('_', ' ')} than the set that {trained.name} was trained on, so its "
-                "classes mean something else"
+                f"{data.folder.name} has other {field.replace('_', ' ')} than the set that {trained.name} was trained "
+                "on, so its classes mean something else"
             )
     return replace(trained.info, ignore_index=data.info.ignore_index)
 

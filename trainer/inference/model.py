@@ -62,8 +62,6 @@ class Model:
         self.classes = trained.info.classes
         self.module: nn.Module = self.task.model
         self.module.to(self.device).eval().requires_grad_(False)
-        if self.recipe.train.precision == "fp64":
-            self.module.double()
         if self.recipe.train.channels_last:
             self.module.to(memory_format=torch.channels_last)
         letterbox = self.recipe.data.resize_mode == "letterbox"
@@ -170,6 +168,8 @@ def load_task(recipe: Recipe, trained: TrainedModel, info: DataInfo) -> Task[Any
         UserError: the weights are damaged, or belong to another network.
     """
     task = build_task(recipe, info)
+    if recipe.train.precision == "fp64":
+        task.model.double()  # before its weights, which would be rounded
     try:
         task.model.load_state_dict(load_file(trained.weights))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -94,7 +94,7 @@ class PictureFolder(PredictionFiles):
     """
 
     def __init__(self, folder: Path, task: str, names: Sequence[str]) -> None:
-        self.folder, self.task, self.unfinished = folder, task, folder.with_name(f".{folder.name}.unfinished")
+        self.folder, self.task, self.unfinished = folder, task, folder.parent / f".{folder.name}.unfinished"
         stems = [Path(name).stem for name in names]
         unique = all(stems) and len(set(stems)) == len(stems)
         self.stems = stems if unique else [f"{sample_id:08d}" for sample_id in range(len(names))]
