@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from trainer.data.source import DataInfo
 from trainer.detection.boxes import Detections
 from trainer.distributed.accelerator import resolve_precision
 from trainer.errors import UserError
@@ -31,6 +32,8 @@ from trainer.tasks.build import build_task
 from trainer.tasks.objects import SHOWN_SCORE
 from trainer.tasks.task import Task
 
+AS_TRAINED = ("model.weights=none", "model.reset_layers=[]", "track=[]")
+"""Overrides of the recipe of a run whose model is only used: its weights are loaded once the network is built."""
 Input = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """An image, see `read_image`."""
 
@@ -57,16 +60,10 @@ class Model:
         self.trained = trained
         self.recipe = _recipe(trained)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.task: Task[Any] = build_task(self.recipe, trained.info)
+        self.task = load_task(self.recipe, trained, trained.info)
         self.classes = trained.info.classes
         self.module: nn.Module = self.task.model
-        try:
-            self.module.load_state_dict(load_file(trained.weights))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{trained.weights}: these weights can't be loaded: {str(error)[:300]}") from error
         self.module.to(self.device).eval().requires_grad_(False)
-        if self.recipe.train.precision == "fp64":
-            self.module.double()
         if self.recipe.train.channels_last:
             self.module.to(memory_format=torch.channels_last)
         letterbox = self.recipe.data.resize_mode == "letterbox"
@@ -166,12 +163,11 @@ def _recipe(trained: TrainedModel) -> Recipe:
 
     A published recipe needs neither its data set nor its plugins, whose code isn't run: they may be anything.
     """
-    overrides = ["model.weights=none", "model.reset_layers=[]", "track=[]"]
     if not trained.published:
-        return load_recipe(trained.recipe, overrides)
+        return load_recipe(trained.recipe, AS_TRAINED)
     plugins = RunFolder(trained.checkpoint).read_recipe().get("plugins", [])
     try:
-        return load_recipe(trained.recipe, [*overrides, "plugins=[]"], data=False)
+        return load_recipe(trained.recipe, [*AS_TRAINED, "plugins=[]"], data=False)
     except RecipeError as error:
         if not plugins:
             raise
@@ -179,6 +175,27 @@ def _recipe(trained: TrainedModel) -> Recipe:
             f"{trained.recipe} needs plugins ({', '.join(map(str, plugins))}), and code of published models isn't run: "
             f"import your own copy of them before trainer.load ({str(error).strip().splitlines()[-1].strip()})"
         ) from error
+
+
+def load_task(recipe: Recipe, trained: TrainedModel, info: DataInfo) -> Task[Any]:
+    """The task of a recipe with the trained weights, on the CPU.
+
+    Args:
+        recipe: of the run, loaded with `AS_TRAINED`.
+        trained: its files.
+        info: what the task must know of the data set.
+
+    Raises:
+        UserError: the weights are damaged, or belong to another network.
+    """
+    task = build_task(recipe, info)
+    if recipe.train.precision == "fp64":
+        task.model.double()  # before its weights, which would be rounded
+    try:
+        task.model.load_state_dict(load_file(trained.weights))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{trained.weights}: these weights can't be loaded: {str(error)[:300]}") from error
+    return task
 
 
 def load(
