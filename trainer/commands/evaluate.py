@@ -65,9 +65,10 @@ def run(options: argparse.Namespace) -> None:
     from trainer.errors import UserError
     from trainer.inference.evaluation import evaluate_trained
     from trainer.inference.predictions import check_parent
-    from trainer.inference.trained import MODEL, find_trained
+    from trainer.inference.trained import find_trained
     from trainer.runs.durable import atomic_write
     from trainer.runs.folder import pretty
+    from trainer.runs.published import MODEL
 
     if options.checkpoint and (Path(options.run) / MODEL).is_file():
         raise UserError(f"--checkpoint {options.checkpoint}: {options.run} is a checkpoint already; leave it out")

@@ -29,7 +29,7 @@ from trainer.recipe.settings import SHARED
 from trainer.reporting.progress import Progress
 from trainer.runs.folder import RunFolder
 from trainer.signals import Stopped
-from trainer.tasks.build import place
+from trainer.tasks.build import to_device
 from trainer.tasks.checks import DATA_CHECKS, check_sizes
 from trainer.tasks.evaluation import total_sums
 
@@ -132,7 +132,7 @@ def evaluate_trained(
         task = load_task(recipe, trained, _info(trained, data, recipe.components["task"].fields))
         check_sizes(recipe, task.model, split)
         pixels = data.validation.reader.pixels
-        model = place(task, recipe, accelerator.device, uniform=pixels is None or pixels.uniform)
+        model = to_device(task, recipe, accelerator.device, uniform=pixels is None or pixels.uniform)
         model.requires_grad_(False)
         forward, rounds = as_in_training(accelerator, model), count()
 

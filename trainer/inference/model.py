@@ -34,6 +34,8 @@ from trainer.tasks.task import Task
 
 AS_TRAINED = ("model.weights=none", "model.reset_layers=[]", "track=[]")
 """Overrides of the recipe of a run whose model is only used: its weights are loaded once the network is built."""
+Prepared = tuple[Tensor, Tensor, Frame]
+"""An image uint8 (3, H, W), the network's input uint8 (3, h, w) for it, and how it lies in that."""
 Input = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """An image, see `read_image`."""
 
@@ -98,8 +100,14 @@ class Model:
     ) -> Iterator[Result]:
         """Predicts on images uint8 (3, H, W), one after the other; neighbours of one size form batches."""
         prepared = ((image, *self.preparation(image)) for image in images)
-        for _, group in groupby(prepared, key=lambda each: each[1].shape):
-            batch: list[tuple[Tensor, Tensor, Frame]] = []
+        yield from self.predict_prepared(prepared, threshold=threshold, batch_size=batch_size)
+
+    def predict_prepared(
+        self, images: Iterable[Prepared], *, threshold: float = SHOWN_SCORE, batch_size: int = 8
+    ) -> Iterator[Result]:
+        """Does the same for images that are prepared: threads can do that while the network computes."""
+        for _, group in groupby(images, key=lambda each: each[1].shape):
+            batch: list[Prepared] = []
             for each in group:
                 batch.append(each)
                 if len(batch) == batch_size:
@@ -108,20 +116,20 @@ class Model:
             if batch:
                 yield from self._predict_batch(batch, threshold)
 
-    @torch.inference_mode()
-    def _predict_batch(self, images: Sequence[tuple[Tensor, Tensor, Frame]], threshold: float) -> list[Result]:
-        frames = [frame for _, _, frame in images]
+    @torch.no_grad()  # not in inference mode: users may change a result
+    def _predict_batch(self, images: Sequence[Prepared], threshold: float) -> list[Result]:
         inputs = torch.stack([prepared for _, prepared, _ in images]).to(self.device)
-        results = []
-        for (image, _, _), prediction in zip(images, self.predictions(inputs, frames), strict=True):
-            if isinstance(prediction, Detections):
-                kept = prediction.scores >= threshold
-                prediction = Detections(*(None if part is None else part[kept] for part in prediction))  # type: ignore[arg-type]
-            results.append(result_of(prediction, image, self.classes))
-        return results
+        predictions = self.predictions(inputs, [frame for _, _, frame in images], threshold)
+        return [
+            result_of(prediction, image, self.classes)
+            for (image, _, _), prediction in zip(images, predictions, strict=True)
+        ]
 
-    def predictions(self, inputs: Tensor, frames: Sequence[Frame]) -> list[Tensor | Detections]:
-        """The task's predictions for prepared inputs uint8 (B, 3, h, w), at the sizes of the images."""
+    def predictions(self, inputs: Tensor, frames: Sequence[Frame], threshold: float = 0.0) -> list[Tensor | Detections]:
+        """The task's predictions for prepared inputs uint8 (B, 3, h, w), at the sizes of the images.
+
+        Maps of huge images are decoded in strips, so a task must decode each pixel by itself.
+        """
         batch = {
             "image": inputs,
             "sample_id": torch.arange(len(inputs)),
@@ -132,12 +140,12 @@ class Model:
         outputs = self.task.infer(self.forward, batch)
         if isinstance(outputs, Tensor) and outputs.dim() == 4:  # maps: resized before they are decoded
             return [
-                self.task.decode(frame.map_back(outputs[index : index + 1]), batch)[0]
-                for index, frame in enumerate(frames)
+                torch.cat([self.task.decode(strip, batch)[0] for strip in frame.strips(maps[None])], dim=-2)
+                for maps, frame in zip(outputs, frames, strict=True)
             ]
         predictions = self.task.decode(outputs, batch)
         return [
-            frame.detections_back(each) if isinstance(each, Detections) else each
+            frame.detections_back(_at_least(each, threshold)) if isinstance(each, Detections) else each
             for each, frame in zip(predictions, frames, strict=True)
         ]
 
@@ -151,6 +159,11 @@ class Model:
         precision = resolve_precision(self.recipe.train.precision)
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         return torch.autocast(self.device.type, dtypes[precision]) if precision in dtypes else nullcontext()
+
+
+def _at_least(detections: Detections, threshold: float) -> Detections:
+    kept = detections.scores >= threshold
+    return Detections(*(None if part is None else part[kept] for part in detections))  # type: ignore[arg-type]
 
 
 def _as_fp32(value: Any) -> Any:

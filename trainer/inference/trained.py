@@ -80,8 +80,12 @@ def _chosen(run: Path, checkpoint: str) -> Path:
         raise UserError(f"{run} has no checkpoint yet: nothing can be loaded from it")
     names = ("best", "last") if checkpoint == "best" else (checkpoint,)
     for name in names:
-        if (folder := store.path / name).is_dir():
+        if "/" not in name and (folder := store.path / name).is_dir():
             return folder.resolve()
+    if (path := Path(checkpoint)).is_dir() and "/" in checkpoint:
+        if run.resolve() not in path.resolve().parents:
+            raise UserError(f"{checkpoint} is no checkpoint of {run}; give it instead of the run to use its own recipe")
+        return path.resolve()
     raise UserError(f"{run} has no checkpoint {checkpoint!r}; it has best, last, or {_listed(store.steps())}")
 
 
