@@ -43,12 +43,14 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-an
 """The page loads and sends nothing but what this server provides; gradio's scripts need the rest."""
 
 STYLE = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important }
+.gradio-container { width: 100%; max-width: 1200px !important; margin: 0 auto !important }
 .heading h1 { font-size: 1.5rem; font-weight: 600; margin: .4rem 0 .1rem }
 .heading p { margin: 0; opacity: .75 }
-.outcome table { border-collapse: collapse; margin-top: .6rem; font-variant-numeric: tabular-nums }
-.outcome th, .outcome td { padding: .2rem 1.2rem .2rem 0; text-align: left; border: 0; white-space: nowrap }
-.outcome th { font-weight: 600; border-bottom: 1px solid var(--border-color-primary) }
+.outcome table, .outcome tr { border: 0 !important }
+.outcome table, .outcome tr { border: 0 !important }
+.outcome table { border-collapse: collapse; width: auto; font-variant-numeric: tabular-nums }
+.outcome th, .outcome td { padding: .25rem 1.5rem .25rem 0; text-align: left; border: 0 !important }
+.outcome th { font-weight: 600; border-bottom: 1px solid var(--border-color-primary) !important }
 .outcome .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border-radius: 2px }
 """
 
@@ -117,16 +119,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def figures(model: Model) -> dict[str, float]:
-    """The validation metrics of the loaded checkpoint, the one that chose the best first; without those of single
-    classes. Empty where its run isn't known.
+    """The validation metrics of the loaded checkpoint, the one that chose the best first; empty where its run isn't
+    known.
     """
-    folder = RunFolder(model.trained.recipe.parent)
-    lines = [
-        line for line in folder.read_metrics() if line["split"] == "validation" and line["step"] == model.trained.step
-    ]
-    metrics = {name: value for name, value in metrics_of(lines[-1]).items() if "/" not in name} if lines else {}
-    best = model.recipe.evaluate.best
-    return dict(sorted(metrics.items(), key=lambda each: each[0] != best))
+    metrics: dict[str, float] = {}
+    for line in RunFolder(model.trained.recipe.parent).read_metrics():
+        if line["split"] == "validation" and line["step"] == model.trained.step:
+            metrics = metrics_of(line)
+    names = dict.fromkeys([model.recipe.evaluate.best, *model.task.metric_names])
+    return {name: metrics[name] for name in names if name in metrics}
 
 
 def heading(model: Model) -> str:
