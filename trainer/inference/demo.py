@@ -30,11 +30,12 @@ from trainer.inference.model import Model
 from trainer.inference.results import ClassMap, ImageClass, Objects, Picture, Result
 from trainer.runs.folder import RunFolder, metrics_of
 from trainer.signals import Stopped
-from trainer.tasks.drawing import Color, class_colors
+from trainer.tasks.drawing import class_colors
 from trainer.tasks.objects import SHOWN_SCORE
+from trainer.tasks.task import Color
 
 HOST = "127.0.0.1"
-FIRST_PORT, PORTS = 7860, 100
+FIRST_PORT, PORTS, LAST_PORT = 7860, 100, 65535
 EXAMPLES = 6  # images of the validation set
 SHOWN_SIDE = 1600  # pixels; larger pictures only take longer to reach the browser
 CLOSING_S = 5.0  # how long requests may take to end with the server
@@ -132,8 +133,8 @@ def figures(model: Model) -> dict[str, float]:
 
 def heading(model: Model) -> str:
     """Title and figures of the run (HTML)."""
-    recipe = model.recipe
-    what = f"{recipe.task.name} by {recipe.model.name}, trained on {recipe.data.name} for {model.trained.step} steps"
+    recipe, step = model.recipe, model.trained.step
+    what = f"{recipe.task.name} by {recipe.model.name}, trained on {recipe.data.name}, checkpoint of step {step}"
     measured = " · ".join(f"{name} {value:.4f}" for name, value in figures(model).items())
     second = f"<p>Validation: {escape(measured)}</p>" if measured else ""
     return f"<h1>{escape(model.trained.name)}</h1><p>{escape(what[0].upper() + what[1:])}</p>{second}"
@@ -171,15 +172,16 @@ def listen(port: int | None) -> socket.socket:
     Raises:
         UserError: the port can't be used, or none is free.
     """
-    for candidate in [port] if port else range(FIRST_PORT, FIRST_PORT + PORTS):
+    if port is not None and not 1 <= port <= LAST_PORT:
+        raise UserError(f"--port {port}: a port is a number from 1 to {LAST_PORT}")
+    for candidate in range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]:
         try:
             return socket.create_server((HOST, candidate))
-        except (OSError, OverflowError) as error:
-            problem = getattr(error, "strerror", None) or str(error)
+        except OSError as error:
+            problem = os.strerror(error.errno or 0).lower()
     if port is None:
         raise UserError(f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free; give one with --port")
-    advice = "leave out --port for the first free one, or give another"
-    raise UserError(f"--port {port} can't be used ({problem[0].lower() + problem[1:]}); {advice}")
+    raise UserError(f"--port {port}: {problem}; leave out --port for the first free one, or give another")
 
 
 def import_gradio(folder: Path) -> Any:
@@ -247,7 +249,8 @@ def build_page(gradio: Any, model: Model, examples: Sequence[Path]) -> Any:
 
         def answer(file: str | None, lowest: float) -> list[Any]:
             shown, words = outcome(model, file, lowest) if file else ([], "")
-            return [*(shown or [None] * len(pictures)), words]
+            empty = [None] * (len(pictures) - len(shown))
+            return [*shown, *empty, words]
 
         for event in (photo.change, threshold.release):
             event(
