@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 
 HELP = "open a local page to try a trained model: drop an image, see the result"
+EPILOG = """The page is served on this machine only (127.0.0.1) and needs no network: images that
+are dropped on it stay here, and are deleted when Ctrl-C ends the command.
+
+Example:
+  pip install 'recipe-trainer[demo]'
+  trainer demo quickstart"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
-    parser.epilog = (
-        "The page is served on this machine only (127.0.0.1) and needs no network: images that are dropped on it go "
-        "nowhere else, and are deleted when the command ends (Ctrl-C). Needs: pip install 'recipe-trainer[demo]'"
-    )
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "run",
         metavar="RUN",

@@ -37,6 +37,7 @@ from trainer.tasks.task import Color
 HOST = "127.0.0.1"
 FIRST_PORT, PORTS, LAST_PORT = 7860, 100, 65535
 EXAMPLES = 6  # images of the validation set
+FRAME_HEIGHT = 420  # pixels of the page, for each picture
 SHOWN_SIDE = 1600  # pixels; larger pictures only take longer to reach the browser
 CLOSING_S = 5.0  # how long requests may take to end with the server
 
@@ -47,7 +48,9 @@ STYLE = """
 .gradio-container { width: 100%; max-width: 1200px !important; margin: 0 auto !important }
 .heading h1 { font-size: 1.5rem; font-weight: 600; margin: .4rem 0 .1rem }
 .heading p { margin: 0; opacity: .75 }
+.picture img { width: 100% !important; height: 100% !important; object-fit: contain !important }
 .outcome table, .outcome tr { border: 0 !important }
+.picture img { width: 100% !important; height: 100% !important; object-fit: contain !important }
 .outcome table, .outcome tr { border: 0 !important }
 .outcome table { border-collapse: collapse; width: auto; font-variant-numeric: tabular-nums }
 .outcome th, .outcome td { padding: .25rem 1.5rem .25rem 0; text-align: left; border: 0 !important }
@@ -214,35 +217,25 @@ def build_page(gradio: Any, model: Model, examples: Sequence[Path]) -> Any:
     """
     height, width = model.trained.size or (256, 256)
     kind = type(model(Image.new("RGB", (width, height))))  # this also warms up the model
+    framed = {"height": FRAME_HEIGHT, "elem_classes": "picture"}
     with gradio.Blocks(title=f"{model.trained.name} · trainer demo", analytics_enabled=False) as page:
         gradio.HTML(heading(model), elem_classes="heading")
         with gradio.Row():
             with gradio.Column():
                 photo = gradio.Image(
-                    type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=420
+                    label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], **framed
                 )
                 # gradio would decode the image first, and fail where that is impossible.
                 photo.preprocess = lambda upload: upload and upload.path
                 threshold = gradio.Slider(
-                    0,
-                    1,
-                    SHOWN_SCORE,
-                    step=0.01,
-                    label="Threshold: lowest score shown",
-                    visible=issubclass(kind, Objects),
+                    *(0, 1, SHOWN_SCORE), step=0.01, label="Threshold: lowest score shown", visible=kind is Objects
                 )
                 if examples:
                     gradio.Examples([[str(file)] for file in examples], photo, label="Images of the validation set")
             with gradio.Column():
                 with gradio.Row():
                     pictures = [
-                        gradio.Image(
-                            label=caption,
-                            interactive=False,
-                            format="png",
-                            buttons=["download", "fullscreen"],
-                            height=420,
-                        )
+                        gradio.Image(label=caption, interactive=False, format="png", **framed)
                         for caption in captions(kind)
                     ]
                 text = gradio.HTML(elem_classes="outcome")
@@ -253,14 +246,7 @@ def build_page(gradio: Any, model: Model, examples: Sequence[Path]) -> Any:
             return [*shown, *empty, words]
 
         for event in (photo.change, threshold.release):
-            event(
-                answer,
-                [photo, threshold],
-                [*pictures, text],
-                concurrency_limit=1,
-                concurrency_id="model",
-                api_name=False,
-            )
+            event(answer, [photo, threshold], [*pictures, text], concurrency_id="model")  # one at a time
     return page
 
 
