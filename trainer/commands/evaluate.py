@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--predictions",
         type=Path,
         metavar="PATH",
-        help="write the predictions, at the size of the network's input: for objects a COCO result file PATH.json "
-        "with the ground truth in PATH.annotations.json, else a folder of PNG files (class indices or colours)",
+        help="write the predictions, at the size of the network's input: for objects a COCO result file, e.g. p.json, "
+        "with the ground truth in p.annotations.json; else a new folder of PNG files (class indices or colours)",
     )
 
 

@@ -148,9 +148,10 @@ def _with_known_scales(net: MaskRCNN) -> MaskRCNN:
     """
     side, strides = 256, (4, 8, 16, 32)
     for pool in (net.roi_heads.box_roi_pool, net.roi_heads.mask_roi_pool):
-        sides = zip(pool.featmap_names, strides, strict=True)
-        maps = {name: torch.zeros(1, 1, side // stride, side // stride, device="cpu") for name, stride in sides}
-        pool(maps, [torch.zeros(1, 4, device="cpu")], [(side, side)])
+        with torch.device("cpu"):  # also where the network is built without memory
+            sides = [side // stride for stride in strides]
+            maps = {name: torch.zeros(1, 1, each, each) for name, each in zip(pool.featmap_names, sides, strict=True)}
+            pool(maps, [torch.zeros(1, 4)], [(side, side)])
     return net
 
 
