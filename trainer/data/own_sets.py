@@ -36,7 +36,7 @@ def names_a_set(command: FilesCommand, column: str) -> AfterValidator:
     """Checks the key `set` of a recipe: a prepared set with that column, made by `command`."""
 
     def check(name: str) -> str:
-        """the name of a prepared set"""
+        """The name of a prepared set."""
         try:
             if not NAME.fullmatch(name):
                 raise UserError(

@@ -102,8 +102,8 @@ def test_recipes_are_found_beside_the_package_and_those_of_the_working_folder_co
     monkeypatch.setattr(describe, "recipe_folders", lambda: [tmp_path / "none"])
     assert main(["list", "recipes"]) == 2
     assert capsys.readouterr().err == (
-        f"error: no recipes (*.yaml) in {tmp_path / 'none'}; run this in a folder that has some, e.g. in a checkout of the "
-        "repository\n"
+        f"error: no recipes (*.yaml) in {tmp_path / 'none'}; run this in a folder that has some, e.g. in a checkout "
+        "of the repository\n"
     )
     assert "no recipes" in said(capsys, "list")
 
