@@ -10,7 +10,7 @@ PYTHON ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Two terminals may type `make` at the same time: the second waits here, then finds the work done. (macOS has no flock.)
+# If `make` runs in two terminals at once, the second waits here, then finds the work done. (macOS has no flock.)
 LOCK := $(if $(shell command -v flock),flock Makefile)
 DOWNLOAD := the first time this downloads PyTorch, several GB on Linux
 
@@ -21,7 +21,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
 	@echo "e.g. make train RECIPE=recipes/deeplab_iou.yaml NUM_PROCESSES=2 ARGS=\"optimizer.lr=1e-4 train.seed=1\""
 
-setup: ## only set up .venv
+setup: ## set up .venv and do nothing else
 	@$(LOCK) $(MAKE) --no-print-directory --silent $(STAMP)
 
 train: setup ## train RECIPE (default recipes/quickstart.yaml) with NUM_PROCESSES processes and ARGS
@@ -30,16 +30,16 @@ train: setup ## train RECIPE (default recipes/quickstart.yaml) with NUM_PROCESSE
 test: setup ## run the tests, two at a time; ARGS go to pytest
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
-faults: setup ## the long form of the tests that kill, fill, cut off and damage: some 20 minutes
+faults: setup ## run the fault-injection tests at full length: about 20 minutes
 	TRAINER_FAULTS=long $(BIN)/python -m pytest tests/faults tests/launch/test_slurm.py $(ARGS)
 
-check: setup ## lint, format, types and which room imports which
+check: setup ## check lint, format, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-format: setup ## put the sources into shape
+format: setup ## fix lint and format in place
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
@@ -50,7 +50,7 @@ clean: ## remove .venv and caches; data and runs stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# The environment is filled in place, so an interrupted set-up is simply taken up again: the stamp comes last.
+# The environment is filled in place, so running make again continues an interrupted set-up: the stamp comes last.
 $(STAMP): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null; then \
 	    echo "setting up .venv with uv: $(DOWNLOAD)"; \

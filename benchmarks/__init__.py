@@ -1,1 +1,1 @@
-"""Speed, measured against a plain loop in the same run, and printed as ratios."""
+"""Speed relative to a plain loop in the same run, as ratios."""

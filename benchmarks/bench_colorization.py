@@ -1,10 +1,10 @@
-"""25 epochs of the colourisation U-Net against `plain_loop.py`, in turns in one run: seconds as ratios, and the
+"""25 epochs of the colourisation U-Net against `plain_loop.py`, alternating in one run: ratios of seconds, and the
 accuracy of each.
 
     TRAINER_DATA=data python benchmarks/bench_colorization.py
 
-Ratios above 1 are in the framework's favour. The plain loop's seconds are its first step to its last evaluation; the
-framework's are those from its first step to its end, evaluations, pictures and checkpoints included.
+Ratios above 1 favour the framework. The plain loop's seconds are from its first step to its last evaluation; the
+framework's from its first step to its end, including evaluations, pictures and checkpoints.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The framework against `plain_loop.py`, in turns in one run: time to the first step, and samples a second, as ratios.
+"""The framework against `plain_loop.py`, alternating in one run: ratios of time to first step and samples per second.
 
     make bench
 
-Ratios above 1 are in the framework's favour. Times of a busy machine mean little; ratios of medians over turns do.
+Ratios above 1 favour the framework. Times on a busy machine mean little; ratios of medians over turns do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAME = ["train.precision=fp32", "train.channels_last=false"]
 
 
 def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """Seconds from the start of the process to its first printed step, and the last printed samples a second."""
+    """Seconds from the start of the process to its first printed step, and the last printed samples per second."""
     started = time.monotonic()
     first = rate = 0.0
     with subprocess.Popen(
@@ -59,7 +59,7 @@ def main() -> None:
     half = options.steps // 2
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TRAINER_RUNS": folder}
-        # The plain loop prints after its first step and at its end; the framework does one in each of two runs.
+        # The plain loop prints after its first step and at its end; for the framework these are two runs.
         one_step = [*RUN, "train.duration=1 steps", "train.log_every=1 steps"]
         all_steps = [
             *RUN,

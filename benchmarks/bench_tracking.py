@@ -2,10 +2,10 @@
 
     make bench
 
-A tiny model that logs every step, so that tracking has the largest share it can have. A step's time is that from its
-end to the end of the next one, with all that the loop does in between. All sides train at the same time, each in a
-process of its own: what else the machine is doing changes their times, hardly their ratios. A second side without W&B
-says how much chance there is in these.
+A tiny model that logs every step, so that tracking's share is as large as it can be. A step's time is from its end to
+the end of the next one, with all that the loop does in between. All sides train at the same time, each in its own
+process, so that other load on the machine changes their times, but hardly their ratios. A second side without W&B shows
+the noise in these.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainer.reporting.trackers import wandb as trackers
 from trainer.trainer import Trainer
 
 WARM_UP = 20  # steps
-START_S = 2  # a server's time to answer at the start; the default would be longer than the training
+START_S = 2  # how long to wait for a server at the start; the default would be longer than the training
 OVERRIDES = ("train.precision=fp32", "evaluate.every=100%", "checkpoint.every=100%", "model.width=16")
 
 
@@ -82,13 +82,13 @@ def main() -> None:
         WandbServer(None) as silent,
         socket.socket() as closed,
     ):
-        closed.bind(("127.0.0.1", 0))  # taken, so nobody else listens there, and not listening
+        closed.bind(("127.0.0.1", 0))  # bound, so that nobody else listens there, but not listening
         sides = {
             "off": "",
             "off, once more": "",
             "closed port": f"http://127.0.0.1:{closed.getsockname()[1]}",
-            "answers 500": failing.url,
-            "never answers": silent.url,
+            "responds 500": failing.url,
+            "never responds": silent.url,
         }
         os.environ |= {"TRAINER_DATA": f"{scratch}/data", "TRAINER_RUNS": f"{scratch}/runs", "HOME": scratch}
         os.environ |= {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40}

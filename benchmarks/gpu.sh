@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call, ending with a short table: the GPU tests, the recipes at full size on real
-# data, the loop against a plain one, compile and precision. It prepares and fetches nothing; before it,
+# Everything that needs a GPU, in one call that ends with a short table: the GPU tests, the recipes at full size on real
+# data, the loop against a plain one, compile and precision. It prepares and downloads nothing; before it,
 #
 #     python benchmarks/pack.py recipes/{deeplab_iou,quickstart,stanford_best,yolo_finetune,pennfudan_mask_rcnn}.yaml --out .gpu/data
 #     benchmarks/gpu.sh [OUT]                       # OUT gets the logs and table.md, default .gpu/out
 #
-# with wheels of packages the machine lacks in .gpu/wheels. STEPS=20 makes it short, to try it on a CPU.
+# with wheels of packages that the machine lacks in .gpu/wheels. STEPS=20 makes it short, to try it on a CPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-.gpu/out}

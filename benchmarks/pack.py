@@ -1,4 +1,4 @@
-"""Packs prepared data sets for a machine without network: images re-encoded at the size a recipe trains at.
+"""Packs prepared data sets for a machine without network: images re-encoded at the size that a recipe trains at.
 
 python benchmarks/pack.py recipes/deeplab_iou.yaml recipes/quickstart.yaml --out DIR
 """
@@ -32,7 +32,7 @@ def resized(data: bytes, size: tuple[int, int] | None, mask: bool) -> bytes:
 
 
 def repacked(value: Any, role: str, size: tuple[int, int] | None) -> Any:
-    """A value of a prepared row, as a source gives it."""
+    """A value of a prepared row, as a source's `rows` yields it."""
     if role in ROLES:
         return [Instance(tuple(each["box"]), each["label"], each["mask"], each["crowd"]) for each in value]
     return value if role == "label" else resized(value["bytes"], size, role == "mask")
@@ -42,7 +42,7 @@ NOTES = ("Packed: resized copies of the prepared rows.",)
 
 
 def main() -> None:
-    """Writes each recipe's set into the folder, in the form `trainer prepare` writes."""
+    """Writes each recipe's set into the folder, in the format of `trainer prepare`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="+")
     parser.add_argument("--out", type=Path, required=True)
@@ -50,11 +50,11 @@ def main() -> None:
     for recipe in map(load_recipe, options.recipes):
         source = recipe.source
         card = ensure_prepared(source, data_dir(), archives_dir())
-        with_objects = not {*card.columns.values()}.isdisjoint(ROLES)  # which would have to be resized too
+        with_objects = not {*card.columns.values()}.isdisjoint(ROLES)  # boxes and masks would have to be resized too
         folder, size = data_dir() / card.name, None if with_objects else recipe.data.resize
 
         def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-            for split in card.splits:  # noqa: B023  used up before the next turn
+            for split in card.splits:  # noqa: B023  consumed before the next iteration
                 for file in card.files(folder, split):  # noqa: B023
                     for row in ParquetFile(file).read(list(card.columns)).to_pylist():  # noqa: B023
                         columns = card.columns.items()  # noqa: B023

@@ -1,9 +1,9 @@
-"""Plain training loops, without the framework: what it is measured against, and proof that it hides nothing.
+"""Plain training loops, without the framework: the baseline of the benchmarks, and proof that it hides nothing.
 
-    python benchmarks/plain_loop.py shapes --steps 100               # a U-Net, speed python benchmarks/plain_loop.py
-    cifar10_horses --epochs 25       # the colourisation U-Net, evaluated after each epoch
+    python benchmarks/plain_loop.py shapes --steps 100            # a U-Net: speed
+    python benchmarks/plain_loop.py cifar10_horses --epochs 25    # the colourisation U-Net, evaluated after each epoch
 
-Reads the prepared Parquet into memory, shuffles, trains. One process, no checkpoint, no resume.
+Reads the prepared Parquet into memory, shuffles, trains. One process, no checkpoints, no resuming.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def shuffled(images: Tensor, masks: Tensor, batch_size: int, flips: bool) -> Bat
 
 
 def normalised(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Colours less their mean, divided by their deviation."""
+    """Colours minus their mean, divided by their standard deviation."""
     return (images.to(dtype) - MEAN.to(images.device, dtype)) / STD.to(images.device, dtype)
 
 
@@ -79,7 +79,7 @@ def train(
     inputs: Callable[..., Tensor] = normalised,
     cosine: bool = True,
 ) -> Iterator[Tensor]:
-    """The loop; yields the loss of each step. Cross entropy that ignores 255."""
+    """The loop; yields the loss of each step, cross entropy that ignores 255."""
     device, dtype = (weights := next(model.parameters())).device, weights.dtype
     lr = optimizer.param_groups[0]["lr"]
     for step, (images, masks) in zip(range(steps), batches, strict=False):
@@ -117,7 +117,7 @@ def configure_backends(threads: int) -> None:
 
 
 def shapes(folder: Path, steps: int, batch_size: int) -> None:
-    """Prints the loss of the first and last step, and samples a second over the second half of them."""
+    """Prints the loss of the first and last step, and samples per second over the second half of the steps."""
     images, masks = read(folder / "train")
     model = UNet(4, width=16, depth=4).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains a recipe on this machine, with a process for each visible GPU (see num_processes.sh), and goes on by itself after a crash:
+# Trains a recipe on this machine, with a process for each visible GPU (see num_processes.sh), and resumes automatically after a crash:
 #
 #   launch/local.sh recipes/quickstart.yaml train.seed=1
 #
-# TRAINER_PROCESSES_PER_NODE sets another number of processes. Ctrl-C, and a terminal that is closed, save a checkpoint; the
-# same command resumes from it. With `nohup` in front it trains on without a terminal.
-# It gives up after three attempts in a row without a newer checkpoint, after a mistake (exit 2) or a failed training (3).
+# TRAINER_PROCESSES_PER_NODE sets another number of processes. Ctrl-C, and closing the terminal, save a checkpoint; the
+# same command resumes from it. Under `nohup` it keeps training without a terminal.
+# It stops after three attempts in a row without a newer checkpoint, a user error (exit code 2) or a failed training (3).
 set -euo pipefail
 TRAINER_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$TRAINER_HOME/launch/common.sh"
@@ -21,9 +21,9 @@ trap 'rm -r "$memory"' EXIT
 export TRAINER_ATTEMPT=$memory/attempt
 processes=${TRAINER_PROCESSES_PER_NODE:-$("$TRAINER_HOME/launch/num_processes.sh")}
 launcher="" stopping=""
-set -m # the launcher becomes a group of its own: it would take Ctrl-C and the signal passed on below for two
+set -m # the launcher gets its own process group, or it would count Ctrl-C and the signal forwarded below as two
 
-# Passes a stop signal on, as soon as there is a launcher.
+# Forwards a stop signal, as soon as there is a launcher.
 stop() {
     stopping=yes
     if [[ $launcher ]]; then
@@ -39,7 +39,7 @@ while ((code == 75)); do
         --num_processes "$processes" --no_python "$TRAINER_HOME/launch/rank.sh" "$@") &
     launcher=$!
     if [[ $stopping ]]; then
-        stop # it came between the lines
+        stop # the signal came before the launcher's pid was known
     fi
     wait "$launcher" || true
     if [[ $stopping ]]; then

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What srun runs once on each node: do all nodes answer? Then the launcher, which starts the node's processes.
+# What srun runs once on each node: the preflight, then the launcher, which starts the node's processes.
 set -euo pipefail
 
-# The signal before a pre-emption reaches every process of the step. Preflight and launcher would die of it, so they ignore it,
-# as does all that they start until trainer/run.py handles it. This shell beside them notes it for a training that isn't so far yet.
+# The signal before a pre-emption reaches every process of the step. It would kill preflight and launcher, so they ignore it, as
+# does everything they start, until trainer/run.py handles it. The shell below records it for a training that can't handle it yet.
 trap '' USR1
 (
     trap ': >"$TRAINER_ATTEMPT.stop"' USR1
     trap '' HUP INT TERM
-    while kill -0 $$; do # as long as the launcher is there, which takes this process's place
+    while kill -0 $$; do # as long as the launcher runs, which replaces this process
         sleep 2 &
         wait || true
     done
@@ -16,7 +16,7 @@ trap '' USR1
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=${MASTER_ADDR:-${hosts[0]}}
-# Two ports of its own for each job that may share a node, and others after a requeue: the old ones may still be closing.
+# Each job that may share a node has its own two ports, and different ones after a requeue: the old ones may still be closing.
 port=$((20000 + SLURM_JOB_ID % 1000 * 10 + ${SLURM_RESTART_COUNT:-0} % 5 * 2))
 processes=${TRAINER_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 

@@ -1,9 +1,9 @@
-"""Do all nodes of a job answer, and can they talk to one another? node.sh asks before each training:
+"""Checks that all nodes of a job respond and can communicate; node.sh runs it before each training:
 
     python launch/preflight.py ADDRESS PORT RANK NODE…
 
-The nodes register at the first one, which can thus name those that don't. Then they add up a number over gloo, as the
-training will. Exit code 1 after one message if $TRAINER_PREFLIGHT_TIMEOUT (default 60) seconds weren't enough for that.
+The nodes register with the first one, which can thus name those that don't. Then they run an all-reduce over gloo, as
+the training will. If that takes longer than $TRAINER_PREFLIGHT_TIMEOUT (default 60) seconds: one message, exit code 1.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import sys
 import time
 from datetime import timedelta
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # or each attempt to connect is reported, with its stack
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # otherwise each attempt to connect is logged, with its stack
 import torch
 import torch.distributed as dist
 
 
 def preflight(address: str, port: int, rank: int, nodes: list[str], limit_s: float) -> str | None:
-    """Returns what is wrong; None if nothing is, an empty string where another node says it."""
+    """Returns what is wrong; None if nothing is, an empty string if another node reports it."""
     limit = timedelta(seconds=limit_s)
     deadline = time.monotonic() + limit_s
     try:
@@ -29,7 +29,7 @@ def preflight(address: str, port: int, rank: int, nodes: list[str], limit_s: flo
         if rank == 0:
             return f"node {nodes[0]} can't listen on port {port}: {error}"
         return (
-            f"node {nodes[rank]} (rank {rank}): the first node, {nodes[0]}, doesn't answer at {address}:{port} within "
+            f"node {nodes[rank]} (rank {rank}): the first node, {nodes[0]}, did not respond at {address}:{port} within "
             f"{limit_s:g} s"
         )
     store.set(f"node {rank}", "here")
@@ -37,10 +37,10 @@ def preflight(address: str, port: int, rank: int, nodes: list[str], limit_s: flo
         missing = [
             f"node {nodes[other]} (rank {other})"
             for other in range(1, len(nodes))
-            if not _answers(store, other, deadline)
+            if not _responds(store, other, deadline)
         ]
         if missing:
-            return f"{', '.join(missing)} {'do' if len(missing) > 1 else 'does'}n't answer within {limit_s:g} s"
+            return f"{', '.join(missing)} did not respond within {limit_s:g} s"
         store.set("complete", "yes")
     try:
         store.wait(["complete"], limit)
@@ -56,7 +56,7 @@ def preflight(address: str, port: int, rank: int, nodes: list[str], limit_s: flo
     except RuntimeError as error:
         interfaces = ", ".join(name for _, name in socket.if_nameindex())
         return (
-            f"node {nodes[rank]} (rank {rank}) reaches the first node, but not all others: {error}\n"
+            f"node {nodes[rank]} (rank {rank}) reaches the first node, but not all the others: {error}\n"
             "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that the nodes share; this one "
             f"has {interfaces}"
         )
@@ -64,7 +64,7 @@ def preflight(address: str, port: int, rank: int, nodes: list[str], limit_s: flo
     return None
 
 
-def _answers(store: dist.TCPStore, rank: int, deadline: float) -> bool:
+def _responds(store: dist.TCPStore, rank: int, deadline: float) -> bool:
     try:
         store.wait([f"node {rank}"], timedelta(seconds=max(0.001, deadline - time.monotonic())))
     except RuntimeError:
@@ -81,7 +81,7 @@ def main(address: str, port: str, rank: str, *nodes: str) -> int:
     if wrong:
         print(f"error: {wrong}", file=sys.stderr, flush=True)
     elif wrong is None and rank == "0":
-        print(f"all {len(nodes)} nodes answer ({time.monotonic() - started:.1f} s)", flush=True)
+        print(f"all {len(nodes)} nodes responded ({time.monotonic() - started:.1f} s)", flush=True)
     return 0 if wrong is None else 1
 
 

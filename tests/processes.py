@@ -125,7 +125,7 @@ def run_processes(world_size: int, function: Callable[..., Any], *arguments: Any
 
 
 class Job:
-    """A run of `trainer/run.py` in forked processes, to be killed, stopped or signalled; a process group of its own.
+    """A run of `trainer/run.py` in forked processes, to be killed, stopped or signalled; in its own process group.
 
     No launcher ends the others when one of them is lost: that they end is the framework's doing.
 
@@ -185,7 +185,7 @@ class Job:
 
     @property
     def output(self) -> str:
-        """What all of them printed so far."""
+        """The output of all of them so far."""
         return self._printed if self._output.closed else os.pread(self._output.fileno(), 2**20, 0).decode()
 
 
@@ -197,7 +197,7 @@ def write_recipe(folder: Path, text: str = RECIPE, name: str = "run") -> Path:
 
 
 def train(recipe: Path, overrides: tuple[str, ...] = (), stop_after: int | None = None, resume: str = "auto") -> None:
-    """What `run.py` does; `stop_after` asks the last rank to stop after that many steps in all."""
+    """What `run.py` does; `stop_after` stops the last rank after that many steps in all."""
     loaded = load_recipe(recipe, overrides, [*Launch.read(file=Path("none")).checks(), *TASK_CHECKS])
     trainer = Trainer(loaded, resume)
     if stop_after is not None and trainer.rank == trainer.world_size - 1:

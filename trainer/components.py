@@ -1,4 +1,4 @@
-"""Names in a recipe become objects.
+"""Turns names in a recipe into objects.
 
 A component is a function or class with a decorator: `@task`, `@model`, `@loss`, `@dataset`,
 `@augmentation`, `@optimizer`, `@schedule` or `@tracker`. Its typed signature is its recipe schema:
@@ -18,13 +18,14 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, create_model
 
-# Where the components of each kind live: a package's modules, or one module.
+# The package or module that holds the components of each kind.
 CATALOGUE = {
     "task": "trainer.tasks",
     "model": "trainer.models",
@@ -36,11 +37,13 @@ CATALOGUE = {
     "tracker": "trainer.reporting.trackers",
 }
 
-SUFFIX = ".safetensors"  # of a file of weights
+SUFFIX = ".safetensors"  # of weight files
+HUB = "hf://"  # of models on the Hugging Face Hub: hf://OWNER/NAME or hf://OWNER/NAME@REVISION
+HUB_ADDRESS = re.compile(r"hf://(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Ranges of settings, beside pydantic's PositiveInt, NonNegativeFloat, …
+# Ranges of settings, in addition to pydantic's PositiveInt, NonNegativeFloat, …
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 InnerFraction = Annotated[float, Field(gt=0, lt=1)]  # neither 0 nor 1
@@ -60,13 +63,13 @@ class Component:
 
     Attributes:
         kind: `model`, `loss`, … (a key of `CATALOGUE`).
-        name: what the recipe says after `name:`.
+        name: its name in recipes.
         factory: the decorated function or class.
-        schema: pydantic model of the keys a recipe may set.
-        context: names of the positional-only parameters that the framework supplies.
-        interfaces: what may flow between model, loss and task, e.g. `dense` (logits (B, C, H, W) against class maps
+        schema: pydantic model of the keys that a recipe may set.
+        context: names of the positional-only parameters, which the framework supplies.
+        interfaces: what the model outputs and the loss expects, e.g. `dense` (logits (B, C, H, W) and class maps
             (B, H, W)); a recipe's task, model and loss must have one in common.
-        fields: for a data set, the fields its samples have; for a task, those it needs.
+        fields: of a data set, those that its samples have; of a task, those that it needs.
     """
 
     kind: str
@@ -78,9 +81,9 @@ class Component:
     fields: tuple[str, ...]
 
     def build(self, settings: Mapping[str, Any], **context: Any) -> Any:
-        """Calls the factory with the recipe's keys and those context values it asks for."""
+        """Calls the factory with the recipe's keys and the context values that it takes."""
         missing = [name for name in self.context if name not in context]
-        assert not missing, f"{self.kind} {self.name} asks for {missing}, which nothing supplies"
+        assert not missing, f"{self.kind} {self.name} takes {missing}, which nothing supplies"
         return self.factory(*(context[name] for name in self.context), **settings)
 
 
@@ -108,10 +111,8 @@ def _register(
 ) -> None:
     known = _registered[kind].get(name)
     if known and (known.factory.__module__, known.factory.__qualname__) != (factory.__module__, factory.__qualname__):
-        raise ValueError(
-            f"two components are called {kind} {name!r}: in {known.factory.__module__} and in {factory.__module__}"
-        )
-    # A class without __init__ of its own may have inherited `*args, **kwargs`, which are no settings.
+        raise ValueError(f"{kind} {name!r} is defined twice: in {known.factory.__module__} and in {factory.__module__}")
+    # A class may inherit `*args, **kwargs` from its base's __init__; these aren't settings.
     parameters = [
         p
         for p in inspect.signature(factory, eval_str=True).parameters.values()
@@ -138,17 +139,21 @@ tracker = _decorator("tracker")
 
 
 def weights_field(*names: str) -> AfterValidator:
-    """Validates a recipe's `model.weights`; to be used as `Annotated[str, weights_field("coco")]`.
+    """Validates a recipe's `model.weights`; used as `Annotated[str, weights_field("coco")]`.
 
-    Allowed are `names`, `none`, and the path of a .safetensors file that exists.
+    Allowed are `names`, `none`, the path of an existing .safetensors file, and a model on the Hugging Face Hub.
     """
     one_of = f"{', '.join((*names, 'none'))} or an existing {SUFFIX} file"
     allowed = f"must be {one_of}"
 
     def check(weights: str) -> str:
-        # Path.is_file() raises where the name can't be one.
+        if weights.startswith(HUB):
+            if not HUB_ADDRESS.fullmatch(weights):
+                raise ValueError(f"must be {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION for a model on the Hub")
+            return weights
+        # Path.is_file() would raise on an invalid file name.
         if weights.endswith(SUFFIX) and not os.path.isfile(weights):
-            raise ValueError(f"{allowed}, and there is no such file")
+            raise ValueError(f"{allowed}; no such file")
         if not weights.endswith(SUFFIX) and weights not in (*names, "none"):
             raise ValueError(f"{allowed}; to start from scratch, set model.weights=none")
         return weights
@@ -162,8 +167,13 @@ def registered(kind: str) -> dict[str, Component]:
     return dict(sorted(_registered[kind].items()))
 
 
+def is_trained(weights: str) -> bool:
+    """Whether `model.weights` is a safetensors file, here or on the Hub, and not a name."""
+    return weights.endswith(SUFFIX) or weights.startswith(HUB)
+
+
 def catalogue(kind: str) -> dict[str, Component]:
-    """All components of a kind by name; imports the modules that hold them at first use."""
+    """All components of a kind by name; imports their modules on first use."""
     if kind not in _loaded:
         module = importlib.import_module(CATALOGUE[kind])
         for info in pkgutil.iter_modules(getattr(module, "__path__", ())):

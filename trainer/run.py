@@ -2,7 +2,7 @@
 
     accelerate launch trainer/run.py recipes/quickstart.yaml [--resume auto|never|PATH] [key.path=value …]
 
-Exit codes: 0 finished, or stopped on a signal with nothing lost; 2 an error in the input; 3 training failed.
+Exit codes: 0 finished, or stopped on a signal and resumable; 2 invalid input; 3 training failed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.
 
 from trainer.signals import STOP, Stopped
 
-# Before anything else is imported: until then a signal kills, or is lost where a launcher ignores it.
+# Before all other imports: until then a signal kills, or is lost if a launcher ignores it.
 if __name__ == "__main__":
     STOP.install(noted=os.environ.get("TRAINER_ATTEMPT", "") + ".stop")
 
@@ -27,7 +27,7 @@ from trainer.errors import exit_code
 
 
 def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
-    """Reads the recipe, builds the Trainer, fits."""
+    """Loads the recipe, builds the Trainer and trains."""
     from trainer.distributed.accelerator import leave_processes
     from trainer.distributed.launch import Launch
     from trainer.recipe.load import load_recipe
@@ -55,14 +55,15 @@ def train(recipe_path: str, resume: str, overrides: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="trainer/run.py", description="Trains a recipe.")
     parser.add_argument("recipe", help="a YAML file, e.g. recipes/quickstart.yaml")
     parser.add_argument(
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="resume from the newest checkpoint, from none, or from a given one",
+        help="resume from the newest checkpoint if there is one (default), start from scratch, or resume from a given "
+        "checkpoint folder",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optimizer.lr=1e-3")
     options = parser.parse_intermixed_args(arguments)

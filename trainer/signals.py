@@ -75,6 +75,11 @@ class StopRequest:
         finally:
             self._at_once = False
 
+    @property
+    def is_requested(self) -> bool:
+        """Whether a stop signal was received."""
+        return self.signal_name is not None
+
     def raise_if_asked(self) -> None:
         """Raises `Stopped` if a stop was requested."""
         if self.signal_name:
@@ -122,7 +127,7 @@ class TimeLimit:
         self._end = next((float(end) for end in ends if end.isdigit()), None)
         self._asked = time.time()
 
-    def is_near(self) -> bool:
+    def comes_near(self) -> bool:
         """Whether there is time for little more than a checkpoint; true once.
 
         Call it every step: the time between two calls is taken as that of the next step.

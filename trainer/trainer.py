@@ -4,8 +4,8 @@
 file. Rank 0 alone writes files and prints. What happens inside an optimizer step is in `optim/learner.py`.
 
 Everything random is seeded from (seed, step, rank) or (seed, position in the data order), and the learning rate is a
-function of the progress of the training. So weights, moving average, optimizer state and a few counters are all that a
-checkpoint holds, and a run that resumes from it ends with the same bits as an uninterrupted one.
+function of progress and evaluations. So a checkpoint holds weights, moving average, optimizer state and a few counters,
+and a run resumed from it on as many processes ends with the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from trainer.runs.state import Checkpoint
 from trainer.runs.train_state import TrainState
 from trainer.runs.writer import Writer
 from trainer.signals import STOP, Stopped, TimeLimit
+from trainer.tasks import evaluation
 from trainer.tasks.build import build_task
 from trainer.tasks.checks import check_sizes
-from trainer.tasks.evaluation import evaluate
 from trainer.tasks.task import Batch, Forward
 
 
@@ -64,38 +64,37 @@ class Trainer:
         self.recipe, self.resume = recipe, resume
         self.rank, self.world_size = launched_as()
         self.is_main = self.rank == 0
-        # First, since another rank may never start.
-        timeout_s = 60 * float(recipe.train.timeout.value)
+        self.folder = RunFolder(runs_dir() / recipe.name)
+        self.report = Reporter(self.folder, recipe, self.is_main)
+        self.writer = Writer(self.folder, recipe.checkpoint.keep)
+        self.state = TrainState(Best(recipe.evaluate.best))
+        # Before anything that waits for another rank, which may never start.
+        timeout_s = 60 * float(recipe.train.timeout.value)  # the recipe has it in minutes
         self.watchdog = Watchdog(self.rank, self.world_size, timeout_s, on_failure=self.fail)
         with reported_to_peers(self.watchdog, self.world_size):
             self.accelerator = build_accelerator(recipe)
             self.control = Control()  # small messages between the processes
         self.device = self.accelerator.device
-
-        self.folder = RunFolder(runs_dir() / recipe.name)
-        self.report = Reporter(self.folder, recipe, self.is_main)
-        self.writer = Writer(self.folder, recipe.checkpoint.keep)
-        self.state = TrainState(Best(recipe.evaluate.best))
         self.samples = SampleLog(self.control, recipe.data.max_unreadable)
         self.means = Means()  # of the loss terms, since the last train line
-        self.stopping = self.limit_near = False  # whether a stop was requested of any process; a time limit is near
+        self.stopping = False  # whether a stop was requested of any process
+        self.limit_near = False  # whether the job's time limit has just come near
 
     def fit(self) -> Status:
         """Trains until the duration has passed or a stop is requested; returns `finished` or `stopped`.
 
         Raises:
             UserError: the run can't be what the recipe asks for.
-            TrainingFailed: something isn't finite, a sample can't be read, a checkpoint can't be written, out of
-                memory.
-            Stopped: a stop was requested before there was anything to save.
+            TrainingFailed: a value isn't finite, a sample unreadable, a checkpoint unwritable, the memory too small.
+            Stopped: a stop was requested before the first step, so there is nothing new to save.
         """
         with failures_reported(self.watchdog, self.fail, self.recipe, self.world_size, self.folder.path):
-            checkpoint = self.open_run()
+            checkpoint_folder = self.open_run()
             self.build()
             if self.is_over and not self.state.evaluation_pending:
                 return self.already_finished()
-            self.begin(checkpoint)
-            if self.state.evaluation_pending:
+            self.begin(checkpoint_folder)
+            if self.state.evaluation_pending:  # a stop interrupted the evaluation after this step
                 self.evaluate()
                 self.save()
             while not (self.is_over or self.stopping):
@@ -112,9 +111,9 @@ class Trainer:
     # ------------------------------------------------------------ before the first step
 
     def open_run(self) -> Path | None:
-        """Takes the run folder; returns the checkpoint to resume from, and restores its counters."""
-        self.watchdog.enter("preparing", patient=True)
-        folder = self.control.on_main(self._open_folder)
+        """Takes the run folder; returns the checkpoint to resume from. Restores its counters, but no tensors yet."""
+        self.watchdog.enter("preparing", patient=True)  # may take hours: a data set may have to be downloaded
+        folder = self.control.on_main(self._lock_and_open)  # to the other ranks it comes as text
         if not folder:
             return None
         counters = read_counters(Path(folder))
@@ -123,7 +122,7 @@ class Trainer:
         self.means.restore(counters["means"], self.device)
         return Path(folder)
 
-    def _open_folder(self) -> Path | None:
+    def _lock_and_open(self) -> Path | None:
         self.folder.lock = lock_run(self.folder.path)  # until this process ends, however it does
         return open_run(self.folder, self.recipe, self.resume, self.report.say)
 
@@ -143,11 +142,11 @@ class Trainer:
 
     def already_finished(self) -> Status:
         """Reports that nothing is left to train."""
-        self.report.summary("finished", **self.facts())  # the run may have been killed just before it did so itself
+        self.report.summary("finished", **self.facts())  # it still says "running" if killed right after the last save
         self.report.already_finished(self.state.step)
         return "finished"
 
-    def begin(self, checkpoint: Path | None) -> None:
+    def begin(self, checkpoint_folder: Path | None) -> None:
         """Restores the state of a resumed run, opens trackers and progress bar, and starts the clock.
 
         Raises:
@@ -157,11 +156,12 @@ class Trainer:
         if self.world_size > 1:
             first = next(self.batches)
             self.enter("first forward and backward")
-            self.learner.rehearse(first)
+            self.learner.rehearse(first)  # changes nothing but how DDP adds up gradients from then on
             self.batches = chain([first], self.batches)
-        if checkpoint:
-            self.restore(checkpoint)
-        if not self.may_continue("restoring"):
+        self.enter("restoring")
+        if checkpoint_folder:
+            self.restore(checkpoint_folder)
+        if not self.may_continue("waiting for the other ranks"):
             raise Stopped
         self.report.summary("running", **self.facts())
         self.report.begin(self.state.step, self.clock.total_steps, self.device, self.data.description())
@@ -174,21 +174,21 @@ class Trainer:
         self.data.check_unchanged(checkpoint.counters.get("data"))
         self.learner.restore(checkpoint)
         if self.is_main:
-            self.folder.checkpoints.restore_best(self.state.best.step)
+            self.folder.checkpoints.link_best(self.state.best.step)
         self.report.resumed(self.state.step, why_bits_may_differ(checkpoint.counters, self.world_size, self.device))
 
     # ------------------------------------------------------------ the loop
 
     def train_step(self) -> None:
         """One optimizer step on `data.batch_size` samples, over all processes and micro-batches."""
-        self.seconds_before = self.state.seconds
+        self.seconds_before = self.state.seconds  # for `is_due`
         step, progress = self.state.step, self.clock.progress(self.state.step, self.state.seconds)
         terms, verdict = self.learner.step(step, progress, self.micro_batches())
         self.means.add(terms, verdict.is_good)
         self.state.step += 1
-        if not verdict.call_optimizer:
+        if not verdict.call_optimizer:  # else a bad step becomes known when the host next waits for the device
             self.check_skipped()
-        self.writer.check()
+        self.writer.check()  # raises if a checkpoint couldn't be written
         self.report.step(self.state.step)
 
     def micro_batches(self) -> Iterator[Batch]:
@@ -201,16 +201,16 @@ class Trainer:
             yield batch
 
     def agree(self) -> None:
-        """Shares rank 0's clock, whether any process was asked to stop, and whether the time limit is near."""
+        """Shares rank 0's clock, whether any process received a stop signal, and whether the time limit is near."""
         self.enter("waiting for the other ranks")
-        seconds, limit_near = (self.stopwatch.seconds(), self.time_limit.is_near()) if self.is_main else (0.0, False)
-        stop, limit, seconds = self.control.maximum([float(STOP.signal_name is not None), float(limit_near), seconds])
-        self.stopping, self.limit_near, self.state.seconds = bool(stop), bool(limit), seconds
+        mine = [self.time_limit.comes_near(), self.stopwatch.seconds()] if self.is_main else [False, 0.0]
+        stop, near, self.state.seconds = self.control.maximum([STOP.is_requested, *mine])
+        self.stopping, self.limit_near = bool(stop), bool(near)
         if self.limit_near:
             self.report.time_limit_near(self.state.step)
 
     def is_due(self, every: Span) -> bool:
-        """Whether the step just done completed another `every`, or was the last one."""
+        """Whether the step just done completed another `every`, or the training is over."""
         return self.is_over or self.clock.due(every, self.state.step, self.state.seconds, self.seconds_before)
 
     @property
@@ -235,7 +235,7 @@ class Trainer:
             "data_fingerprint": f"{self.samples.fingerprint():016x}",
             **self.means.take(),
             "learning_rate": self.learner.learning_rate,
-            "samples_per_second": self.stopwatch.lap(self.state.step) * self.clock.batch_size,
+            "samples_per_second": self.stopwatch.steps_per_second(self.state.step) * self.clock.batch_size,
             "seconds": self.state.seconds,
         }
         if self.state.num_skipped:
@@ -245,7 +245,7 @@ class Trainer:
         self.report.train(line)
 
     def check_skipped(self) -> None:
-        """Counts skipped steps; reports bad ones, or ends the training. Waits for the device."""
+        """Counts skipped steps; reports those that weren't finite, or ends the training. Waits for the device."""
         finding = self.learner.guard.look()
         self.state.num_skipped += finding.num_skipped
         if finding.what:
@@ -257,31 +257,31 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluates on the whole validation set. An interrupted evaluation is pending: the resumed run repeats it."""
         self.state.evaluation_pending = True
+        if self.stopping:
+            return
         with self.stopwatch.paused():
-            if self.stopping:
-                return
             self.check_skipped()
-            model = self.learner.evaluated
+            model = self.learner.evaluation_model
             forward = as_in_training(self.accelerator, model)
-            metrics = evaluate(self.task, model, forward, self.data, lambda: self.may_continue("evaluating"))
-            self.stopping = metrics is None
+            metrics = evaluation.evaluate(self.task, model, forward, self.data, lambda: self.may_continue("evaluating"))
             if metrics is None:
+                self.stopping = True
                 return
-            self.enter("drawing pictures")
             self.state.evaluation_pending = False
             # Rank 0 decides for all: a rounding error between different GPUs must not make ranks diverge.
-            value = metrics.get(self.recipe.evaluate.best)
+            value = metrics.get(self.recipe.evaluate.best)  # None where it is undefined, e.g. for an absent class
             improved = bool(self.control.from_main([self.state.best.is_improved_by(value)])[0])
             self.state.best.add(value, self.state.step, improved)
             line = self.new_line("validation") | metrics
             self.report.validation(line, self.task.metric_names, improved, self.task.advice(metrics))
+            self.enter("drawing pictures")
             if self.is_main and self.recipe.evaluate.pictures:
                 self.draw(line, forward)
-            set_train_mode(self.learner.model)
+            set_train_mode(self.learner.model)  # an evaluation leaves it in eval mode
 
     @torch.no_grad()
     def draw(self, line: Line, forward: Forward) -> None:
-        """Draws a few validation samples, always the same ones; the model is still in eval mode."""
+        """Draws a few validation samples, always the same ones, on rank 0 alone."""
         shown = self.data.validation.spread(self.recipe.evaluate.pictures)
         batches = (self.data.validation_batch([sample_id]) for sample_id in shown)  # they may differ in size
         samples = [picture for batch in batches for picture in self.task.pictures(forward, batch)]
@@ -315,7 +315,7 @@ class Trainer:
         return "finished"
 
     def fail(self, error: BaseException) -> None:
-        """Records in the run folder and in the trackers why training failed."""
+        """Records in run folder and trackers why training failed; the watchdog may call it from its thread."""
         with suppress(TrainingFailed):  # the first error is the one to report
             self.writer.wait(seconds=60.0)
         self.report.failed(error, self.facts() if self.report.is_open else {})
@@ -329,7 +329,7 @@ class Trainer:
     def may_continue(self, phase: str) -> bool:
         """Whether no process was asked to stop."""
         self.enter(phase)
-        return not self.control.maximum([float(STOP.signal_name is not None)])[0]
+        return not self.control.maximum([STOP.is_requested])[0]
 
     def new_line(self, split: str) -> Line:
         """The beginning of a line of the metrics."""
@@ -337,7 +337,7 @@ class Trainer:
         return {"step": step, "epoch": step * self.clock.batch_size / self.clock.dataset_size, "split": split}
 
     def facts(self) -> dict[str, Any]:
-        """What summary.json says beside metrics."""
+        """What summary.json holds besides metrics."""
         step, seconds, unreadable = self.state.step, self.state.seconds, self.samples.unreadable
         facts: dict[str, Any] = {
             "step": step,

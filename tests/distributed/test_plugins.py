@@ -49,11 +49,11 @@ def test_a_classification_task_trains_and_is_evaluated_exactly_on_one_and_two_pr
 
 def test_a_classification_task_resumes_bit_for_bit(tmp_path: Path, recipe: Path) -> None:
     options = ("train.precision=fp32", "train.duration=8 epochs", "evaluate.pictures=0")
-    run_processes(1, train, recipe, ("name=whole", *options))
+    run_processes(1, train, recipe, ("name=uninterrupted", *options))
     run_processes(1, train, recipe, ("name=cut", *options), 23)
     run_processes(1, train, recipe, ("name=cut", *options))
-    whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
-    assert weights(cut) == weights(whole) and lines(cut) == lines(whole)
+    uninterrupted, cut = tmp_path / "runs" / "uninterrupted", tmp_path / "runs" / "cut"
+    assert weights(cut) == weights(uninterrupted) and lines(cut) == lines(uninterrupted)
 
 
 def test_check_knows_the_components_of_a_plugin(

@@ -102,18 +102,18 @@ def test_they_are_scikit_learns_whatever_the_number_of_processes(
     assert logits.shape == (13, len(CLASSES), 24, 24) and logits.dtype == torch.float32
     targets = np.concatenate([batch["targets"] for batch in batches])
     valid = targets != IGNORED
-    truth, guess = targets[valid], logits.numpy().argmax(1)[valid]
-    assert set(truth) == {0, 1} and set(guess) > {0, 1}
+    true_labels, guess = targets[valid], logits.numpy().argmax(1)[valid]
+    assert set(true_labels) == {0, 1} and set(guess) > {0, 1}
 
-    expected = metrics.confusion_matrix(truth, guess, labels=range(len(CLASSES)))
+    expected = metrics.confusion_matrix(true_labels, guess, labels=range(len(CLASSES)))
     assert line["confusion"] == dict(zip(CLASSES, expected.tolist(), strict=True))
     scores = log_odds(logits).movedim(1, 0)[:, valid]
-    for index in sorted({*truth, *guess}):
-        iou = metrics.jaccard_score(truth, guess, labels=[index], average=None)[0]
+    for index in sorted({*true_labels, *guess}):
+        iou = metrics.jaccard_score(true_labels, guess, labels=[index], average=None)[0]
         assert line[f"iou/{CLASSES[index]}"] == pytest.approx(iou, abs=1e-12)
     for index in (0, 1):
         rounded, exact = (
-            metrics.average_precision_score(truth == index, each[index].double().numpy())
+            metrics.average_precision_score(true_labels == index, each[index].double().numpy())
             for each in (scores.half(), scores)
         )
         assert line[f"ap/{CLASSES[index]}"] == pytest.approx(rounded, abs=1e-9)
@@ -129,7 +129,7 @@ def test_they_are_scikit_learns_whatever_the_number_of_processes(
         < line["miou_without_nothing_frame"]
         == pytest.approx((line["iou/background"] + line["iou/square"]) / 2)
     )
-    assert line["pixel_accuracy"] == pytest.approx(metrics.accuracy_score(truth, guess))
+    assert line["pixel_accuracy"] == pytest.approx(metrics.accuracy_score(true_labels, guess))
 
 
 def test_one_and_two_processes_count_the_same(tmp_path: Path, recipe: Path) -> None:

@@ -22,10 +22,12 @@ def test_a_limit_is_near_once(monkeypatch: pytest.MonkeyPatch, variable: str, va
     ends = time.time() + (BEFORE_LIMIT_S / 2 if value == "soon" else 10 * BEFORE_LIMIT_S)
     monkeypatch.setenv(variable, str(int(ends)))
     limit = TimeLimit()
-    assert [limit.is_near(), limit.is_near()] == [variable != "OTHER" and value == "soon", False]
+    assert [limit.comes_near(), limit.comes_near()] == [variable != "OTHER" and value == "soon", False]
 
 
-def test_a_job_that_ends_soon_saves_at_once_and_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_ends_soon_saves_at_once_and_continues_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 60)))
     options = ("train.duration=5 steps", "evaluate.every=100%", "checkpoint.every=100%", "checkpoint.keep=9")
     with Job(2, write_recipe(tmp_path), *options) as job:

@@ -17,20 +17,20 @@ LONG = os.environ.get("TRAINER_FAULTS") == "long"
 OPTIONS = ("train.precision=fp32", "train.ema=0.9")
 BRIEF = (*OPTIONS, "train.duration=10 steps")  # with checkpoints after 5, 7 and 10
 Tally = Callable[..., None]
-Undisturbed = Callable[..., tuple[dict[str, str], list[dict[str, Any]]]]
+Uninterrupted = Callable[..., tuple[dict[str, str], list[dict[str, Any]]]]
 _TABLE = pytest.StashKey[dict[str, tuple[int, float]]]()
 
 
 @pytest.fixture(scope="session")
-def undisturbed() -> Undisturbed:
-    """Weights and metrics of a brief run that nothing happens to; trained once for each number of processes."""
+def uninterrupted() -> Uninterrupted:
+    """Weights and metrics of a brief, uninterrupted run; trained once for each number of processes."""
     known: dict[Any, tuple[dict[str, str], list[dict[str, Any]]]] = {}
 
     def train(world_size: int, recipe: Path, *options: str) -> tuple[dict[str, str], list[dict[str, Any]]]:
         if (world_size, options) not in known:
-            with Job(world_size, recipe, "name=whole", *BRIEF, *options) as job:
+            with Job(world_size, recipe, "name=uninterrupted", *BRIEF, *options) as job:
                 assert job.wait() == [0] * world_size, job.output
-            run = recipe.parent / "runs" / "whole"
+            run = recipe.parent / "runs" / "uninterrupted"
             known[world_size, options] = weights(run), lines(run)
         return known[world_size, options]
 

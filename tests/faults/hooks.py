@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Gate:
-    """A place in a process where it waits until the test lets it go on.
+    """A place in a process where it waits until the test lets it continue.
 
     Args:
         arrivals, passes: pipes, each to read from and to write to.
@@ -21,18 +21,18 @@ class Gate:
         self.arrivals, self.passes = arrivals or os.pipe(), passes or os.pipe()
 
     def stop_here(self, *_: Any) -> None:
-        """In the process: says that it has come here, and waits. Signals are handled meanwhile."""
+        """In the process: reports that it has arrived, and waits. Signals are handled meanwhile."""
         os.write(self.arrivals[1], b".")
         os.read(self.passes[0], 1)
 
     def await_arrival(self, count: int = 1) -> None:
-        """In the test: waits until that many processes have come here."""
+        """In the test: waits until that many processes have arrived."""
         for _ in range(count):
             assert select.select([self.arrivals[0]], [], [], 60)[0], "no process came to the gate"
             os.read(self.arrivals[0], 1)
 
     def open(self, count: int = 1) -> None:
-        """In the test: lets that many processes go on."""
+        """In the test: lets that many processes continue."""
         os.write(self.passes[1], b"." * count)
 
 
@@ -66,7 +66,7 @@ def before_step(step: int, act: Callable[[Any], Any]) -> None:
 
 def in_reading(step: int, act: Callable[[], Any]) -> None:
     """Calls `act` inside of the loader, when so many steps are done;
-    the other ranks have been told that this one is there.
+    the other ranks know that this one is there.
     """
     from trainer.trainer import Trainer
 

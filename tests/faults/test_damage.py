@@ -1,4 +1,4 @@
-"""A checkpoint that isn't as it was written is never used: the one before is, and the message says what was wrong."""
+"""A damaged checkpoint is never used: the one before it is, and the message reports what was wrong."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def damage(file: Path, draw: random.Random) -> str:
     return "flipped byte"
 
 
-def go_on(folder: RunFolder, recipe: Recipe) -> tuple[str, list[str]]:
-    """Name of the checkpoint that the run goes on from, and what is said."""
-    said: list[str] = []
-    found = open_run(folder, recipe, "auto", said.append)
-    return found.name if found else "", said
+def resume(folder: RunFolder, recipe: Recipe) -> tuple[str, list[str]]:
+    """Name of the checkpoint that the run resumes from, and what is printed."""
+    printed: list[str] = []
+    found = open_run(folder, recipe, "auto", printed.append)
+    return found.name if found else "", printed
 
 
 def test_every_flipped_byte_and_truncation_is_noticed_and_the_checkpoint_before_used(
@@ -40,33 +40,33 @@ def test_every_flipped_byte_and_truncation_is_noticed_and_the_checkpoint_before_
     file = write_recipe(tmp_path)
     with Job(1, file, *OPTIONS) as job:
         assert job.wait() == [0], job.output
-    whole, recipe, draw = tmp_path / "runs" / "run", load_recipe(file, OPTIONS), random.Random(0)
+    intact, recipe, draw = tmp_path / "runs" / "run", load_recipe(file, OPTIONS), random.Random(0)
     for number in range(100 if LONG else 20):
-        copy = shutil.copytree(whole, tmp_path / "runs" / f"copy{number}", symlinks=True)
+        copy = shutil.copytree(intact, tmp_path / "runs" / f"copy{number}", symlinks=True)
         newest = copy / "checkpoints" / "step_00000020"
         victim = draw.choice(sorted(newest.iterdir()))
         kind = damage(victim, draw)
-        before = json.loads((whole / "checkpoints" / newest.name / "manifest.json").read_bytes())
-        found, said = go_on(RunFolder(copy), recipe)
+        before = json.loads((intact / "checkpoints" / newest.name / "manifest.json").read_bytes())
+        found, printed = resume(RunFolder(copy), recipe)
         tally(f"damaged checkpoints: {kind} of {victim.name}")
         if found == newest.name:
             assert victim.name == "manifest.json" and json.loads(victim.read_bytes()) == before, (
                 f"{kind} of {victim.name} was not noticed"
             )
-            tally("damaged checkpoints: white space of the manifest, which says the same")
+            tally("damaged checkpoints: white space of the manifest, which changes nothing")
             continue
-        assert found == "step_00000015" and len(said) == 1, said
-        assert said[0].startswith(f"{newest.name} is not intact: "), said
-        # A damaged manifest may say something wrong of another file.
-        assert victim.name in said[0] or (
-            victim.name == "manifest.json" and any(name in said[0] for name in before["files"])
-        ), said
-        tally("damaged checkpoints noticed, the one before used, and said")
+        assert found == "step_00000015" and len(printed) == 1, printed
+        assert printed[0].startswith(f"{newest.name} is not intact: "), printed
+        # A damaged manifest may be wrong about another file.
+        assert victim.name in printed[0] or (
+            victim.name == "manifest.json" and any(name in printed[0] for name in before["files"])
+        ), printed
+        tally("damaged checkpoints noticed, the one before used, and reported")
         if number % 10 == 3:
             with Job(1, file, f"name={copy.name}", *OPTIONS) as job:
                 assert job.wait() == [0], job.output
-            assert "resumed" in job.output and weights(copy) == weights(whole) and lines(copy) == lines(whole)
-            tally("runs that went on from the one before, weights and metrics equal to the bit")
+            assert "resumed" in job.output and weights(copy) == weights(intact) and lines(copy) == lines(intact)
+            tally("runs that resumed from the one before, weights and metrics equal to the bit")
         shutil.rmtree(copy)
 
 
@@ -77,5 +77,7 @@ def test_a_checkpoint_without_one_of_its_files_is_not_used(tmp_path: Path) -> No
     for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "trainer.json", "manifest.json"):
         copy = RunFolder(shutil.copytree(tmp_path / "runs" / "run", tmp_path / "runs" / name, symlinks=True))
         (copy.checkpoints.folder(20) / name).unlink()
-        found, said = go_on(copy, load_recipe(file, OPTIONS))
-        assert found == "step_00000015" and said[0].startswith("step_00000020 is not intact: ") and name in said[0]
+        found, printed = resume(copy, load_recipe(file, OPTIONS))
+        assert (
+            found == "step_00000015" and printed[0].startswith("step_00000020 is not intact: ") and name in printed[0]
+        )

@@ -1,4 +1,4 @@
-"""A disk that is full or read-only is one clear message; what was saved stays, and the same command goes on."""
+"""A full or read-only disk is reported in one clear message; what was saved stays, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIONS = ("train.precision=fp32", "train.timeout=0.1 minutes")
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file system of 4 MiB, where the runs lie."""
+    """A file system of 4 MiB, which holds the runs."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = (
@@ -46,21 +46,21 @@ def fill(disk: Path) -> None:
 
 
 def messages(output: str) -> list[str]:
-    """Lines that say what went wrong, without what torch's C++ code adds where a process is gone."""
+    """The failures reported, without what torch's C++ code adds when a process is gone."""
     assert "Traceback" not in output, output
     return [line for line in output.splitlines() if line.startswith(("error: ", "training failed: "))]
 
 
 def filled_during_save(disk: Path) -> None:
-    """While the third checkpoint is written, and training has gone on."""
-    goes_on = threading.Event()
-    before_step(10, lambda trainer: goes_on.set())
+    """While the third checkpoint is written, and training has continued."""
+    continued = threading.Event()
+    before_step(10, lambda trainer: continued.set())
     # Each checkpoint has two files of tensors.
-    before_call(state, "save_file", lambda *_: (goes_on.wait(), fill(disk)), on_call=5)
+    before_call(state, "save_file", lambda *_: (continued.wait(), fill(disk)), on_call=5)
 
 
 def filled_between_saves(disk: Path) -> None:
-    """Metrics, or the summary, are what can't be written first."""
+    """Metrics, or the summary, are the first that can't be written."""
 
     def filling(trainer: Any) -> None:
         trainer.writer.wait()
@@ -70,7 +70,7 @@ def filled_between_saves(disk: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("filled", "world_size", "log_every", "says"),
+    ("filled", "world_size", "log_every", "message"),
     [
         (filled_during_save, 2, "1000 steps", "the checkpoint of step 10 can't be written"),
         (filled_between_saves, 1, "1 steps", "can't be written"),
@@ -79,23 +79,29 @@ def filled_between_saves(disk: Path) -> None:
 )
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_in_one_message_and_nothing_saved_is_lost(
-    tmp_path: Path, disk: Path, tally: Tally, filled: Callable[[Path], None], world_size: int, log_every: str, says: str
+    tmp_path: Path,
+    disk: Path,
+    tally: Tally,
+    filled: Callable[[Path], None],
+    world_size: int,
+    log_every: str,
+    message: str,
 ) -> None:
     recipe = write_recipe(tmp_path)
     options = (*OPTIONS, f"train.log_every={log_every}")
-    with Job(world_size, recipe, "name=whole", *options) as job:
+    with Job(world_size, recipe, "name=uninterrupted", *options) as job:
         assert set(job.wait()) == {0}, job.output
     with Job(world_size, recipe, *options, fault=lambda rank: filled(disk) if rank == 0 else None) as job:
         assert job.wait() == [3] * world_size, job.output
-    said = sorted(messages(job.output), key=lambda line: line.startswith("training failed: rank 0"))
-    # Where no launcher ends the other, it says why it ends.
-    assert said and all(line.startswith("training failed: rank 0") for line in said[1:]), job.output
+    printed = sorted(messages(job.output), key=lambda line: line.startswith("training failed: rank 0"))
+    # If no launcher ends the other rank, it reports why it ends.
+    assert printed and all(line.startswith("training failed: rank 0") for line in printed[1:]), job.output
     assert (
-        says in said[0]
-        and "No space left on device" in said[0]
-        and "(0 MiB free)" in said[0]
-        and "rerun to resume" in said[0]
-    ), said
+        message in printed[0]
+        and "No space left on device" in printed[0]
+        and "(0 MiB free)" in printed[0]
+        and "rerun to resume" in printed[0]
+    ), printed
     found = sorted((disk / "run" / "checkpoints").glob("step_*"))
     assert [folder.name for folder in found] == ["step_00000005", "step_00000007"]
     for folder in found:
@@ -105,8 +111,10 @@ def test_a_full_disk_ends_the_run_in_one_message_and_nothing_saved_is_lost(
     with Job(world_size, recipe, *options) as job:
         assert set(job.wait()) == {0}, job.output
     assert "resumed run from step 7" in job.output
-    assert weights(disk / "run") == weights(disk / "whole") and lines(disk / "run") == lines(disk / "whole")
-    tally("disks filled to the last byte: one message, older checkpoints load, went on and ended equal to the bit")
+    assert weights(disk / "run") == weights(disk / "uninterrupted") and lines(disk / "run") == lines(
+        disk / "uninterrupted"
+    )
+    tally("disks filled to the last byte: one message, older checkpoints load, resumed and ended equal to the bit")
 
 
 def test_a_read_only_run_folder_is_one_message(tmp_path: Path, disk: Path, tally: Tally) -> None:
@@ -117,8 +125,8 @@ def test_a_read_only_run_folder_is_one_message(tmp_path: Path, disk: Path, tally
     for name in ("run", "new"):
         with Job(2, recipe, f"name={name}", "train.duration=10 steps") as job:
             assert job.wait() == [2, 2], job.output
-        (said,) = messages(job.output)
-        assert "Read-only file system" in said and str(disk) in said, said
+        (printed,) = messages(job.output)
+        assert "Read-only file system" in printed and str(disk) in printed, printed
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     with Job(1, recipe, "train.duration=10 steps") as job:
         assert job.wait() == [0] and "resumed run from step 8" in job.output, job.output
@@ -131,8 +139,8 @@ def test_a_run_folder_in_use_by_another_process_is_one_message(tmp_path: Path, t
         gate.await_arrival()
         with Job(2, recipe) as second:
             assert second.wait() == [2, 2], second.output
-        (said,) = messages(second.output)
-        assert "is in use by another process" in said
+        (printed,) = messages(second.output)
+        assert "is in use by another process" in printed
         gate.open()
         assert first.wait() == [0], first.output
     tally("run folders in use by another process: one message")

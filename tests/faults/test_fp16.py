@@ -1,4 +1,4 @@
-"""fp16 in whole runs, on a CPU: gradients that overflow are counted,
+"""fp16 in complete runs, on a CPU: gradients that overflow are counted,
 and never finite ones end the run or are reported.
 """
 
@@ -47,12 +47,12 @@ def scaled(overflows: Callable[[int], bool]) -> Callable[[int], None]:
             accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
             return accelerator
 
-        def spoiled(task: Segmentation, model: Any, batch: Any) -> dict[str, Tensor]:
+        def overflowing_sums(task: Segmentation, model: Any, batch: Any) -> dict[str, Tensor]:
             sums = loss_sums(task, model, batch)
             return {name: Overflow.apply(value) for name, value in sums.items()} if overflows(next(steps)) else sums
 
         trainer.trainer.build_accelerator = build_with_scaler
-        Segmentation.loss_sums = spoiled
+        Segmentation.loss_sums = overflowing_sums
 
     return fault
 
@@ -98,16 +98,16 @@ def test_a_scaler_that_finds_its_scale_is_counted_resumed_and_not_reported(
 ) -> None:
     recipe, options = write_recipe(tmp_path), (*FP16, f"train.non_finite={non_finite}", "schedule=constant")
     overflowing = {0, 1, 7, 20}
-    with Job(1, recipe, "name=whole", *options, fault=scaled(overflowing.__contains__)) as job:
+    with Job(1, recipe, "name=uninterrupted", *options, fault=scaled(overflowing.__contains__)) as job:
         assert job.wait() == [0] and "skipped" not in job.output, job.output
     with Job(1, recipe, *options, "train.duration=10 steps", fault=scaled(overflowing.__contains__)) as job:
         assert job.wait() == [0], job.output
     with Job(1, recipe, *options, fault=scaled(lambda step: step + 10 in overflowing)) as job:
         assert job.wait() == [0], job.output
-    run, whole = (tmp_path / "runs" / name for name in ("run", "whole"))
-    assert weights(run) == weights(whole)
+    run, uninterrupted = (tmp_path / "runs" / name for name in ("run", "uninterrupted"))
+    assert weights(run) == weights(uninterrupted)
     assert Checkpoint.load(run / "checkpoints" / "last").counters["scaler"]["scale"] == 2.0**12  # type: ignore[index]
-    for each in (run, whole):
+    for each in (run, uninterrupted):
         assert lines(each, "train")[-1]["num_skipped_steps"] == len(overflowing)
         losses = [line["loss"] for line in lines(each, "train")]
         assert [step for step, loss in enumerate(losses) if loss is None] == sorted(overflowing)  # means of no step

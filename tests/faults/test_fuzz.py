@@ -122,8 +122,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def told(kind: str, number: int, what: object) -> Iterator[None]:
-    """Says which case failed."""
+def identified(kind: str, number: int, what: object) -> Iterator[None]:
+    """Names the case that failed."""
     try:
         yield
     except BaseException as error:
@@ -459,7 +459,7 @@ def test_damaged_recipes_are_valid_or_refused_with_a_message(
     for number in range(RECIPES):
         data, overrides = damaged_recipe(random.Random(number), texts, keys)
         case.write_bytes(data)
-        with told("recipe", number, (overrides, data)):
+        with identified("recipe", number, (overrides, data)):
             if number % 5:
                 counts["recipes, load_recipe"][outcome(partial(resolve, case, overrides))] += 1
                 continue
@@ -641,7 +641,7 @@ def test_damaged_archives_are_prepared_or_refused_with_a_message(
             read_all(target / "pairs", prepare(ARCHIVED, target, tmp_path / "archives", lambda line: None))
 
         before = contents(tmp_path)
-        with told("archive", number, data):
+        with identified("archive", number, data):
             found = outcome_in_child(case)
             left = {path.name for path in target.iterdir()}
             assert (
@@ -742,7 +742,7 @@ def test_damaged_prepared_sets_are_made_again_or_refused_with_a_message(
             else:
                 read_all(folder, card, max_unreadable=100 if kind == "prepared, tolerant" else 0)
 
-        with told("prepared set", number, (kind, victim.name, victim.read_bytes())):
+        with identified("prepared set", number, (kind, victim.name, victim.read_bytes())):
             found = outcome_in_child(case)
             shutil.rmtree(target)
             assert contents(tmp_path) == before
@@ -807,15 +807,15 @@ def test_damaged_checkpoints_are_passed_over_or_refused_with_a_message(
             damage_file(draw, victim)
         if kind == "checkpoints, resealed" and victim.name != "manifest.json":
             reseal(newest)
-        said: list[str] = []
+        printed: list[str] = []
 
-        def case(run: RunFolder = run, said: list[str] = said) -> None:
-            found = open_run(run, recipe, "auto", said.append)
+        def case(run: RunFolder = run, printed: list[str] = printed) -> None:
+            found = open_run(run, recipe, "auto", printed.append)
             assert found is not None
             loaded = Checkpoint.load(found)
             assert isinstance(loaded.step, int)
 
-        with told("checkpoint", number, (kind, victim.name, victim.read_bytes())):
+        with identified("checkpoint", number, (kind, victim.name, victim.read_bytes())):
             found = outcome_in_child(case)
             assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["r"]
             shutil.rmtree(tmp_path / "runs")

@@ -1,4 +1,4 @@
-"""What isn't finite, can't be read or has no room: one message, or skipped and counted where the recipe says so."""
+"""What isn't finite, can't be read or has no room: one message, or skipped and counted if the recipe asks for it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def make_nan(rank: int) -> None:
     """The loss of a micro-batch with that sample is nan."""
     loss_sums = Segmentation.loss_sums
 
-    def spoiled(task: Segmentation, model: Any, batch: Any) -> dict[str, Tensor]:
+    def non_finite(task: Segmentation, model: Any, batch: Any) -> dict[str, Tensor]:
         sums = loss_sums(task, model, batch)
         return {name: value * float("nan") for name, value in sums.items()} if BAD in batch["sample_id"] else sums
 
-    Segmentation.loss_sums = spoiled
+    Segmentation.loss_sums = non_finite
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -69,23 +69,23 @@ def test_skipped_steps_are_counted_and_an_interrupted_run_skips_the_same(
         make_nan(rank)
         before_step(9, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
 
-    for name, fault in (("whole", make_nan), ("run", interrupted), ("run", make_nan)):
+    for name, fault in (("uninterrupted", make_nan), ("run", interrupted), ("run", make_nan)):
         with Job(world_size, recipe, f"name={name}", *skip, fault=fault) as job:
             assert job.wait() == [0] * world_size, job.output
-    run, whole = (tmp_path / "runs" / name for name in ("run", "whole"))
-    assert weights(run) == weights(whole) and lines(run) == lines(whole)
+    run, uninterrupted = (tmp_path / "runs" / name for name in ("run", "uninterrupted"))
+    assert weights(run) == weights(uninterrupted) and lines(run) == lines(uninterrupted)
     # One an epoch.
     assert (
         lines(run, "train")[-1]["num_skipped_steps"]
         == json.loads((run / "summary.json").read_text())["skipped_steps"]
         >= 2
     )
-    assert "skipped, 1 so far" not in job.output and "so far" in job.output  # the count goes on where it was
+    assert "skipped, 1 so far" not in job.output and "so far" in job.output  # the count continues
     tally(f"steps skipped, {world_size} processes: counted, interrupted and resumed equal to the bit")
 
 
 class OnDevice(Tensor):
-    """A tensor on the CPU whose flags, bools, say that they are on a GPU."""
+    """A tensor on the CPU whose flags, bools, claim to be on a GPU."""
 
     @property
     def device(self) -> Any:  # type: ignore[override]
@@ -116,7 +116,7 @@ def test_on_a_device_the_fused_optimizer_leaves_out_a_bad_step_without_the_host_
     assert (finding.step, finding.what, finding.num_skipped) == (1, "loss is nan", 1) and guard.look() == Finding()
 
 
-def test_without_room_in_memory_the_message_says_the_batch_size_and_what_to_do(tmp_path: Path, tally: Tally) -> None:
+def test_when_out_of_memory_the_message_names_the_batch_size_and_what_to_do(tmp_path: Path, tally: Tally) -> None:
     recipe = write_recipe(tmp_path)
 
     def out_of_memory(*_: Any) -> None:
@@ -131,8 +131,8 @@ def test_without_room_in_memory_the_message_says_the_batch_size_and_what_to_do(t
     ) as job:
         assert job.wait() == [3, 3], job.output
     assert (
-        "rank 1: training failed: out of memory with 4 samples at a time in each process: train.accumulate=2 halves "
-        "them" in job.output
+        "rank 1: training failed: out of memory with 4 samples at a time per process: train.accumulate=2 halves "
+        "this" in job.output
     )
     assert "Traceback" not in job.output
     tally("out of memory on one rank: one message with the batch size")

@@ -116,7 +116,7 @@ def met(marks: Path) -> Callable[[int], None]:
 
 
 def kill_one(job: Job, victim: int, marks: Path, seconds: float, tally: Tally) -> None:
-    """Kills one rank, so long after the processes have met; the other ends by itself, and says why."""
+    """Kills one rank, so long after the processes have met; the other ends on its own, and reports why."""
     while not all((marks / str(rank)).exists() for rank in (0, 1)):
         job.wait(0.01)
     job.wait(seconds)
@@ -126,7 +126,7 @@ def kill_one(job: Job, victim: int, marks: Path, seconds: float, tally: Tally) -
     took = time.monotonic() - began
     if codes[victim] == -signal.SIGKILL:
         assert took < LIMIT_S, job.output
-        tally("SIGKILL of one rank: the other ended by itself", seconds=took)
+        tally("SIGKILL of one rank: the other ended on its own", seconds=took)
         # 0: nothing was left to do.
         assert codes[1 - victim] == 0 or (codes[1 - victim] == 3 and f"training failed: rank {victim}" in job.output), (
             job.output
@@ -170,12 +170,12 @@ def test_a_kill_at_any_line_of_a_save_leaves_only_intact_checkpoints(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.timeout(900 if LONG else 300)
 @pytest.mark.parametrize("seed", range(10 if LONG else 1))
-def test_a_run_killed_again_and_again_ends_bit_for_bit_like_an_undisturbed_one(
+def test_a_run_killed_again_and_again_ends_bit_for_bit_like_an_uninterrupted_one(
     tmp_path: Path, tally: Tally, seed: int
 ) -> None:
     recipe, runs, draw = write_recipe(tmp_path), tmp_path / "runs", random.Random(seed)
     began = time.monotonic()
-    with Job(2, recipe, "name=whole", *OPTIONS) as job:
+    with Job(2, recipe, "name=uninterrupted", *OPTIONS) as job:
         assert job.wait() == [0, 0], job.output
     duration = time.monotonic() - began
     kills = name = 0
@@ -201,8 +201,8 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_like_an_undisturbed_one(
             inspect_checkpoints(runs / f"run{name}" / "checkpoints", tally)
         else:
             assert codes == [0, 0], job.output
-            assert weights(runs / f"run{name}") == weights(runs / "whole")
-            assert lines(runs / f"run{name}") == lines(runs / "whole")
+            assert weights(runs / f"run{name}") == weights(runs / "uninterrupted")
+            assert lines(runs / f"run{name}") == lines(runs / "uninterrupted")
             tally("killed runs that ended: weights, averages and metrics equal to the bit")
             if kills >= (21 if LONG else len(KINDS)):
                 return
@@ -212,10 +212,10 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_like_an_undisturbed_one(
 @pytest.mark.launch
 @pytest.mark.skipif(not LONG, reason="make faults: launches take long")
 @pytest.mark.timeout(900)
-def test_a_launch_killed_five_times_ends_bit_for_bit_like_an_undisturbed_run(tmp_path: Path, tally: Tally) -> None:
+def test_a_launch_killed_five_times_ends_bit_for_bit_like_an_uninterrupted_run(tmp_path: Path, tally: Tally) -> None:
     recipe, runs, draw = write_recipe(tmp_path), tmp_path / "runs", random.Random(5)
     options = (*OPTIONS, "train.duration=100 epochs")
-    with Job(2, recipe, "name=whole", *options) as job:
+    with Job(2, recipe, "name=uninterrupted", *options) as job:
         assert job.wait(200) == [0, 0], job.output
     launch = [
         str(Path(sys.executable).parent / "accelerate"),
@@ -243,7 +243,9 @@ def test_a_launch_killed_five_times_ends_bit_for_bit_like_an_undisturbed_run(tmp
             launcher.wait(200)
         assert launcher.returncode == (-signal.SIGKILL if kill < 5 else 0), (tmp_path / "log").read_text()
         if kill < 5:
-            tally("SIGKILLs of whole launches of two processes")
+            tally("SIGKILLs of entire launches of two processes")
             inspect_checkpoints(root, tally)
-    assert weights(runs / "run") == weights(runs / "whole") and lines(runs / "run") == lines(runs / "whole")
+    assert weights(runs / "run") == weights(runs / "uninterrupted") and lines(runs / "run") == lines(
+        runs / "uninterrupted"
+    )
     tally("killed launches that ended: weights, averages and metrics equal to the bit")

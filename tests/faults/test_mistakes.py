@@ -56,7 +56,7 @@ def test_a_run_whose_data_are_damaged_says_so_until_they_are_mended_and_then_res
         assert job.wait() == [2] * world_size, job.output
     code, said = status(capsys, recipe)
     assert code == 3 and "failed" in said and f"{shard} has changed since it was prepared" in said, said
-    assert said.rstrip().endswith("fix this, and the same command resumes from step 7"), said
+    assert said.rstrip().endswith("fix this and rerun to resume from step 7"), said
     failed = summary(run)
     assert failed.pop("error") in job.output and failed == finished | {"status": "failed"} and lines(run) == metrics
     shard.write_bytes(content)
@@ -78,7 +78,7 @@ def test_a_run_whose_first_start_fails_says_why_and_starts_from_scratch(
     with Job(2, recipe, *BRIEF, fault=lambda rank: before_call(trainer_module, "build_task", refuse)) as job:
         assert job.wait() == [2, 2], job.output
     code, said = status(capsys, recipe)
-    assert code == 3 and "these weights don't fit; fix this, and the same command starts from scratch" in said, said
+    assert code == 3 and "these weights don't fit; fix this and rerun to start from scratch" in said, said
     assert summary(tmp_path / "runs" / "run") == {
         "status": "failed",
         "best": {},

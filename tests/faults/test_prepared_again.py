@@ -1,4 +1,4 @@
-"""A set of one's own that was prepared again from other files under the same name is another set:
+"""A user's set that was prepared again from other files under the same name is another set:
 no run resumes with it.
 """
 
@@ -30,7 +30,7 @@ LONGER = "train.duration=6 steps"
 
 
 def prepare(folder: Path, seed: int) -> None:
-    """The set `streets` of 20 images, which another seed makes others."""
+    """The set `streets` of 20 images, which another seed changes."""
     shutil.rmtree(folder / "data", ignore_errors=True)
     draw = np.random.default_rng(seed)
     for i in range(20):
@@ -74,9 +74,7 @@ def test_a_run_whose_set_was_prepared_again_from_other_files_refuses_to_resume_u
     prepare(tmp_path, 1)
     with Job(world_size, recipe, LONGER) as job:
         assert job.wait() == [2] * world_size, job.output
-    assert job.output.count("error: ") == 1 and "streets holds other samples than this run began with" in job.output, (
-        job.output
-    )
+    assert job.output.count("error: ") == 1 and "streets has changed since this run started" in job.output, job.output
     prepare(tmp_path, 0)  # the same files, at another time
     with Job(world_size, recipe, LONGER) as job:
         assert job.wait() == [0] * world_size, job.output

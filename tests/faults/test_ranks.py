@@ -1,4 +1,4 @@
-"""No rank waits for ever: a lost rank ends the job in time, is named, and the same command goes on."""
+"""No rank waits for ever: a lost rank ends the job in time, is named, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import BRIEF, LONG, Tally, Undisturbed
+from tests.faults.conftest import BRIEF, LONG, Tally, Uninterrupted
 from tests.faults.hooks import Gate, before_call, in_reading
 from tests.processes import TINY, Job, lines, weights, write_recipe
 from trainer import trainer as trainer_module
@@ -33,7 +33,7 @@ def is_stopped(job: Job, victim: int) -> None:
 
 
 def is_stuck(job: Job, victim: int) -> None:
-    """It stands at the gate already, in the loader, and nobody opens it."""
+    """It is already waiting at the gate, in the loader, and nobody opens it."""
 
 
 def raises() -> None:
@@ -58,7 +58,7 @@ SHORT = [(is_killed, 2, 1), (is_stopped, 2, 0), (raises, 2, 1)]
 )
 @pytest.mark.slow
 def test_a_lost_rank_ends_the_job_in_time_and_is_named(
-    tmp_path: Path, tally: Tally, undisturbed: Undisturbed, fault: Callable[..., None], world_size: int, victim: int
+    tmp_path: Path, tally: Tally, uninterrupted: Uninterrupted, fault: Callable[..., None], world_size: int, victim: int
 ) -> None:
     recipe, gate = write_recipe(tmp_path), Gate()
 
@@ -81,17 +81,17 @@ def test_a_lost_rank_ends_the_job_in_time_and_is_named(
         took = time.monotonic() - began
     others = [code for rank, code in enumerate(codes) if rank != victim]
     assert others == [3] * (world_size - 1) and took < LIMIT_S, (codes, took, job.output)
-    told = [line for line in job.output.splitlines() if line.startswith("training failed: ")]
-    assert told and all(f"rank {victim}" in line for line in told), job.output
-    # Rank 0 holds the store through which the others hear of it; a launcher would.
-    assert victim == 0 or f"reading data, after step {STEP}" in told[0], told
+    failures = [line for line in job.output.splitlines() if line.startswith("training failed: ")]
+    assert failures and all(f"rank {victim}" in line for line in failures), job.output
+    # Rank 0 holds the store that informs the others; with a launcher, that would.
+    assert victim == 0 or f"reading data, after step {STEP}" in failures[0], failures
     assert fault is not raises or "something broke" in job.output
     with Job(world_size, recipe, *BRIEF, TIMEOUT, "checkpoint.every=2 steps") as job:
         assert job.wait() == [0] * world_size, job.output
     assert "resumed run from step 2" in job.output
-    assert (weights(tmp_path / "runs" / "run"), lines(tmp_path / "runs" / "run")) == undisturbed(world_size, recipe)
+    assert (weights(tmp_path / "runs" / "run"), lines(tmp_path / "runs" / "run")) == uninterrupted(world_size, recipe)
     tally(
-        f"lost ranks: one of {world_size} {fault.__name__.replace('_', ' ')}: named, ended, went on exactly",
+        f"lost ranks: one of {world_size} {fault.__name__.replace('_', ' ')}: named, ended, resumed exactly",
         seconds=took,
     )
 
@@ -136,8 +136,8 @@ def test_a_rank_lost_before_all_have_met_ends_the_job_in_time_and_is_named(
     assert [code for rank, code in enumerate(codes) if rank != victim] == [3] * (
         world_size - 1
     ) and took < 2 * LIMIT_S, (codes, took, job.output)
-    told = [line for line in job.output.splitlines() if line.startswith("training failed: ")]
-    assert told and all(f"rank {victim}" in line for line in told), job.output
+    failures = [line for line in job.output.splitlines() if line.startswith("training failed: ")]
+    assert failures and all(f"rank {victim}" in line for line in failures), job.output
     assert fault is fails_while_it_meets_the_others or "Traceback" not in job.output, job.output
     tally(f"lost ranks: one of {world_size} {fault.__name__.replace('_', ' ')}: named, ended", seconds=took)
 
@@ -145,7 +145,7 @@ def test_a_rank_lost_before_all_have_met_ends_the_job_in_time_and_is_named(
 @pytest.mark.launch
 @pytest.mark.skipif(not LONG, reason="make faults: a launch takes long")
 def test_a_rank_killed_under_a_launcher_ends_the_job_in_time_and_is_named(
-    tmp_path: Path, tally: Tally, undisturbed: Undisturbed
+    tmp_path: Path, tally: Tally, uninterrupted: Uninterrupted
 ) -> None:
     recipe = write_recipe(tmp_path)
     gated = f"plugins=[{TINY},{Path(__file__).with_name('gated.py')}]"
@@ -170,5 +170,5 @@ def test_a_rank_killed_under_a_launcher_ends_the_job_in_time_and_is_named(
     )
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "finished run" in done.stderr, done.stderr
-    assert (weights(tmp_path / "runs" / "run"), lines(tmp_path / "runs" / "run")) == undisturbed(2, recipe)
-    tally("lost ranks: killed under accelerate launch: named, ended, went on exactly", seconds=took)
+    assert (weights(tmp_path / "runs" / "run"), lines(tmp_path / "runs" / "run")) == uninterrupted(2, recipe)
+    tally("lost ranks: killed under accelerate launch: named, ended, resumed exactly", seconds=took)

@@ -1,4 +1,4 @@
-"""A stop signal is heard wherever a run stands: it ends in under 20 seconds with exit code 0, and goes on exactly."""
+"""A stop signal is handled at any point of a run: it ends in under 20 seconds with exit code 0, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.conftest import BRIEF, LONG, Tally, Undisturbed
+from tests.faults.conftest import BRIEF, LONG, Tally, Uninterrupted
 from tests.faults.hooks import Gate, before_call, before_step
 from tests.processes import TINY, Job, end_with_command, enter_command, lines, weights, write_recipe
 from trainer import trainer as trainer_module
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 20.0  # launchers kill 30 s after the signal
 
 
-def go_on(world_size: int, recipe: Path, *options: str) -> tuple[str, Any]:
+def resume(world_size: int, recipe: Path, *options: str) -> tuple[str, Any]:
     """The same command again; returns what it printed, and its weights and metrics."""
     with Job(world_size, recipe, *BRIEF, *options) as job:
         assert job.wait() == [0] * world_size, job.output
@@ -61,7 +61,7 @@ def in_building(gate: Gate) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize(
-    ("place", "world_size", "arrivals", "number", "to_rank", "says"),
+    ("place", "world_size", "arrivals", "number", "to_rank", "message"),
     [
         (in_first_step, 1, 1, signal.SIGUSR1, None, "stopped on SIGUSR1 at step 1, checkpoint saved"),
         (in_first_step, 1, 1, signal.SIGHUP, None, "stopped on SIGHUP at step 1, checkpoint saved"),
@@ -83,16 +83,16 @@ def in_building(gate: Gate) -> Callable[[int], None]:
         "building",
     ],
 )
-def test_a_stop_is_heard_at_once_and_the_same_command_goes_on_exactly(
+def test_a_stop_is_handled_at_once_and_the_same_command_resumes_exactly(
     tmp_path: Path,
     tally: Tally,
-    undisturbed: Undisturbed,
+    uninterrupted: Uninterrupted,
     place: Callable[[Gate], Any],
     world_size: int,
     arrivals: int,
     number: int,
     to_rank: int | None,
-    says: str,
+    message: str,
 ) -> None:
     recipe, gate = write_recipe(tmp_path), Gate()
     with Job(world_size, recipe, *BRIEF, fault=place(gate)) as job:
@@ -105,20 +105,20 @@ def test_a_stop_is_heard_at_once_and_the_same_command_goes_on_exactly(
         assert job.wait(2 * LIMIT_S) == [0] * world_size, job.output
         took = time.monotonic() - began
         assert took < LIMIT_S
-    assert says in job.output and "Traceback" not in job.output, job.output
+    assert message in job.output and "Traceback" not in job.output, job.output
     if place is in_preparation:
         assert {path.name for path in (tmp_path / "data").iterdir()} == {".tiny.lock"}  # nothing half-done
-    output, ended = go_on(world_size, recipe)
-    assert ended == undisturbed(world_size, recipe)
-    assert ("resumed run from step" in output) == ("checkpoint saved" in says)
+    output, ended = resume(world_size, recipe)
+    assert ended == uninterrupted(world_size, recipe)
+    assert ("resumed run from step" in output) == ("checkpoint saved" in message)
     tally(
-        f"stop signals {place.__name__.replace('_', ' ')}: exit 0, went on, weights and metrics equal to the bit",
+        f"stop signals {place.__name__.replace('_', ' ')}: exit 0, resumed, weights and metrics equal to the bit",
         seconds=took,
     )
 
 
-def test_a_second_ctrl_c_ends_at_once_and_what_is_saved_is_whole(
-    tmp_path: Path, tally: Tally, undisturbed: Undisturbed
+def test_a_second_ctrl_c_ends_at_once_and_saved_checkpoints_are_intact(
+    tmp_path: Path, tally: Tally, uninterrupted: Uninterrupted
 ) -> None:
     recipe, gate = write_recipe(tmp_path), Gate()
     # In the middle of the third checkpoint, which has three files of tensors.
@@ -134,11 +134,11 @@ def test_a_second_ctrl_c_ends_at_once_and_what_is_saved_is_whole(
     assert store.steps() == [5, 7] and list(store.path.glob(".writing-*"))
     for step in (5, 7):
         verify(store.folder(step))
-    assert go_on(1, recipe)[1] == undisturbed(1, recipe)
-    tally("second Ctrl-C in the middle of a save: exit 130 at once, checkpoints whole, went on exactly")
+    assert resume(1, recipe)[1] == uninterrupted(1, recipe)
+    tally("second Ctrl-C in the middle of a save: exit 130 at once, checkpoints intact, resumed exactly")
 
 
-def test_a_hang_up_of_a_whole_process_group_leaves_loader_workers_to_the_process_that_started_them(
+def test_a_hang_up_of_an_entire_process_group_leaves_loader_workers_to_the_process_that_started_them(
     tmp_path: Path,
 ) -> None:
     gate = Gate()
@@ -203,7 +203,7 @@ GATED = f"plugins=[{TINY},{Path(__file__).with_name('gated.py')}]"
 @long_only
 @pytest.mark.launch
 def test_a_stop_during_data_preparation_leaves_nothing_half_done(
-    tmp_path: Path, tally: Tally, undisturbed: Undisturbed
+    tmp_path: Path, tally: Tally, uninterrupted: Uninterrupted
 ) -> None:
     recipe, gate = write_recipe(tmp_path), Gate()
     with start(recipe, gate, "rows", GATED) as process:
@@ -211,19 +211,19 @@ def test_a_stop_during_data_preparation_leaves_nothing_half_done(
         process.send_signal(signal.SIGTERM)
         assert "stopped on SIGTERM before training began" in ends_in_time(process)
     assert not [path for path in (tmp_path / "data").iterdir() if not path.name.endswith(".lock")]
-    assert go_on(1, recipe, GATED)[1] == undisturbed(1, recipe)
+    assert resume(1, recipe, GATED)[1] == uninterrupted(1, recipe)
     tally("stop signals in data preparation, real run: exit 0 in time, nothing half-done, started again")
 
 
 @long_only
 @pytest.mark.launch
 def test_a_stop_while_wandb_waits_for_a_server_that_never_answers(
-    tmp_path: Path, tally: Tally, undisturbed: Undisturbed
+    tmp_path: Path, tally: Tally, uninterrupted: Uninterrupted
 ) -> None:
     recipe, gate = write_recipe(tmp_path), Gate()
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        key = "0123456789abcdef0123456789abcdef01234567"  # made up
+        key = "0123456789abcdef0123456789abcdef01234567"  # synthetic
         with start(
             recipe, gate, "step", GATED, "track=[wandb]", WANDB_MODE="online", WANDB_API_KEY=key, WANDB_BASE_URL=address
         ) as process:
@@ -235,5 +235,5 @@ def test_a_stop_while_wandb_waits_for_a_server_that_never_answers(
             errors = ends_in_time(process)
             connection.close()
     assert "stopped on SIGTERM at step 6, checkpoint saved" in errors and key not in errors, errors
-    assert go_on(1, recipe, GATED)[1] == undisturbed(1, recipe)
-    tally("stop signals while W&B starts, real run: exit 0 in time, went on, weights and metrics equal to the bit")
+    assert resume(1, recipe, GATED)[1] == uninterrupted(1, recipe)
+    tally("stop signals while W&B starts, real run: exit 0 in time, resumed, weights and metrics equal to the bit")

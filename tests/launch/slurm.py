@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on 127.0.0.1, in a folder of its own: two of them never meet,
+"""A real SLURM of two nodes on 127.0.0.1, in its own folder: two of them never meet,
 and nothing outlives a test.
 """
 
@@ -106,7 +106,7 @@ class Cluster:
             file.unlink()
 
     def jobs(self, job: str) -> list[dict[str, str]]:
-        """What SLURM knows of a job, or of every task of an array."""
+        """SLURM's fields of a job, or of every task of an array."""
         return [
             dict(re.findall(r"(\w+)=(\S*)", line))
             for line in self.run("scontrol", "show", "job", "--oneliner", job).splitlines()
@@ -114,7 +114,7 @@ class Cluster:
         ]
 
     def job(self, job: str) -> dict[str, str]:
-        """What SLURM knows of a single job, e.g. `JobState`."""
+        """SLURM's fields of a single job, e.g. `JobState`."""
         (found,) = self.jobs(job)
         return found
 

@@ -57,12 +57,12 @@ def test_check_prints_the_resolved_recipe_and_what_reading_costs(
     quickstart = ROOT / "recipes" / "quickstart.yaml"
     assert main(["check", str(quickstart), "--num_processes", "2", "train.seed=7"]) == 0
     printed = capsys.readouterr()
-    assert "seed: 7" in printed.out and "rows for each one used (2 processes" in printed.err
+    assert "seed: 7" in printed.out and "rows for each row used (2 processes" in printed.err
     assert main(["check", str(write_recipe(tmp_path)), "--num_processes", "3"]) == 2
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     command = [
         sys.executable,

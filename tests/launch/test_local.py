@@ -1,5 +1,5 @@
-"""`launch/local.sh` goes on by itself, and knows when not to;
-a stand-in for the launcher makes an attempt cost nothing.
+"""`launch/local.sh` resumes automatically, and knows when not to; with a stand-in for the launcher an attempt costs
+nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
-# An attempt that saves a checkpoint if steps.txt has a line left, and does what it is told.
+# An attempt that saves a checkpoint if steps.txt has a line left, then runs `what`.
 LAUNCHER = """#!/usr/bin/env bash
 echo "attempt $*" >>attempts.txt
 mkdir -p "$TRAINER_RUNS/r/checkpoints"
@@ -44,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def start(home: Path, what: str, steps: str = "") -> Iterator[subprocess.Popen[str]]:
-    """`launch/local.sh` in a session of its own, none of which outlives the test."""
+    """`launch/local.sh` in its own session, no process of which outlives the test."""
     accelerate = home / ".venv" / "bin" / "accelerate"
     accelerate.write_text(LAUNCHER.replace("{what}", what), encoding="utf-8")
     accelerate.chmod(0o755)
@@ -71,7 +71,7 @@ def run(home: Path, what: str, steps: str = "") -> tuple[int, str, int]:
         return finish(process)
 
 
-def test_it_goes_on_as_long_as_there_are_newer_checkpoints(home: Path) -> None:
+def test_it_resumes_as_long_as_there_are_newer_checkpoints(home: Path) -> None:
     crash_until_finished = """[[ -s steps.txt ]] && kill -KILL $$
 echo '{"status": "finished", "step": 7}' >"$TRAINER_RUNS/r/summary.json" """
     code, output, attempts = run(home, crash_until_finished, "1\n2\n3\n4\n5\n6\n7\n")
@@ -80,9 +80,9 @@ echo '{"status": "finished", "step": 7}' >"$TRAINER_RUNS/r/summary.json" """
     assert again.returncode == 0 and len(Path("attempts.txt").read_text().splitlines()) == 7
 
 
-def test_it_gives_up_after_three_more_attempts_without_a_newer_checkpoint(home: Path) -> None:
+def test_it_stops_after_three_more_attempts_without_a_newer_checkpoint(home: Path) -> None:
     code, output, attempts = run(home, "exit 1", "1\n2\n")
-    assert (code, attempts) == (1, 5) and "three more attempts brought no newer checkpoint; giving up" in output
+    assert (code, attempts) == (1, 5) and "no newer checkpoint after three more attempts; not trying again" in output
 
 
 def test_a_mistake_is_not_tried_again(home: Path) -> None:
@@ -126,11 +126,11 @@ while :; do sleep 0.1; done"""
         assert process.stdout is not None
         while "ready" not in process.stdout.readline():
             assert process.poll() is None
-        os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches the whole group
+        os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches the entire group
         code, output, attempts = finish(process)
-    assert (code, attempts) == (0, 1) and "the same command resumes from step 9" in output
+    assert (code, attempts) == (0, 1) and "rerun to resume from step 9" in output
 
 
-def test_it_never_starts_anew(home: Path) -> None:
+def test_it_never_starts_from_scratch(home: Path) -> None:
     done = subprocess.run(["launch/local.sh", "r.yaml", "--resume", "never"], capture_output=True, text=True)
-    assert done.returncode == 2 and "always goes on from the newest checkpoint" in done.stderr
+    assert done.returncode == 2 and "always resumes from the newest checkpoint" in done.stderr

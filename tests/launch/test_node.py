@@ -1,5 +1,5 @@
-"""`launch/node.sh` survives SLURM's warning at any moment and notes it;
-stand-ins for what it starts make that cost nothing.
+"""`launch/node.sh` survives SLURM's warning at any moment and records it;
+stand-ins for what it starts make that cheap.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def wait_for(process: subprocess.Popen[str], line: str) -> None:
 
 
 @pytest.mark.parametrize("during", ["preflight", "launcher"])
-def test_a_warning_before_training_starts_is_noted_and_ends_nothing(tmp_path: Path, during: str) -> None:
+def test_a_warning_before_training_starts_is_recorded_and_ends_nothing(tmp_path: Path, during: str) -> None:
     with start(tmp_path, nodes=2) as process:
         if during == "launcher":
             (tmp_path / "preflight").touch()
@@ -79,7 +79,7 @@ def test_a_warning_before_training_starts_is_noted_and_ends_nothing(tmp_path: Pa
         assert process.wait(60) == 7  # the launcher's own code
 
 
-def test_nothing_is_noted_without_a_warning_and_the_launcher_gets_other_signals(tmp_path: Path) -> None:
+def test_nothing_is_recorded_without_a_warning_and_the_launcher_gets_other_signals(tmp_path: Path) -> None:
     with start(tmp_path, nodes=1) as process:
         wait_for(process, "launcher starts")
         process.send_signal(signal.SIGTERM)

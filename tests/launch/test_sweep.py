@@ -1,4 +1,4 @@
-"""A sweep trains what isn't finished, goes on after a failure, and says how all runs ended."""
+"""A sweep trains what isn't finished, continues after a failure, and reports how all runs ended."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_losses_equal_those_of_a_plain_loop(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- everything that an optimizer step may hold
 
-BATCH, EVERY = 8, 4  # samples in a step; steps between evaluations, of which one comes at the end besides
+BATCH, EVERY = 8, 4  # samples in a step; steps between evaluations; one more is at the end
 LR, MOMENTUM, DECAY, CLIP, EMA = 0.05, 0.8, 0.02, 0.5, 0.9
 SEED, WINDOW = 3, 2
 GROUPS = [(i + 1) * 52 // 8 - i * 52 // 8 for i in range(8)]  # of tests/tiny.py: 52 rows in 8 row groups
@@ -82,15 +82,15 @@ def _metrics(model: nn.Module, images: Tensor, masks: Tensor) -> dict[str, float
     with torch.no_grad():
         log_p = model(plain_loop.normalised(images, torch.float64)).log_softmax(1).permute(0, 2, 3, 1).numpy()
     valid = masks.numpy() != 255
-    truth, guess = masks.numpy()[valid].astype(int), log_p.argmax(-1)[valid]
-    ious = [np.sum((truth == c) & (guess == c)) / np.sum((truth == c) | (guess == c)) for c in (0, 1)]
-    shares = [np.mean(guess[truth == c] == c) for c in (0, 1)]
-    loss = -log_p[valid][np.arange(len(truth)), truth].mean()
+    true_labels, guess = masks.numpy()[valid].astype(int), log_p.argmax(-1)[valid]
+    ious = [np.sum((true_labels == c) & (guess == c)) / np.sum((true_labels == c) | (guess == c)) for c in (0, 1)]
+    shares = [np.mean(guess[true_labels == c] == c) for c in (0, 1)]
+    loss = -log_p[valid][np.arange(len(true_labels)), true_labels].mean()
     return {
         "loss": loss,
         "miou": np.mean(ious),
         "class_accuracy": np.mean(shares),
-        "pixel_accuracy": np.mean(truth == guess),
+        "pixel_accuracy": np.mean(true_labels == guess),
     }
 
 

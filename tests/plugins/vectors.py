@@ -24,7 +24,7 @@ SHAPE = (2, 3)
 
 
 def sample(index: int) -> tuple[np.ndarray, int]:
-    """Numbers in their shape, and their class: that of the centre they lie around."""
+    """Numbers in their shape, and their class: that of the centre they are drawn around."""
     random = np.random.default_rng(index)
     label = int(random.integers(3))
     return (2 * np.eye(3)[label] + random.normal(0, 0.5, SHAPE)).astype(np.float32), label

@@ -1,4 +1,4 @@
-"""The example of CONTRIBUTING.md works as it stands there."""
+"""The example of CONTRIBUTING.md works as it is written there."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ UNSAFE_CALLS = {
         for end in ("", "_list")
     ),
 }
-# A call that ends in this name must have this argument, whatever else it says.
+# A call that ends in this name must have this argument, whatever its others are.
 NEEDS = {
     "torch.load": ("weights_only", True),
     "get_state_dict": ("weights_only", True),
@@ -212,11 +212,11 @@ def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, sentinel: Path, h
         ),
         (
             "model: !!python/object/apply:os.system ['touch SENTINEL']",
-            r"model: tags are refused: a recipe holds plain values",
+            r"model: YAML tags aren't allowed: a recipe holds plain values",
         ),
         (
             'model: {name: unet, width: !!python/object/apply:eval [\'open("SENTINEL", "w")\']}',
-            r"model.width: tags are refused",
+            r"model.width: YAML tags aren't allowed",
         ),
         ("model: os.system", r"model.name: unknown model"),
         ("model: {name: torch.nn.Linear}", r"model.name: unknown model"),

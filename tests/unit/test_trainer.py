@@ -122,7 +122,7 @@ def test_the_logged_speed_is_that_of_training_alone(tmp_path: Path) -> None:
 
 
 class OnDevice(torch.Tensor):
-    """A tensor on the CPU whose flags, bools, say that they are on a GPU:
+    """A tensor on the CPU whose flags, bools, claim to be on a GPU:
     there the host learns later which steps were bad.
     """
 
@@ -143,19 +143,19 @@ class Overflowing(torch.autograd.Function):
         return gradient * torch.inf
 
 
-def spoiling(bad: set[int], what: str, device: str) -> Callable[[int], None]:
+def making_non_finite(bad: set[int], what: str, device: str) -> Callable[[int], None]:
     """Makes batches with these samples have a loss that isn't finite, gradients that aren't where the loss is,
-    or images that spoil batch norms too.
+    or images that corrupt batch norms too.
     """
 
     def fault(rank: int) -> None:
         loss_sums, inputs, combine = Segmentation.loss_sums, Segmentation.inputs, SoftIoU.combine
         is_bad = False
 
-        def spoiled_images(task: Segmentation, image: torch.Tensor) -> torch.Tensor:
+        def non_finite_images(task: Segmentation, image: torch.Tensor) -> torch.Tensor:
             return inputs(task, image) * (torch.nan if is_bad and what == "images" else 1.0)
 
-        def spoiled_sums(task: Segmentation, model: Any, batch: Any) -> Any:
+        def non_finite_sums(task: Segmentation, model: Any, batch: Any) -> Any:
             nonlocal is_bad
             is_bad = bool(bad & {*batch["sample_id"].tolist()})
             sums = loss_sums(task, model, batch)
@@ -166,7 +166,7 @@ def spoiling(bad: set[int], what: str, device: str) -> Callable[[int], None]:
             is_bad = False
             return sums
 
-        Segmentation.loss_sums, Segmentation.inputs = spoiled_sums, spoiled_images  # type: ignore[method-assign]
+        Segmentation.loss_sums, Segmentation.inputs = non_finite_sums, non_finite_images  # type: ignore[method-assign]
         if device == "gpu":
             SoftIoU.combine = lambda loss, sums: {
                 name: term.as_subclass(OnDevice) for name, term in combine(loss, sums).items()
@@ -191,7 +191,7 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, device: str, what: str) 
         "evaluate.every=100%",
         "train.precision=fp32",
     )
-    with Job(1, write_recipe(tmp_path), *options, fault=spoiling(BAD, what, device)) as job:
+    with Job(1, write_recipe(tmp_path), *options, fault=making_non_finite(BAD, what, device)) as job:
         assert job.wait() == [0], job.output
     store = CheckpointStore(tmp_path / "runs" / "run" / "checkpoints")
     states = [Checkpoint.load(store.folder(step)) for step in range(1, 21)]
@@ -215,7 +215,7 @@ def test_every_skipped_step_is_counted_once_however_many_come_between_two_logs(t
         "evaluate.every=100%",
         "train.precision=fp32",
     )
-    with Job(1, write_recipe(tmp_path), *options, fault=spoiling(BAD, "loss", device)) as job:
+    with Job(1, write_recipe(tmp_path), *options, fault=making_non_finite(BAD, "loss", device)) as job:
         assert job.wait() == [0], job.output
     run = tmp_path / "runs" / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -230,7 +230,7 @@ def test_gradients_that_are_not_finite_end_the_training_though_the_loss_is(tmp_p
         1,
         write_recipe(tmp_path),
         "train.precision=fp32",
-        fault=spoiling({stream_of(GROUPS, 0, 3, 21)[20][1]}, "gradients", device),
+        fault=making_non_finite({stream_of(GROUPS, 0, 3, 21)[20][1]}, "gradients", device),
     ) as job:
         assert job.wait() == [3], job.output
     assert "training failed: step 3: gradient_norm is " in job.output and "each sample's loss is finite" in job.output

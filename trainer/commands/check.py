@@ -1,4 +1,4 @@
-"""`trainer check`: is a recipe right, and what will it do?"""
+"""`trainer check`: is a recipe valid, and what will it do?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait f
 
 HELP = "validate recipes and their data; print the resolved recipe"
 SHOWN_SAMPLES, SHOWN_EPOCHS = 4, 4
-MAX_SIDE = 512  # of a picture of a sample, in pixels
+MAX_SIDE = 512  # of the picture of a sample, in pixels
 OPACITY = 0.65  # of the class colours over the image
 
 
@@ -30,24 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_processes",
         "--num-processes",
         type=int,
-        help="check the recipe for this many processes (default: the launch file's)",
+        help="check for this many processes (default: from the launch file)",
     )
     parser.add_argument(
         "--config_file",
         type=Path,
         default=None,
-        help="the launch file to compare with (default: accelerate_config.yaml)",
+        help="launch file to check against (default: accelerate_config.yaml)",
     )
     parser.add_argument(
         "--anchors",
         action="store_true",
-        help="of a model with anchors: how well they fit the boxes of the training set, and better ones",
+        help="print how many training boxes the model's anchors fit, and suggest better anchors",
     )
     parser.add_argument(
         "--show-samples",
         type=Path,
         metavar="OUT.png",
-        help="draw training samples as they are and as the recipe augments them",
+        help="draw training samples, original and augmented, to this file",
     )
 
 
@@ -66,13 +66,13 @@ def run(options: argparse.Namespace) -> None:
     paths = [argument for argument in options.recipes if "=" not in argument]
     overrides = [argument for argument in options.recipes if "=" in argument]
     if not paths:
-        raise UserError("name at least one recipe file")
+        raise UserError("give at least one recipe file")
     if options.config_file and not options.config_file.is_file():
         raise UserError(f"--config_file {options.config_file}: no such file")
     if options.anchors and len(paths) > 1:
-        raise UserError("--anchors: name one recipe")
+        raise UserError("--anchors: give only one recipe")
     if options.show_samples and (options.show_samples.suffix != ".png" or len(paths) > 1):
-        raise UserError(f"--show-samples {options.show_samples}: name a .png file, and one recipe")
+        raise UserError(f"--show-samples {options.show_samples}: give a .png file and only one recipe")
     launch = Launch.read(file=options.config_file or LAUNCH_FILE)
     launch = replace(launch, processes=options.num_processes or max(launch.processes, launch.file_processes))
     recipes: list[Recipe] = []
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _data_line(recipe: Recipe, processes: int) -> str:
-    """What the recipe's data set holds and what reading it costs, or how to get it."""
+    """The contents of the recipe's data set and the cost of reading it, or how to prepare it."""
     from trainer.data.card import CARD, Card
     from trainer.data.order import Order, read_amplification
     from trainer.data.prepare import data_dir
@@ -111,7 +111,7 @@ def _data_line(recipe: Recipe, processes: int) -> str:
     folder = data_dir() / source.name
     if not (folder / CARD).exists():
         return (
-            f"{source.name} is not prepared yet: training does it, or `trainer prepare {source.command or source.name}`"
+            f"{source.name} is not prepared yet: run `trainer prepare {source.command or source.name}`, or just train"
         )
     card = Card.load(folder, source.command)
     card.verify(folder, everything=False)
@@ -121,8 +121,8 @@ def _data_line(recipe: Recipe, processes: int) -> str:
     amplification = read_amplification(order, recipe.data.batch_size, recipe.train.accumulate, processes, workers)
     rows = ", ".join(f"{split} {held.rows}" for split, held in card.splits.items())
     return (
-        f"{card.name}: {rows} rows; {clock.total_steps or 'a number of'} steps; "
-        f"the first epoch reads {amplification:.1f} rows for each one used ({processes} processes, {workers} workers)"
+        f"{card.name}: {rows} rows; {clock.total_steps or 'an unknown number of'} steps; "
+        f"the first epoch reads {amplification:.1f} rows for each row used ({processes} processes, {workers} workers)"
     )
 
 
@@ -130,8 +130,8 @@ def _data_line(recipe: Recipe, processes: int) -> str:
 
 
 def _compare_anchors(recipe: Recipe) -> None:
-    """Says how many boxes of the training set, resized as in training, the model's anchors fit,
-    and how many re-estimated ones would.
+    """Prints how many boxes of the training set, resized as in training, the model's anchors fit, and how many
+    re-estimated anchors would.
     """
     import numpy as np
 
@@ -147,22 +147,21 @@ def _compare_anchors(recipe: Recipe) -> None:
         or data.train.reader.objects is None
     ):
         raise UserError(
-            f"--anchors: {recipe.path} has no model with anchors, or no boxes; it is for the model, the loss and the "
-            "task of detection"
+            f"--anchors: {recipe.path} doesn't train a detection model with anchors on boxes; choose a recipe that does"
         )
     sizes = data.train.reader.objects.box_sizes()
     anchors = getattr(recipe.model, "anchors", None) or PUBLISHED_ANCHORS
     estimated = estimate_anchors(sizes).round(1).reshape(3, 3, 2)
-    for name, each in (("the model's", np.array(anchors)), ("re-estimated", estimated)):
-        share = best_possible_recall(sizes, each.reshape(-1, 2), max_ratio)
+    for label, candidates in (("the model's", np.array(anchors)), ("re-estimated", estimated)):
+        share = best_possible_recall(sizes, candidates.reshape(-1, 2), max_ratio)
         print(
-            f"{name} anchors fit {share:.2%} of {len(sizes)} boxes: model.anchors={json.dumps(each.tolist())}",
+            f"{label} anchors fit {share:.2%} of {len(sizes)} boxes: model.anchors={json.dumps(candidates.tolist())}",
             file=sys.stderr,
         )
 
 
 def _uncached(recipe: Recipe) -> Data:
-    """The prepared data as one process reads it, without the pixel cache, which would be made for all samples."""
+    """The prepared data as one process reads it, without the pixel cache, which would decode all samples."""
     import copy
 
     import torch
@@ -182,8 +181,8 @@ def _uncached(recipe: Recipe) -> Data:
 
 
 def _show_samples(recipe: Recipe, file: Path) -> None:
-    """Draws a few training samples: as they are, and as each of the first epochs sees them; with their objects,
-    or below with their masks.
+    """Draws a few training samples, original and augmented as in each of the first epochs, with their objects drawn in
+    or their masks below.
     """
     import torch
 
@@ -198,7 +197,7 @@ def _show_samples(recipe: Recipe, file: Path) -> None:
         raise UserError(f"--show-samples: {recipe.path}: the samples of {recipe.data.name} have no `image`")
     plain = TrainingSamples(data.train.reader, data.order)
     size = data.order.size
-    # Of each sample.
+    # For each epoch, the position of each sample in the data order.
     positions = [
         {data.order.sample(p)[1]: p for p in range(epoch * size, (epoch + 1) * size)} for epoch in range(SHOWN_EPOCHS)
     ]
@@ -212,26 +211,26 @@ def _show_samples(recipe: Recipe, file: Path) -> None:
             rows.append([_painted(view["image"][0], view["mask"][0], data.info.num_classes) for view in views])
             seen_classes |= set(views[0]["mask"].unique().tolist()) - {data.info.ignore_index}
         if "boxes" in views[0]:
-            truths = [
+            ground_truth = [
                 Detections(view["boxes"], torch.ones(len(view["boxes"])), view["labels"], view.get("masks"))
                 for view in views
             ]
             rows[-1] = [
-                draw_objects(image, truth, data.info.classes, with_scores=False)
-                for image, truth in zip(rows[-1], truths, strict=True)
+                draw_objects(image, objects, data.info.classes, with_scores=False)
+                for image, objects in zip(rows[-1], ground_truth, strict=True)
             ]
-    headings = ["as it is", *(f"epoch {epoch + 1}" for epoch in range(SHOWN_EPOCHS))]
+    headings = ["original", *(f"epoch {epoch + 1}" for epoch in range(SHOWN_EPOCHS))]
     colors = class_colors(data.info.num_classes)
     legend = {data.info.classes[index]: colors[index] for index in sorted(seen_classes)}
     try:
         save_sheet([[_fitted(panel) for panel in row] for row in rows], file, headings, legend)
     except OSError as error:
         raise UserError(f"--show-samples {file} can't be written: {error.strerror or error}") from error
-    print(f"{len(shown)} training samples in {file}", file=sys.stderr)
+    print(f"drew {len(shown)} training samples to {file}", file=sys.stderr)
 
 
 def _fitted(image: Tensor) -> Tensor:
-    """An image (3, H, W), shrunk where a side is longer than `MAX_SIDE`."""
+    """An image (3, H, W), scaled down if a side is longer than `MAX_SIDE`."""
     from torchvision.transforms.v2.functional import resize
 
     scale = MAX_SIDE / max(image.shape[1:])
@@ -239,7 +238,7 @@ def _fitted(image: Tensor) -> Tensor:
 
 
 def _painted(image: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """The class colours of a mask (1, H, W) over its image uint8 (3, H, W); ignored pixels stay as they are."""
+    """The class colours of a mask (1, H, W) over its image uint8 (3, H, W); ignored pixels stay unpainted."""
     import torch
     from torchvision.utils import draw_segmentation_masks
 

@@ -13,8 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
-        "The copy trains what RECIPE trains, and inherits nothing: what RECIPE inherits stands in it. Keys that\n"
-        "RECIPE leaves at their default are comments, with a few words on each. For example\n"
+        "The copy trains what RECIPE trains; it holds what RECIPE inherits. Keys that RECIPE leaves at their default\n"
+        "are comments, with a few words on each. For example\n"
         "  trainer copy quickstart mine.yaml\n"
         "  trainer check mine.yaml"
     )

@@ -1,4 +1,4 @@
-"""`trainer prepare DATASET`: from official archives, files or the Hub to Parquet files."""
+"""`trainer prepare DATASET`: converts official archives, files or Hub data sets to Parquet files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from trainer.recipe.file import COMMAND_LINE, Reader, RecipeError, nearest
 from trainer.recipe.load import Validator
 from trainer.recipe.recipe import build
 
-SHOWN = 10  # classes of objects, those with most of them
-HELP = "turn a data set's official archives, or files of your own, into Parquet files"
+SHOWN = 10  # the classes with most objects that are listed
+HELP = "convert a data set's official archives, or your own files, to Parquet files"
 OF_FILES: dict[str, tuple[FilesCommand, Callable[..., Source]]] = {
     "folder": (folder.COMMAND, folder.from_files),
     "yolo": (yolo.COMMAND, yolo.from_yolo),
@@ -30,22 +30,22 @@ SWITCHES = ("-h", "--help", "--verify")  # the options that take no value
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a parser for each data set."""
-    of_catalogue = {name: component for name, component in catalogue("dataset").items() if name not in OF_FILES}
+    built_in = {name: component for name, component in catalogue("dataset").items() if name not in OF_FILES}
     parser.usage = "trainer prepare DATASET …"
     parser.epilog = (
-        f"Data sets of the catalogue: {', '.join(of_catalogue)}. "
-        "`trainer prepare DATASET --help` lists the keys or options of each."
+        f"Built-in data sets: {', '.join(built_in)}. "
+        "`trainer prepare DATASET --help` lists the options or keys of each."
     )
     parsers = parser.add_subparsers(
-        dest="dataset", metavar="DATASET", required=True, prog="trainer prepare", title="files of your own"
+        dest="dataset", metavar="DATASET", required=True, prog="trainer prepare", title="your own files"
     )
     for kind, (command, _) in OF_FILES.items():
         of_files = parsers.add_parser(
             kind,
             help=command.summary,
             usage=f"trainer prepare {command.usage} [--verify]",
-            description=f"Makes a data set of files of your own: {command.summary}.",
-            epilog=f"For example\n  {command.example}\nand in a recipe\n  {command.recipe}",
+            description=f"Makes a data set from your own files: {command.summary}.",
+            epilog=f"Example:\n  {command.example}\nThen in a recipe:\n  {command.recipe}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for name, option in command.options.items():
@@ -57,28 +57,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 default=option.default,
                 choices=option.choices,
             )
-        _add_common(of_files, argparse.SUPPRESS)  # it reads none, but scripts may name the folder in every call
-    for name, component in of_catalogue.items():
+        # Hidden: it reads no archives, but scripts may pass the folder in every call.
+        _add_common(of_files, argparse.SUPPRESS)
+    for name, component in built_in.items():
         keys = ", ".join(component.schema.model_fields)
         named = parsers.add_parser(
             name,
             usage=f"trainer prepare {name} {'[key=value …] ' if keys else ''}[--archives DIR] [--verify]",
-            description=f"Prepares {name} of the catalogue.",
-            epilog=f"Its keys, as in a recipe's data: {keys}." if keys else None,
+            description=f"Prepares the built-in data set {name}.",
+            epilog=f"Keys, as in the data section of a recipe: {keys}." if keys else None,
         )
-        _add_common(named, "folder with the archives (default: $TRAINER_ARCHIVES); missing ones are downloaded")
+        _add_common(named, "folder of the archives (default: $TRAINER_ARCHIVES); missing archives are downloaded")
 
 
 def _add_common(parser: argparse.ArgumentParser, archives: str) -> None:
     parser.add_argument("--archives", type=Path, metavar="DIR", help=archives)
-    parser.add_argument("--verify", action="store_true", help="recompute the checksums of what is prepared")
+    parser.add_argument("--verify", action="store_true", help="verify the checksums of the prepared files")
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Parses a command line whose options and keys may stand in any order, also before the name of the data set.
+    """Parses a command line with options and keys in any order, also before the name of the data set.
 
     Raises:
-        UserError: no such data set, or an option is not one of its own.
+        UserError: no such data set, or it doesn't have one of the options.
     """
     words, known = _name_first(words), catalogue("dataset")
     if words and not words[0].startswith("-") and words[0] not in known:
@@ -86,36 +87,40 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     args, settings = parser.parse_known_args(words)
     for word in settings:
         if word.startswith("-"):
-            raise UserError(_foreign(args.dataset, word.partition("=")[0]))
+            raise UserError(_unknown_option(args.dataset, word.partition("=")[0]))
     args.settings = settings
     return args
 
 
 def _name_first(words: Sequence[str]) -> list[str]:
-    """The words with the first that is neither an option nor its value in front, where a subparser expects it."""
-    before = ""
-    for place, word in enumerate(words):
-        takes_value = before.startswith("-") and "=" not in before and not any(s.startswith(before) for s in SWITCHES)
+    """Moves the first word that is neither an option nor its value to the front, where a subparser expects it."""
+    previous = ""
+    for index, word in enumerate(words):
+        takes_value = (
+            previous.startswith("-") and "=" not in previous and not any(s.startswith(previous) for s in SWITCHES)
+        )
         if not word.startswith("-") and not takes_value:
-            return [word, *words[:place], *words[place + 1 :]]
-        before = word
+            return [word, *words[:index], *words[index + 1 :]]
+        previous = word
     return [*words]
 
 
-def _foreign(dataset: str, option: str) -> str:
-    """What is wrong with an option that a data set doesn't have."""
+def _unknown_option(dataset: str, option: str) -> str:
+    """The message for an option that a data set doesn't have."""
     owners = [kind for kind, (command, _) in OF_FILES.items() if option in map(flag, command.options)]
     if owners:
-        return f"{option} belongs to {' or '.join(f'`trainer prepare {kind}`' for kind in owners)}, not to {dataset}"
+        return (
+            f"{option} is an option of {' or '.join(f'`trainer prepare {kind}`' for kind in owners)}, not of {dataset}"
+        )
     own = OF_FILES[dataset][0].options if dataset in OF_FILES else ("archives",)
-    return f"{option} is no option of `trainer prepare {dataset}`; {nearest(option, [*map(flag, own), '--verify'])}"
+    return f"`trainer prepare {dataset}` has no option {option}; {nearest(option, [*map(flag, own), '--verify'])}"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepares the set if it isn't yet, and prints what it holds.
+    """Prepares the data set if necessary, and prints its contents.
 
     Raises:
-        UserError: a key or an option is wrong, or see `trainer.data.prepare.prepare`.
+        UserError: a key or an option is invalid; see also `trainer.data.prepare.prepare`.
     """
     source = _source(args)
     prepared = data_dir() / source.name
@@ -123,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     card = ensure_prepared(source, data_dir(), args.archives or archives_dir())
     if args.verify:
         card.verify(prepared)
-        print("every file is as it was written")
+        print("all checksums match")
     rows = sum(split.rows for split in card.splits.values())
     print(", ".join([f"{card.name}: {rows} rows", *(f"{split.rows} {name}" for name, split in card.splits.items())]))
     print(describe_classes(card))
@@ -132,11 +137,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe_classes(card: Card) -> str:
-    """The classes, and how much of each there is to train on."""
+    """The classes, with the number of objects or the share of pixels of each in the training set."""
     objects = card.statistics.get("class_objects")
     if objects is not None:
         present = [(name, number) for name, number in zip(card.classes, objects, strict=True) if number]
-        present.sort(key=lambda each: -each[1])
+        present.sort(key=lambda item: -item[1])
         listed = ", ".join([f"{name} {number}" for name, number in present[:SHOWN]] + ["…"] * (len(present) > SHOWN))
         return f"{sum(objects)} training objects, of {len(present)} of {len(objects)} classes: {listed or 'none'}"
     pixels = card.statistics.get("class_pixels", [])
@@ -165,8 +170,7 @@ def _source_of_files(args: argparse.Namespace, command: FilesCommand, make: Call
     given = {name: getattr(args, name) for name in command.options}
     missing = [flag(name) for name, option in command.options.items() if option.required and given[name] is None]
     if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise UserError(f"{', '.join(missing)} {verb} missing: trainer prepare {command.usage}")
+        raise UserError(f"missing {', '.join(missing)}; usage: trainer prepare {command.usage}")
     if args.settings:
-        raise UserError(f"{args.settings[0]} is no option: trainer prepare {command.usage}")
+        raise UserError(f"unexpected argument {args.settings[0]!r}; usage: trainer prepare {command.usage}")
     return make(**given)

@@ -1,21 +1,21 @@
-"""`trainer report`: runs as one HTML page."""
+"""`trainer report`: one HTML page about runs."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-HELP = "write one self-contained HTML page about runs: curves, figures, pictures, recipes"
+HELP = "write one self-contained HTML page about runs: curves, metrics, pictures, recipes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or names below $TRAINER_RUNS")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or names of runs in $TRAINER_RUNS")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the page; says where.
+    """Writes the page and prints its path.
 
     Raises:
         UserError: no such run, or the page can't be written.

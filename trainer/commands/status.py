@@ -1,4 +1,4 @@
-"""`trainer status`: where runs stand, and what to do next. Job scripts ask it, so nothing here waits for torch."""
+"""`trainer status`: the status of runs, and what to do next. Job scripts call it, so it doesn't import torch."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from trainer.runs.folder import find_run, runs_dir
 from trainer.runs.standing import FAILED, TO_BE_RESUMED, Standing, standing_of
 from trainer.runs.sweeps import plot_sweep, varying
 
-HELP = "say where runs stand: exit 0 finished, 75 to be resumed, 3 failed"
+HELP = "show the status of runs; exit codes: 0 finished, 75 to be resumed, 3 failed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
     what = (
-        "run folders, names below $TRAINER_RUNS, or recipe files; with a recipe, overrides count too, as name=… does "
-        "in training"
+        "run folders, names of runs in $TRAINER_RUNS, or recipe files with the overrides of the training command, e.g. "
+        "name=…"
     )
     parser.add_argument("runs", nargs="*", metavar="RUN | RECIPE | key.path=value", help=what)
     parser.add_argument(
         "--sweep",
         type=Path,
         metavar="FILE",
-        help="all runs of a sweep: a file with the overrides of a run in each line",
+        help="show all runs of a sweep; each line of the file has the overrides of one run",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the best values of the sweep's runs into this PNG"
+        "--plot", type=Path, metavar="FILE", help="plot the best values of the sweep's runs to this PNG file"
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints a line for each run; returns the contract's exit code, where a failed run counts before one to be resumed.
+    """Prints a line for each run; returns the exit code for all of them, see `code_of`.
 
     Raises:
-        UserError: there is no such run, or the recipe can't be read.
+        UserError: no such run, or the recipe can't be read.
     """
     standings = [standing_of(folder) for folder in _folders(options.runs)]
     if options.sweep:
         standings += sweep_standings(options.sweep)
     if not standings:
-        raise UserError("name at least one run, recipe or --sweep FILE")
+        raise UserError("give at least one run, recipe or --sweep FILE")
     if options.plot:
         _plot(options)
     if options.json:
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _plot(options: argparse.Namespace) -> None:
     if not options.sweep or options.plot.suffix != ".png":
-        raise UserError(f"--plot {options.plot}: names the .png file for the runs of a --sweep")
+        raise UserError(f"--plot {options.plot}: needs --sweep FILE, and a .png file to write")
     runs = read_sweep(options.sweep)
     try:
         plot_sweep(varying(runs), [runs_dir() / _name_in(options.sweep, overrides) for overrides in runs], options.plot)
@@ -72,13 +72,13 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def code_of(standings: list[Standing]) -> int:
-    """The contract's exit code for several runs: a failed one counts before one to be resumed."""
+    """The exit code for several runs: 3 if one failed, else 75 if one is to be resumed, else 0."""
     codes = {standing.code for standing in standings}
     return FAILED if FAILED in codes else max(codes)
 
 
 def sweep_standings(file: Path) -> list[Standing]:
-    """Where the runs of a sweep stand: those in a file's lines, and what SLURM still knows of an array named like the
+    """The status of a sweep's runs, from their folders and from SLURM, if it still lists the job array named like the
     file.
 
     Raises:
@@ -88,7 +88,7 @@ def sweep_standings(file: Path) -> list[Standing]:
     standings = []
     for index, overrides in enumerate(read_sweep(file)):
         standing = standing_of(runs_dir() / _name_in(file, overrides))
-        # As a task is that was cancelled while it waited.
+        # A task that was cancelled while it waited is missing from the array.
         forgotten = bool(states) and index not in states and standing.status == "not started"
         if standing.code == TO_BE_RESUMED and (forgotten or states.get(index) == "CANCELLED"):
             standing.status = "cancelled"
@@ -101,14 +101,12 @@ def _name_in(file: Path, overrides: list[str]) -> str:
     reader = Reader({})
     tree, _ = reader.overrides(overrides)
     if reader.problems or "name" not in tree:
-        raise UserError(
-            f"{file}: {shlex.join(overrides)!r} has no name=…; each line gives its run one, and other overrides"
-        )
+        raise UserError(f"{file}: {shlex.join(overrides)!r} has no name=…; each line must name its run")
     return str(tree["name"])
 
 
 def read_sweep(file: Path) -> list[list[str]]:
-    """The overrides of each run of a sweep: a line each, quoted as for a shell; blank lines and comments don't count.
+    """The overrides of each run of a sweep: one line per run, quoted as for a shell; skips blank lines and comments.
 
     Raises:
         UserError: the file can't be read.
@@ -121,17 +119,17 @@ def read_sweep(file: Path) -> list[list[str]]:
 
 
 def _folders(arguments: list[str]) -> list[Path]:
-    """The run folders that arguments mean."""
+    """The run folders that the arguments name."""
     recipes = [Path(argument) for argument in arguments if argument.endswith((".yaml", ".yml"))]
     if recipes:
         overrides = [argument for argument in arguments if "=" in argument]
         rest = [argument for argument in arguments if "=" not in argument and Path(argument) not in recipes]
         return [runs_dir() / run_name(recipe, overrides) for recipe in recipes] + _folders(rest)
-    return [find_run(run) for run in arguments]  # where `=` may stand in a name
+    return [find_run(run) for run in arguments]  # here `=` may be part of a name
 
 
 def run_name(recipe: Path, overrides: list[str]) -> str:
-    """The run that a recipe is: its `name:`, else the file's."""
+    """The name of the run that a recipe trains: its `name:`, else the file's."""
     reader = Reader({})
     tree = reader.merge(reader.read(recipe), *reader.overrides(overrides))
     if reader.problems:
@@ -140,12 +138,12 @@ def run_name(recipe: Path, overrides: list[str]) -> str:
 
 
 def _array_states(job_name: str) -> dict[int, str]:
-    """What SLURM says of each task of the newest job array of that name, e.g. `CANCELLED`;
-    it forgets a task some minutes after its end.
+    """The SLURM state of each task of the newest job array with that name, e.g. `CANCELLED`. SLURM forgets a task some
+    minutes after its end.
     """
     if not shutil.which("scontrol"):
         return {}
-    everything = os.environ | {"SLURM_BITSTR_LEN": "0"}  # or it leaves out indices of a large array
+    everything = os.environ | {"SLURM_BITSTR_LEN": "0"}  # otherwise SLURM omits indices of a large array
     done = subprocess.run(["scontrol", "show", "job", "--oneliner"], env=everything, capture_output=True, text=True)
     jobs = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in done.stdout.splitlines()]
     mine = [job for job in jobs if job.get("JobName") == job_name and "ArrayTaskId" in job]
@@ -159,6 +157,6 @@ def _array_states(job_name: str) -> dict[int, str]:
 
 
 def _indices(text: str) -> list[int]:
-    """`1,4-6%2` as [1, 4, 5, 6]: tasks that wait are shown together."""
+    """`1,4-6%2` as [1, 4, 5, 6]: SLURM shows waiting tasks together."""
     bounds = [[int(bound) for bound in part.split("-")] for part in text.partition("%")[0].split(",")]
     return [index for first, *last in bounds for index in range(first, (last or [first])[0] + 1)]

@@ -1,6 +1,4 @@
-"""`trainer submit`: checks a recipe, then hands it to SLURM. What runs there is `launch/slurm.sbatch`,
-with the options filled in.
-"""
+"""`trainer submit`: checks a recipe, then submits it to SLURM as `launch/slurm.sbatch` with the options filled in."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from trainer.runs.sweeps import variant_name, variants_of
 if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
     from trainer.recipe.recipe import Recipe
 
-HELP = "check a recipe and submit it to SLURM, alone or as a sweep"
+HELP = "check a recipe and submit it to SLURM, as one run or as a sweep"
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = Path("logs")
 
@@ -31,31 +29,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optimizer.lr=1e-3")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
-    parser.add_argument("--gpus", type=int, metavar="G", help="GPUs of each node")
+    parser.add_argument("--gpus", type=int, metavar="G", help="GPUs per node")
     parser.add_argument(
-        "--processes", type=int, metavar="P", help="processes on each node (default: one for each GPU, else one)"
+        "--processes", type=int, metavar="P", help="processes per node (default: one per GPU, else one)"
     )
-    parser.add_argument("--cpus", type=int, metavar="C", help="cores of each node")
-    for option, what in (("time", "limit of a single attempt, e.g. 12:00:00"), ("partition", ""), ("account", "")):
-        parser.add_argument(f"--{option}", help=what)
+    parser.add_argument("--cpus", type=int, metavar="C", help="cores per node")
+    parser.add_argument("--time", help="time limit of a single attempt, e.g. 12:00:00")
+    parser.add_argument("--partition", help="SLURM partition")
+    parser.add_argument("--account", help="SLURM account")
     parser.add_argument(
         "--sweep",
         action="append",
         default=[],
         metavar="key=a,b,c",
-        help="a run for each value; several of them: for each combination",
+        help="one run for each value; give it again to run each combination",
     )
     parser.add_argument(
-        "--parallel", type=int, metavar="N", help="how many runs of a sweep may run at a time (default: all)"
+        "--parallel", type=int, metavar="N", help="maximum number of a sweep's runs at a time (default: all)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="only print what would be submitted")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, without submitting it")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Checks every run, shows the job script, and submits it.
+    """Checks every run, prints the job script and submits it.
 
     Raises:
-        UserError: the recipe has mistakes, there is no SLURM here, or it refuses the job.
+        UserError: the recipe is invalid, there is no SLURM here, or SLURM rejects the job.
     """
     name = run_name(options.recipe, options.overrides)
     variants = variants_of(options.sweep)
@@ -82,10 +81,10 @@ def run(options: argparse.Namespace) -> None:
         return
     if not shutil.which("sbatch"):
         raise UserError(
-            "there is no sbatch here: submit from a login node of a cluster with SLURM; --dry-run shows the script"
+            "sbatch not found: submit from a login node of a SLURM cluster; --dry-run prints the job script"
         )
 
-    LOGS.mkdir(exist_ok=True)  # SLURM doesn't make the folder: a job without it would vanish
+    LOGS.mkdir(exist_ok=True)  # SLURM doesn't create the folder, and without it a job fails silently
     Path(f"{log}.sbatch").write_text(script, encoding="utf-8")
     if variants:
         sweep.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -93,25 +92,28 @@ def run(options: argparse.Namespace) -> None:
     if not variants:
         print(f"submitted job {job}; follow it with: tail -F {log}-{job}.out {log}-{job}-rank0.log", file=sys.stderr)
         return
-    where = [f"--{key}={getattr(options, key)}" for key in ("partition", "account") if getattr(options, key)]
-    about = [f"--job-name={name}-table", f"--output={log}-table.txt", f"--export=ALL,TRAINER_HOME={ROOT}"]
+    destination = [f"--{key}={getattr(options, key)}" for key in ("partition", "account") if getattr(options, key)]
+    settings = [f"--job-name={name}-table", f"--output={log}-table.txt", f"--export=ALL,TRAINER_HOME={ROOT}"]
     _sbatch(
         [
             "sbatch",
             "--parsable",
             f"--dependency=afterany:{job}",
-            *about,
-            *where,
+            *settings,
+            *destination,
             str(ROOT / "launch" / "sweep_status.sbatch"),
             str(sweep),
         ]
     )
-    how = f"`trainer status --sweep {sweep}` says how they are, {log}-table.txt and {log}.png how they ended"
-    print(f"submitted {len(runs)} runs as job array {job}; {how}", file=sys.stderr)
+    print(
+        f"submitted {len(runs)} runs as job array {job}; follow them with `trainer status --sweep {sweep}`; when all "
+        f"have ended, see {log}-table.txt and {log}.png",
+        file=sys.stderr,
+    )
 
 
 def job_script(options: argparse.Namespace, name: str, num_variants: int) -> str:
-    """`launch/slurm.sbatch`, or `slurm_array.sbatch` for a sweep, as the options say."""
+    """`launch/slurm.sbatch`, or `slurm_array.sbatch` for a sweep, with the options filled in."""
     settings = {"job-name": name, "nodes": options.nodes, "gpus-per-node": options.gpus, "cpus-per-task": options.cpus}
     settings |= {key: getattr(options, key) for key in ("time", "partition", "account")}
     if num_variants:
@@ -128,7 +130,7 @@ def job_script(options: argparse.Namespace, name: str, num_variants: int) -> str
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> Recipe:
-    """The recipe of a run, checked for as many processes as it will have; this machine's devices don't matter."""
+    """The recipe of a run, checked for its number of processes, regardless of this machine's devices."""
     from trainer.distributed.launch import Launch
     from trainer.recipe.load import load_recipe
     from trainer.tasks.checks import TASK_CHECKS, batch_checks
@@ -140,7 +142,7 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> Recipe:
 
 
 def _free_name(name: str) -> str:
-    """A name for a sweep that none in the folder of logs has; SLURM knows the array by it."""
+    """An unused name for a sweep, by which SLURM knows its job array."""
     return next(
         free for number in itertools.count(1) if not (LOGS / f"{(free := f'{name}-sweep-{number}')}.txt").exists()
     )
@@ -150,5 +152,5 @@ def _sbatch(command: list[str]) -> str:
     """Submits a job; returns its id."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"SLURM refuses the job: {done.stderr.strip()}")
+        raise UserError(f"SLURM rejected the job: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]  # `--parsable` may add the name of the cluster

@@ -1,4 +1,4 @@
-"""`trainer summary`: the arithmetic of a recipe's network, and what training it costs."""
+"""`trainer summary`: the size of a recipe's network, and the cost of training it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait f
     from trainer.profiling.arithmetic import Layer
     from trainer.recipe.recipe import Recipe
 
-HELP = "count weights, outputs, connections and FLOPs of a network, layer by layer, and measure its memory"
+HELP = "count the weights, outputs, connections and FLOPs of each layer, and measure the memory of training"
 COUNTS = ("weights", "outputs", "connections", "flops", "trainable")
-MAX_NAMED = 4  # layers that a heading lists
-# Sizes at which counts are taken to write them as polynomials.
+MAX_NAMED = 4  # layers that a label lists
+# Sizes at which weights, outputs and connections are counted to fit the polynomials.
 VARIABLES = {"NIC": (1, 2, 3), "NF": (4, 8, 12), "NC": (3, 5, 9)}
 
 
@@ -25,22 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. model.train_only=[classifier.4]")
-    parser.add_argument(
-        "--input-size", metavar="HxW", help="height and width of an image (default: what the recipe trains on)"
-    )
+    parser.add_argument("--input-size", metavar="HxW", help="height and width of an image (default: as in training)")
     parser.add_argument(
         "--no-measure",
         action="store_true",
-        help="only count; without this, a few training steps are run to measure memory and time",
+        help="only count; don't run training steps to measure memory and time",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints the tables.
 
     Raises:
-        UserError: the recipe has mistakes, its samples are no images, or the size of its images isn't known.
+        UserError: the recipe is invalid, its samples aren't images, or the size of its images is unknown.
     """
     from trainer.data.roles import has_pixels
     from trainer.errors import UserError
@@ -52,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides, TASK_CHECKS)
     if not has_pixels(recipe.source.columns):
-        raise UserError(f"{options.recipe}: {recipe.data.name} has no images, and `trainer summary` counts per image")
+        raise UserError(f"{options.recipe}: {recipe.data.name} has no images, but `trainer summary` counts per image")
     height, width = _input_size(recipe, options.input_size)
     model = build_untrained(recipe)
     trainable = trainable_layers(recipe, model)
@@ -63,14 +61,14 @@ def run(options: argparse.Namespace) -> None:
         return [layers(model, (channels, factor * height, factor * width)) for factor in (1, 2)]
 
     try:
-        found, doubled = count(model)
-    except NotImplementedError:  # what it does depends on what it sees, so it must really run
-        found, doubled = count(build_untrained(recipe, "cpu"))
+        single, doubled = count(model)
+    except NotImplementedError:  # its computation depends on the values, which meta tensors don't have
+        single, doubled = count(build_untrained(recipe, "cpu"))
     report: dict[str, Any] = {
         "recipe": str(options.recipe),
         "input": [channels, height, width],
-        "layers": [asdict(layer) for layer in found],
-        "totals": _totals(found),
+        "layers": [asdict(layer) for layer in single],
+        "totals": _totals(single),
         "totals_at_doubled_size": _totals(doubled),
     }
     if {"num_filters", "num_in_channels"} <= recipe.components["model"].schema.model_fields.keys():
@@ -81,9 +79,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _input_size(recipe: Recipe, given: str | None) -> tuple[int, int]:
-    """Height and width: the given ones, else those of the last crop or resize,
-    else of the prepared set's first image.
-    """
+    """Height and width: the given ones, else of the last crop or resize, else of the first prepared image."""
     from trainer.data.card import CARD, Card
     from trainer.data.parquet import RowGroups
     from trainer.data.prepare import data_dir
@@ -103,7 +99,7 @@ def _input_size(recipe: Recipe, given: str | None) -> tuple[int, int]:
     folder = data_dir() / recipe.source.name
     if not (folder / CARD).exists():
         raise UserError(
-            f"{recipe.data.name} isn't prepared, so the size of its images isn't known: give --input-size HxW"
+            f"{recipe.data.name} isn't prepared, so the size of its images is unknown: give --input-size HxW"
         )
     card = Card.load(folder)
     rows = RowGroups(
@@ -117,12 +113,12 @@ def _input_size(recipe: Recipe, given: str | None) -> tuple[int, int]:
 
 
 def _input_channels(model: nn.Module) -> int:
-    """What the first layer with a kernel takes; 3 where there is none."""
+    """Input channels of the first layer with a 2-d kernel; 3 if there is none."""
     return next((parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 4), 3)
 
 
-def _totals(found: list[Layer]) -> dict[str, int]:
-    return {what: sum(getattr(layer, what) for layer in found) for what in COUNTS}
+def _totals(layers: list[Layer]) -> dict[str, int]:
+    return {what: sum(getattr(layer, what) for layer in layers) for what in COUNTS}
 
 
 def _polynomials(recipe: Recipe, height: int, width: int) -> dict[str, str]:
@@ -143,8 +139,8 @@ def _polynomials(recipe: Recipe, height: int, width: int) -> dict[str, str]:
 
 
 def _measure(recipe: Recipe, trainable: list[str], height: int, width: int) -> list[dict[str, Any]]:
-    """Cost of training everything and of training the recipe's trainable layers,
-    at this size and at twice the height and width.
+    """Cost of training all layers and of training only the recipe's trainable layers, at this size and at twice the
+    height and width.
     """
     from trainer.data.card import CARD, Card
     from trainer.data.prepare import data_dir
@@ -154,15 +150,15 @@ def _measure(recipe: Recipe, trainable: list[str], height: int, width: int) -> l
     configure_backends(recipe)
     source = recipe.source
     info = Card.load(data_dir() / source.name).info if (data_dir() / source.name / CARD).exists() else source.info
-    kinds: dict[str, list[str]] = {"everything": []}
+    trained: dict[str, list[str]] = {"everything": []}
     if trainable:
         few = len(trainable) <= MAX_NAMED
-        kinds[f"only {', '.join(trainable) if few else f'{trainable[0]} to {trainable[-1]}'}"] = trainable
+        trained[f"only {', '.join(trainable) if few else f'{trainable[0]} to {trainable[-1]}'}"] = trainable
     costs = []
     for size in ((height, width), (2 * height, 2 * width)):
-        for kind, layers in kinds.items():
+        for label, layers in trained.items():
             cost = measure(recipe, info, layers, *size)
-            costs.append({"trained": kind, "input": size, "batch_size": recipe.data.batch_size, **asdict(cost)})
+            costs.append({"trained": label, "input": size, "batch_size": recipe.data.batch_size, **asdict(cost)})
     return costs
 
 
@@ -195,8 +191,8 @@ def _text(report: dict[str, Any]) -> str:
                 "gradients",
                 "optimizer",
                 "peak",
-                "GFLOP a step",
-                "s a step",
+                "GFLOP per step",
+                "s per step",
             ]
         ]
         for cost in report["training"]:

@@ -1,4 +1,4 @@
-"""`trainer sweep`: a run for each combination of values, on this machine or on SLURM; then a table and a plot."""
+"""`trainer sweep`: one run for each combination of values, here or on SLURM; then a table and a plot."""
 
 from __future__ import annotations
 
@@ -21,44 +21,47 @@ from trainer.runs.sweeps import plot_sweep, variant_name, variants_of
 if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
     from trainer.recipe.recipe import Recipe
 
-HELP = "train a run for each combination of values; finished ones are skipped"
+HELP = "train one run for each combination of values, skipping finished runs"
 ROOT = Path(__file__).resolve().parents[2]
-STOP_TIMEOUT_S = 30  # a run that is asked to stop saves a checkpoint in less
+STOP_TIMEOUT_S = 30  # enough for a run to save a checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe file")
     parser.add_argument(
-        "overrides", nargs="+", metavar="key=a,b,c | key=value", help="values to try, and what is the same for all runs"
+        "overrides", nargs="+", metavar="key=a,b,c | key=value", help="values to try, and overrides for all runs"
     )
-    parser.add_argument("--processes", type=int, default=1, metavar="P", help="processes of each run (default: 1)")
+    parser.add_argument("--processes", type=int, default=1, metavar="P", help="processes per run (default: 1)")
     parser.add_argument(
-        "--parallel", type=int, metavar="N", help="runs at a time (default: as many as the GPUs serve, else one)"
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="number of runs at a time (default: as many as the GPUs allow, else one)",
     )
-    parser.add_argument("--slurm", action="store_true", help="submit the runs to SLURM instead, see `trainer submit`")
+    parser.add_argument("--slurm", action="store_true", help="submit the runs to SLURM (see `trainer submit`)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Trains what isn't finished, and prints where all runs stand; returns the exit code of `trainer status`.
+    """Trains the unfinished runs, and prints the status of all; returns the exit code of `trainer status`.
 
     Raises:
-        UserError: a run's recipe has mistakes; then none is trained.
+        UserError: the recipe of a run is invalid; then none is trained.
     """
     axes = [
         override
         for override in options.overrides
         if not override.startswith("name=") and len(variants_of([override])) > 1
     ]
-    same = [override for override in options.overrides if override not in axes]
+    shared = [override for override in options.overrides if override not in axes]
     if not axes:
-        raise UserError("nothing to sweep over: give a key several values, e.g. optimizer.lr=1e-3,1e-2")
+        raise UserError("nothing to sweep: give a key several values, e.g. optimizer.lr=1e-3,1e-2")
     if options.slurm:
-        return _submit(options, axes, same)
+        return _submit(options, axes, shared)
     variants = variants_of(axes)
-    name = run_name(options.recipe, same)
+    name = run_name(options.recipe, shared)
     names = [variant_name(name, variant) for variant in variants]
-    runs = [[*same, *variant, f"name={each}"] for each, variant in zip(names, variants, strict=True)]
+    runs = [[*shared, *variant, f"name={each}"] for each, variant in zip(names, variants, strict=True)]
     recipes = [_checked(options, overrides) for overrides in runs]
     commands = {
         each: _command(options, overrides)
@@ -77,12 +80,12 @@ def run(options: argparse.Namespace) -> int:
     return code_of(standings)
 
 
-def _submit(options: argparse.Namespace, axes: list[str], same: list[str]) -> int:
+def _submit(options: argparse.Namespace, axes: list[str], shared: list[str]) -> int:
     from trainer.commands import main
 
     sweeps = [argument for axis in axes for argument in ("--sweep", axis)]
     parallel = ["--parallel", str(options.parallel)] if options.parallel else []
-    return main(["submit", str(options.recipe), *same, *sweeps, "--processes", str(options.processes), *parallel])
+    return main(["submit", str(options.recipe), *shared, *sweeps, "--processes", str(options.processes), *parallel])
 
 
 def _checked(options: argparse.Namespace, overrides: list[str]) -> Recipe:
@@ -96,9 +99,7 @@ def _checked(options: argparse.Namespace, overrides: list[str]) -> Recipe:
 
 
 def _is_finished(recipe: Recipe) -> bool:
-    """Whether this very recipe was trained to its end; what has another one under its name,
-    training itself will say.
-    """
+    """Whether the run of this recipe is finished. If its folder holds another recipe's run, training will report it."""
     from trainer.runs.folder import RunFolder
 
     folder = runs_dir() / recipe.name
@@ -120,7 +121,7 @@ def _command(options: argparse.Namespace, overrides: list[str]) -> list[str]:
 
 
 def _slots(options: argparse.Namespace) -> list[dict[str, str]]:
-    """For each run at a time the variables that give it its devices."""
+    """For each of the runs at a time, the environment variables that assign its devices."""
     import torch
 
     groups = torch.cuda.device_count() // options.processes
@@ -134,9 +135,7 @@ def _slots(options: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def _train(commands: dict[str, list[str]], slots: list[dict[str, str]]) -> None:
-    """Runs the commands, as many at a time as there are slots; a failed one doesn't stop the others,
-    a stop signal stops all.
-    """
+    """Runs the commands, one per slot at a time. A failed one doesn't stop the others; a stop signal stops them all."""
     waiting = dict(commands)
     free, running = list(slots), dict[str, tuple[subprocess.Popen[bytes], dict[str, str]]]()
     runs_dir().mkdir(parents=True, exist_ok=True)
@@ -145,7 +144,7 @@ def _train(commands: dict[str, list[str]], slots: list[dict[str, str]]) -> None:
             while waiting and free:
                 name, slot = next(iter(waiting)), free.pop()
                 with (runs_dir() / f"{name}.log").open("ab") as log:
-                    # A group of its own: Ctrl-C in a terminal must reach it once, from here.
+                    # In its own process group, so that Ctrl-C reaches it once: through the signal below.
                     process = subprocess.Popen(
                         waiting.pop(name), stdout=log, stderr=log, env=os.environ | slot, start_new_session=True
                     )

@@ -1,4 +1,4 @@
-"""`trainer sync`: run folders into W&B."""
+"""`trainer sync`: uploads run folders to W&B."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait f
     from trainer.reporting.trackers.wandb import WandbRun
     from trainer.runs.folder import RunFolder
 
-HELP = "send runs to W&B: those that were offline or interrupted, each as one run"
-UPLOAD_TIMEOUT_S = 300  # for what a server is slow to take
+HELP = "upload runs to W&B that were offline or interrupted; nothing is sent twice"
+UPLOAD_TIMEOUT_S = 300  # for slow servers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of this verb."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or its name below $TRAINER_RUNS")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or names of runs in $TRAINER_RUNS")
     parser.add_argument("--project", help="W&B project (default: the recipe's)")
     parser.add_argument("--entity", help="user or team (default: the recipe's)")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Sends every run; one that W&B has already gets nothing twice.
+    """Uploads every run; sends only what W&B doesn't have yet.
 
     Raises:
-        UserError: no such run, it is in use, there is no API key, or the server doesn't take it.
+        UserError: no such run, it is being trained, there is no API key, or the server rejects it.
     """
     from trainer.errors import UserError
     from trainer.reporting.trackers.wandb import OFFLINE, has_key
@@ -35,15 +35,15 @@ def run(options: argparse.Namespace) -> None:
 
     mode = os.environ.get("WANDB_MODE")
     if mode == "disabled":
-        raise UserError("WANDB_MODE=disabled: nothing is sent; unset it")
+        raise UserError("WANDB_MODE=disabled prevents uploads: unset it")
     if mode not in OFFLINE and not has_key():
-        raise UserError("no API key for W&B was found: `wandb login` asks for one and keeps it, or set WANDB_API_KEY")
+        raise UserError("no W&B API key found: run `wandb login` or set WANDB_API_KEY")
     for folder in [RunFolder(find_run(given)) for given in options.runs]:
         print(f"{folder.path}: {_sync(folder, options.project, options.entity, mode not in OFFLINE)}", flush=True)
 
 
 def _sync(folder: RunFolder, project: str | None, entity: str | None, online: bool) -> str:
-    """Sends a run that nobody is training; returns what there is to say of it."""
+    """Locks and uploads a run; returns the result as a message."""
     from trainer.errors import UserError
     from trainer.reporting.trackers.wandb import DEFAULT_PROJECT, WandbRun
     from trainer.runs.lock import lock_run
@@ -53,7 +53,7 @@ def _sync(folder: RunFolder, project: str | None, entity: str | None, online: bo
     try:
         lock = lock_run(folder.path)
     except UserError:
-        raise UserError(f"{folder.path} is being trained; sync it when that has ended") from None
+        raise UserError(f"{folder.path} is being trained; sync it after training has ended") from None
     try:
         mirror = WandbRun(
             folder.path,
@@ -75,32 +75,30 @@ def _send(folder: RunFolder, mirror: WandbRun, online: bool) -> str:
     from trainer.reporting.trackers.tracker import one_line
 
     lines, summary = folder.read_metrics(), folder.read_summary()
-    # Load and kind of this machine say nothing about the one that trained.
+    # These would describe this machine, not the one that trained.
     settings = {"x_disable_stats": True, "x_disable_meta": True}
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch) if online else folder.path
         try:
             mirror.open(online, files, UPLOAD_TIMEOUT_S, **settings)
-            before = mirror.num_rows
+            num_before = mirror.num_rows
             mirror.replay(lines)
             mirror.close(summary)
-            if online and before < len(lines):  # wandb says nothing of rows that a server refuses, so have a look
+            if online and num_before < len(lines):  # wandb doesn't report rows that the server rejects, so count them
                 mirror.open(online, files, UPLOAD_TIMEOUT_S, **settings)
                 mirror.close(summary)
                 if mirror.num_rows < len(lines):
                     raise UserError(
-                        f"{folder.path}: W&B has {mirror.num_rows} of {len(lines)} lines so far; the same command "
-                        "sends the others"
+                        f"{folder.path}: W&B has {mirror.num_rows} of {len(lines)} lines so far; rerun to send the rest"
                     )
         except (wandb.Error, TimeoutError) as error:
             raise UserError(
-                f"{folder.path} could not be sent to W&B: {one_line(error)}; the same command tries again and sends "
-                "nothing twice"
+                f"{folder.path} could not be uploaded to W&B: {one_line(error)}; rerun to retry, nothing is sent twice"
             ) from error
         finally:
             wandb.teardown()
     if not online:
-        return f"{len(lines)} lines written offline; `wandb sync` sends what is in {folder.path / 'wandb'}"
-    if before >= len(lines):
-        return f"all {len(lines)} lines were there already, nothing was added"
-    return f"sent {len(lines) - before} lines" + (f", {before} were there already" if before else "")
+        return f"{len(lines)} lines written offline to {folder.path / 'wandb'}; upload them with `wandb sync`"
+    if num_before >= len(lines):
+        return f"nothing to send, W&B already has all {len(lines)} lines"
+    return f"sent {len(lines) - num_before} lines" + (f", W&B already had {num_before}" if num_before else "")

@@ -1,1 +1,1 @@
-"""Data: archives become Parquet once; an exact, resumable order streams it."""
+"""Data: archives are converted to Parquet once, then streamed in an exact, resumable order."""

@@ -1,4 +1,4 @@
-"""Archives: found in a folder or downloaded, then read member by member without unpacking anything to disk."""
+"""Archives: located in a folder or downloaded, then read member by member without unpacking to disk."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from trainer.data.source import Archive
 from trainer.errors import UserError
 from trainer.signals import STOP
 
-MAX_MEMBER_BYTES = 256 * 2**20  # no image or annotation file comes near; a bomb goes beyond
+MAX_MEMBER_BYTES = 256 * 2**20  # far above any image or annotation file; a decompression bomb exceeds it
 TIMEOUT_S = 20
-POLL_S = 0.2  # how soon a stop that was asked for is noticed while waiting
+POLL_S = 0.2  # a waiting process notices a stop request within this time
 CHUNK_BYTES = 2**20
 
 
 class Member(NamedTuple):
-    """A file of an archive: its name there and its bytes."""
+    """A file in an archive: its name and its bytes."""
 
     name: str
     data: bytes
@@ -41,8 +41,9 @@ class Member(NamedTuple):
 
 @contextmanager
 def locked(path: Path, waiting: str, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds a file lock, which the operating system frees however its process ends;
-    logs `waiting` once if another process has it.
+    """Holds a file lock; logs `waiting` once if another process holds it.
+
+    The operating system releases the lock however its process ends.
     """
     lock = FileLock(path)
     try:
@@ -68,11 +69,11 @@ def locate(
     """Finds each archive in `archives_dir`, else in `<data_dir>/downloads`, else downloads it there.
 
     Raises:
-        UserError: one message for all that are missing, with where to put them; or a checksum is wrong.
+        UserError: archives are missing (one message lists them all, and where to put them), or a checksum is wrong.
     """
     if archives and archives_dir and not archives_dir.is_dir():
         raise UserError(
-            f"no folder {archives_dir}; give --archives (or TRAINER_ARCHIVES) the folder that holds the archives"
+            f"{archives_dir} is not a folder; set --archives (or TRAINER_ARCHIVES) to the folder with the archives"
         )
     downloads = data_dir / "downloads"
     paths: dict[str, Path] = {}
@@ -95,21 +96,21 @@ def locate(
         where = (
             str(archives_dir)
             if archives_dir
-            else f"a folder that --archives (or TRAINER_ARCHIVES) names, or into {downloads}"
+            else f"the folder given by --archives (or TRAINER_ARCHIVES), or into {downloads}"
         )
         raise UserError(
-            "\n".join([f"these archives are neither here nor can they be downloaded; put them into {where}:", *missing])
+            "\n".join([f"these archives are missing and could not be downloaded; put them into {where}:", *missing])
         )
     return paths
 
 
 def _download(archive: Archive, folder: Path, log: Callable[[str], None]) -> tuple[Path | None, list[str]]:
-    """Tries each URL; returns the file, or None and why each one failed."""
+    """Tries each URL; returns the file, or None and the reason why each URL failed."""
     folder.mkdir(parents=True, exist_ok=True)
     path, part = folder / archive.name, folder / f"{archive.name}.part"
     reasons: list[str] = []
-    with locked(folder / f".{archive.name}.lock", f"waiting for another process that downloads {archive.name}", log):
-        if path.is_file():  # another process was faster
+    with locked(folder / f".{archive.name}.lock", f"waiting for another process to download {archive.name}", log):
+        if path.is_file():  # another process has downloaded it
             return path, reasons
         for url in archive.urls:
             log(f"downloading {url}")
@@ -121,7 +122,7 @@ def _download(archive: Archive, folder: Path, log: Callable[[str], None]) -> tup
                 continue
             if archive.sha256 and sha256(part) != archive.sha256:
                 part.unlink()
-                reasons.append(f"{url}: what came is not the official archive (its SHA-256 is another)")
+                reasons.append(f"{url}: the downloaded file is not the official archive (its SHA-256 differs)")
                 continue
             part.replace(path)
             return path, reasons
@@ -130,7 +131,7 @@ def _download(archive: Archive, folder: Path, log: Callable[[str], None]) -> tup
 
 def _fetch(url: str, part: Path, log: Callable[[str], None]) -> None:
     """Downloads one file; logs its progress every few seconds."""
-    # Some servers refuse urllib's own name.
+    # Some servers reject urllib's default user agent.
     request = urllib.request.Request(url, headers={"User-Agent": "recipe-trainer"})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, part.open("wb") as file:
         expected = int(response.headers.get("Content-Length") or 0)
@@ -143,7 +144,7 @@ def _fetch(url: str, part: Path, log: Callable[[str], None]) -> None:
                 total = f" of {expected / 2**20:.0f}" if expected else ""
                 log(f"  {file.tell() / 2**20:.0f}{total} MiB")
         if expected and file.tell() != expected:
-            raise urllib.error.URLError(f"the connection ended after {file.tell()} of {expected} bytes")
+            raise urllib.error.URLError(f"the connection closed after {file.tell()} of {expected} bytes")
         file.flush()
         os.fsync(file.fileno())
 
@@ -157,9 +158,9 @@ def members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
     Nothing is written to disk. Names are relative, with `/`, without a leading `./`.
 
     Raises:
-        Stopped: a signal asked for a stop.
-        UserError: the archive is damaged or cut short; a member's name leaves the archive's folder, is a link or a
-            device, or is larger than `MAX_MEMBER_BYTES`.
+        Stopped: a stop was requested.
+        UserError: the archive is damaged or truncated; a member points outside the archive, is a link or a device, or
+            is larger than `MAX_MEMBER_BYTES`.
     """
     with _damage_reported(path):
         if zipfile.is_zipfile(path):
@@ -172,8 +173,8 @@ def members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
 def _damage_reported(path: Path) -> Iterator[None]:
     try:
         yield
-    # RuntimeError is what zipfile raises for encrypted members and unknown compression, LookupError for a member
-    # without a name.
+    # zipfile raises RuntimeError for encrypted members and unknown compression, LookupError for a member without a
+    # name.
     except (
         tarfile.TarError,
         zipfile.BadZipFile,
@@ -186,7 +187,7 @@ def _damage_reported(path: Path) -> Iterator[None]:
         ValueError,
     ) as error:
         raise UserError(
-            f"{path} is damaged or incomplete ({error}); delete it or replace it by the official archive"
+            f"{path} is damaged or incomplete ({error}); delete it or replace it with the official archive"
         ) from error
 
 
@@ -194,7 +195,7 @@ def _tar_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
     with _decompressed(path) as stream, tarfile.open(fileobj=cast(IO[bytes], _Bounded(stream)), mode="r:") as archive:
         for info in archive:
             STOP.raise_if_asked()
-            if info.size < 0:  # tarfile would come back to it for ever (CVE-2025-8194)
+            if info.size < 0:  # tarfile would loop forever (CVE-2025-8194)
                 raise tarfile.ReadError(f"{info.name!r} has {info.size} bytes")
             name = _checked(path, info.name, info.isreg() or info.isdir())
             if info.isreg() and name.lower().endswith(suffixes):
@@ -202,11 +203,11 @@ def _tar_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
                 content = archive.extractfile(info)
                 assert content is not None, "a regular file has content"
                 yield Member(name, content.read())
-        # tarfile takes a missing end, or garbage after a member, for the end.
+        # tarfile treats truncation, or garbage after a member, as the end.
         stream.seek(archive.offset)
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("its end is missing")
-        while stream.read(CHUNK_BYTES):  # the checksum of a compressed file stands at its end
+        while stream.read(CHUNK_BYTES):  # a compressed file has its checksum at the end
             STOP.raise_if_asked()
 
 
@@ -214,7 +215,7 @@ def _zip_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             STOP.raise_if_asked()
-            kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the archive comes from a system without such kinds
+            kind = stat.S_IFMT(info.external_attr >> 16)  # 0 if the archive is from a system without file types
             name = _checked(path, info.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
             if not info.is_dir() and name.lower().endswith(suffixes):
                 _check_size(path, name, info.file_size)
@@ -222,20 +223,22 @@ def _zip_members(path: Path, suffixes: tuple[str, ...]) -> Iterator[Member]:
 
 
 def _checked(path: Path, name: str, plain: bool) -> str:
-    """A member's name, made uniform; `plain` says that it is a file or a folder."""
+    """Normalises the name of a member; `plain`: it is a regular file or a folder."""
     relative = PurePosixPath(name.replace("\\", "/"))
     if relative.is_absolute() or ".." in relative.parts:
-        raise UserError(f"{path}: member {name!r} points outside the archive; replace the file by the official archive")
+        raise UserError(
+            f"{path}: member {name!r} points outside the archive; replace the file with the official archive"
+        )
     if not plain:
-        raise UserError(f"{path}: member {name!r} is a link or a device; replace the file by the official archive")
-    return str(relative).encode("utf-8", "backslashreplace").decode()  # Parquet holds Unicode only
+        raise UserError(f"{path}: member {name!r} is a link or a device; replace the file with the official archive")
+    return str(relative).encode("utf-8", "backslashreplace").decode()  # Parquet stores Unicode only
 
 
 def _check_size(path: Path, name: str, size: int) -> None:
     if size > MAX_MEMBER_BYTES:
         raise UserError(
-            f"{path}: member {name!r} has {size / 2**20:.0f} MiB, more than the {MAX_MEMBER_BYTES / 2**20:.0f} MiB a "
-            "member may have"
+            f"{path}: member {name!r} has {size / 2**20:.0f} MiB, more than {MAX_MEMBER_BYTES / 2**20:.0f} MiB; "
+            "replace the file with the official archive"
         )
 
 
@@ -249,9 +252,7 @@ def _decompressed(path: Path) -> IO[bytes]:
 
 
 class _Bounded:
-    """A stream that refuses a huge or negative single read: tarfile reads a header's extension whole,
-    whatever size it claims.
-    """
+    """A stream that refuses huge or negative reads, since tarfile reads header extensions of any size at once."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.seek, self.tell = stream, stream.seek, stream.tell

@@ -1,7 +1,7 @@
-"""Augmentations of a recipe's `data.augment`, applied in the order it lists them.
+"""The augmentations of `data.augment`, applied in the order listed.
 
-Each is one of torchvision's v2 transforms: it moves the image and its masks together (masks by nearest
-neighbour) and draws from torch's generator, which the `Augmenter` seeds for every sample.
+Each is a v2 transform of torchvision: it transforms an image together with its masks (by nearest neighbour) and boxes,
+and draws from torch's generator, which the `Augmenter` seeds for every sample.
 
     augment: [{name: random_crop, size: [224, 224]}, {name: horizontal_flip, p: 0.5}]
 """
@@ -21,10 +21,10 @@ from trainer.components import Fraction, Size, augmentation
 from trainer.data.objects import TIDY
 from trainer.data.order import Order
 
-NEARBY = 64  # positions around a sample that the partners of its mosaic come from
+NEARBY = 64  # positions around a sample from which its mosaic partners are drawn
 
 Sample = dict[str, Any]
-"""One sample: its fields by their names."""
+"""The fields of one sample, by name."""
 
 Transform = Callable[[Sample], Sample]
 
@@ -32,12 +32,12 @@ Transform = Callable[[Sample], Sample]
 def _in_order(interval: list[float]) -> list[float]:
     """The smallest and the largest."""
     if interval[0] > interval[1]:
-        raise ValueError("must be the smallest and the largest, in this order")
+        raise ValueError("must be [smallest, largest]")
     return interval
 
 
 Interval = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
-"""The smallest and the largest."""
+"""Smallest and largest value."""
 Shares = Annotated[
     list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)
 ]
@@ -45,10 +45,9 @@ Shares = Annotated[
 
 @augmentation()
 def random_crop(ignore_index: int | None, has_objects: bool, /, *, size: Size) -> v2.Transform:
-    """Cuts `size` (height, width) out at a random place; a smaller image is padded, its mask with the ignored label.
+    """Crops a random region of `size` (height, width). Smaller images are padded, masks with the ignored label.
 
-    Where no label is ignored, the padding repeats what stands at the edges: black with the label of a class would be
-    learnt.
+    If no label is ignored, padding repeats the edge pixels: otherwise black would be labelled as a class.
 
     Args:
         ignore_index: the label of ignored pixels, or None.
@@ -71,8 +70,8 @@ def random_resized_crop(
     scale: Shares = [0.08, 1.0],  # noqa: B006
     ratio: Interval = [3 / 4, 4 / 3],  # noqa: B006
 ) -> v2.Transform:
-    """Cuts out a random share `scale` of the area with a random aspect `ratio` and resizes it to `size`, by default
-    that of `data.resize`.
+    """Crops a random share `scale` of the area with a random aspect `ratio`, then resizes it to `size` (default:
+    `data.resize`).
 
     Args:
         resize: `data.resize`.
@@ -81,7 +80,7 @@ def random_resized_crop(
         ratio: smallest and largest aspect, width over height, of what is cut out.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: neither is set.
     """
     if not size and not resize:
         raise ValueError("random_resized_crop needs a size: set its size=[H,W], or data.resize")
@@ -90,7 +89,7 @@ def random_resized_crop(
 
 @augmentation()
 def horizontal_flip(*, p: Fraction = 0.5) -> v2.Transform:
-    """Mirrors left and right with probability `p`.
+    """Mirrors horizontally with probability `p`.
 
     Args:
         p: how probable it is that a sample is mirrored.
@@ -100,7 +99,7 @@ def horizontal_flip(*, p: Fraction = 0.5) -> v2.Transform:
 
 @augmentation()
 def vertical_flip(*, p: Fraction = 0.5) -> v2.Transform:
-    """Mirrors top and bottom with probability `p`.
+    """Mirrors vertically with probability `p`.
 
     Args:
         p: how probable it is that a sample is mirrored.
@@ -116,8 +115,8 @@ def color_jitter(
     saturation: NonNegativeFloat = 0.0,
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0,
 ) -> v2.Transform:
-    """Changes the image's colours by random factors in [1 - strength, 1 + strength];
-    hue by a shift of at most `hue` turns.
+    """Scales the image's brightness, contrast and saturation by random factors in [1 - strength, 1 + strength], and
+    shifts its hue by at most `hue` turns.
 
     Args:
         brightness: strength of the change of brightness.
@@ -133,8 +132,8 @@ class Mosaic:
 
     Args:
         size: height and width of the result, and of the tile that each sample fills.
-        p: how probable it is that a sample becomes part of a mosaic.
-        scale: smallest and largest factor by which the samples are enlarged.
+        p: probability of the mosaic.
+        scale: smallest and largest scale of the tiles.
     """
 
     NUM_PARTNERS = 3
@@ -143,10 +142,10 @@ class Mosaic:
         self.size, self.p, self.scale = size, p, scale
 
     def __call__(self, samples: list[Sample]) -> Sample:
-        """One sample from four; boxes may reach beyond it, and those of objects outside have no area."""
+        """Joins four samples into one. Boxes may extend beyond it; those of objects outside have no area."""
         height, width = self.size
         corners = [(0, 0), (0, width), (height, 0), (height, width)]
-        # Of the four tiles side by side, a random part, which is larger the smaller the objects are to be.
+        # Crops a random part of the four tiles side by side; the smaller the scale, the larger the part.
         scale = torch.empty(()).uniform_(*self.scale).item()
         inner = [round(side / scale) for side in self.size]
         top, left = (int(torch.randint(2 * side - part + 1, ())) for side, part in zip(self.size, inner, strict=True))
@@ -174,8 +173,8 @@ class Mosaic:
         return mosaic
 
     def _tile(self, sample: Sample) -> Sample:
-        """The largest part of an image, without padding, that has the aspect of the mosaic, at a random place;
-        resized to a tile.
+        """Crops an image, without its letterbox padding, to the aspect ratio of a tile at a random place, as large as
+        possible, and resizes it to a tile.
         """
         height, width = v2.functional.get_size(sample["image"])
         left, top, right, bottom = sample["content"].int().tolist() if "content" in sample else (0, 0, width, height)
@@ -206,10 +205,10 @@ def mosaic(
         list[Annotated[float, Field(ge=0.5)]], Field(min_length=2, max_length=2), AfterValidator(_in_order)
     ] = [0.5, 1.5],  # noqa: B006
 ) -> Mosaic:
-    """Puts a sample and three others around a point, with probability `p`; it must be the first augmentation.
+    """Joins a sample and three others around a point, with probability `p`; must be the first augmentation.
 
-    The result has the height and width `size`, by default those of `data.resize`. Each sample fills a tile of that
-    size, cut to its aspect; the four tiles are enlarged by a factor in `scale`.
+    The result has the height and width `size` (default: `data.resize`). Each sample is cropped to fill a tile of that
+    size; the four tiles are then scaled by a random factor in `scale`.
 
     Args:
         resize: `data.resize`.
@@ -218,7 +217,7 @@ def mosaic(
         scale: smallest and largest factor by which the samples are enlarged.
 
     Raises:
-        ValueError: there is no size.
+        ValueError: neither size is set.
     """
     if not size and not resize:
         raise ValueError("mosaic needs a size: set its size=[H,W], or data.resize")
@@ -229,33 +228,35 @@ class Augmenter:
     """Augments samples, each with the seed of its position in the training stream.
 
     Args:
-        transforms: the augmentations; a `Mosaic` is the first.
-        order: gives the seeds, and the partners of a mosaic.
-        read: gives a sample by its id.
-        has_objects: whether boxes must be put in order at the end.
+        transforms: the augmentations; a `Mosaic` must be the first.
+        order: determines the seeds, and the partners of a mosaic.
+        read: reads a sample by its id.
+        has_objects: whether to clean up boxes and masks at the end.
     """
 
     def __init__(
         self, transforms: Sequence[Transform], order: Order, read: Callable[[int], Sample], has_objects: bool
     ) -> None:
         self.order, self.read = order, read
-        self.mosaic = transforms[0] if isinstance(transforms[0], Mosaic) else None  # the one that sees several samples
+        self.mosaic = (
+            transforms[0] if isinstance(transforms[0], Mosaic) else None
+        )  # the only one that takes several samples
         self.transform = v2.Compose(
             [*transforms[1 if self.mosaic else 0 :], *(TIDY if has_objects else [nn.Identity()])]
         )
 
     def __call__(self, positions: Sequence[int], samples: Sequence[Sample]) -> list[Sample]:
-        """The samples at these positions, augmented; torch's generator is left as it was."""
+        """Augments the samples at these positions; restores the state of torch's generator afterwards."""
         with torch.random.fork_rng(devices=[]):
             return [self._augment(*each) for each in zip(positions, samples, strict=True)]
 
     def _augment(self, position: int, sample: Sample) -> Sample:
         torch.default_generator.manual_seed(self.order.augment_seed(position))
         if self.mosaic and torch.rand(()) < self.mosaic.p:
-            # From nearby, where row groups are held in memory.
+            # Partners are nearby, since their row groups are likely to be in memory.
             first = max(0, position - NEARBY // 2)
             near = (first + torch.randint(NEARBY, (self.mosaic.NUM_PARTNERS,))).tolist()
             sample = self.mosaic([sample, *(self.read(self.order.sample(each)[1]) for each in near)])
-        sample.pop("content", None)  # it would not move with the image
+        sample.pop("content", None)  # the transforms would not move it with the image
         augmented: Sample = self.transform(sample)
         return augmented

@@ -1,9 +1,9 @@
-"""Decoded, resized pixels in a memory map, so that an image is decoded once and not once an epoch.
+"""Decoded, resized pixels in a memory map: an image is decoded once, not once per epoch.
 
-The first pass over a set fills it, sample by sample; later passes read it and never open the Parquet
-files. One file holds every sample at a place known beforehand, and one byte for each sample says
-whether it is there: processes and workers of a machine fill it together without a lock. The operating
-system's page cache keeps in memory what fits.
+The first epoch fills the cache, sample by sample; later epochs read it and never open the Parquet files. One file
+stores every sample at a fixed offset, another has a byte per sample that marks it as present. All processes and workers
+of a machine can thus fill the cache together without a lock. The operating system's page cache keeps in memory what
+fits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 Bytes = npt.NDArray[np.uint8]
 
-SPARE_BYTES = 2**30  # left free on the disk
+SPARE_BYTES = 2**30  # to leave free on the disk
 # macOS has no posix_fallocate.
 _allocate = getattr(os, "posix_fallocate", None) or (lambda descriptor, start, size: os.ftruncate(descriptor, size))
 
@@ -32,8 +32,8 @@ class PixelCache:
     """A uint8 memory map of the image and mask columns of a split.
 
     Args:
-        folder: where the files lie; it names the data and the resize, so that a change of either is another folder.
-        channels: column -> channels, e.g. `{"image": 3, "mask": 1}`.
+        folder: of the files; its name includes the data and the resize, so a change of either uses another folder.
+        channels: number of channels of each column, e.g. `{"image": 3, "mask": 1}`.
         sizes: int64 (N, 2), height and width of every sample.
 
     Raises:
@@ -54,20 +54,20 @@ class PixelCache:
         return bool(self.filled[sample_id])
 
     def read(self, sample_id: int) -> dict[str, Tensor]:
-        """A copy of one sample: column -> uint8 (C, H, W)."""
+        """A copy of one sample: uint8 (C, H, W) for each column."""
         flat = self.pixels[self.starts[sample_id] : self.starts[sample_id + 1]]
         return {
             column: pixels[0] for column, pixels in self._split(torch.from_numpy(flat.copy())[None], sample_id).items()
         }
 
     def read_batch(self, sample_ids: list[int]) -> dict[str, Tensor]:
-        """Samples of one size, all of them filled: column -> uint8 (B, C, H, W)."""
+        """Samples of one size, all in the cache: uint8 (B, C, H, W) for each column."""
         assert self.uniform
         rows = self.pixels.reshape(len(self.sizes), -1)[sample_ids]
         return self._split(torch.from_numpy(rows), 0)
 
     def write(self, sample_id: int, sample: Mapping[str, Tensor]) -> None:
-        """Stores one sample; the byte that says it is there comes last."""
+        """Stores one sample; marks it as present last."""
         start = self.starts[sample_id]
         for column in self.channels:
             flat = sample[column].numpy().reshape(-1)
@@ -77,7 +77,7 @@ class PixelCache:
         self.filled[sample_id] = 1
 
     def _split(self, rows: Tensor, sample_id: int) -> dict[str, Tensor]:
-        """Cuts rows (B, bytes) of the size of `sample_id` into columns (B, C, H, W)."""
+        """Splits rows (B, bytes) of samples as large as `sample_id` into columns (B, C, H, W)."""
         height, width = self.sizes[sample_id].tolist()
         parts = rows.split([channels * height * width for channels in self.channels.values()], dim=1)
         return {
@@ -87,13 +87,13 @@ class PixelCache:
 
 
 def _reserve(file: Path, size: int) -> Bytes:
-    """Maps a file of `size` bytes; its room is taken now, since a full disk would later kill the process (SIGBUS)."""
+    """Maps a file of `size` bytes. The space is allocated now: on a full disk, a later write would raise SIGBUS."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         present = os.fstat(descriptor).st_size
-        if present < size:  # never again where it is there: another process may be filling it
+        if present < size:  # never twice: another process may be filling it
             if shutil.disk_usage(file.parent).free < size - present + SPARE_BYTES:
-                raise OSError(errno.ENOSPC, f"{size / 2**30:.1f} GiB would leave too little room for checkpoints")
+                raise OSError(errno.ENOSPC, f"{size / 2**30:.1f} GiB would leave too little space for checkpoints")
             try:
                 _allocate(descriptor, 0, size)
             except OSError:
@@ -105,10 +105,10 @@ def _reserve(file: Path, size: int) -> Bytes:
 
 
 def machine_folder(root: Path) -> Path:
-    """The folder below `root` for this machine and its current boot; removes those of its earlier boots.
+    """The folder below `root` for this machine and its current boot; removes those of earlier boots.
 
-    On a network file system, memory maps of several machines are not coherent, so each has its own cache. And after a
-    crash of the machine the bytes that say a sample is there may be on disk without the sample.
+    Each machine has its own cache since memory maps on a network file system are not coherent between machines. Each
+    boot has its own since after a crash a sample may be marked as present without being on disk.
     """
     node = platform.node() or "localhost"
     try:

@@ -1,4 +1,4 @@
-"""The card of a prepared data set: what its folder holds, and how to see that it still holds it."""
+"""The card of a prepared data set: what its folder contains, and checks that the files are unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNK_BYTES = 2**20
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex; a stop that was asked for ends it."""
+    """SHA-256 of a file, in hex; a stop request interrupts it."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -33,8 +33,8 @@ def sha256(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One Parquet file.
+class DataFile:
+    """One Parquet file of a split.
 
     Attributes:
         name: path relative to the set's folder, e.g. `train/00000.parquet`.
@@ -51,30 +51,30 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """One split: its number of rows and the files that hold them, in order."""
+    """One split: its number of rows, and its files in order."""
 
     rows: int
-    files: tuple[Shard, ...]
+    files: tuple[DataFile, ...]
 
 
 @dataclass(frozen=True)
 class Card:
-    """What `card.json` says.
+    """The content of `card.json`.
 
     Attributes:
-        name: of the data set; its folder is called the same.
+        name: of the data set and its folder.
         classes: names in the order of their index.
-        ignore_index: the label that counts nowhere, or None.
-        columns: role of each column that the source describes; `height` and `width` come on top.
-        splits: `train` and `validation`, and perhaps `test`, which no training reads.
+        ignore_index: the label excluded from loss and metrics, or None.
+        columns: role of each column of the source; the files have `height` and `width` in addition.
+        splits: `train` and `validation`, and optionally `test`, which training never reads.
         archives: SHA-256 of each archive the rows were read from.
         notes: lines for people, e.g. how the set was split.
-        statistics: what was measured when it was prepared: `class_pixels` (list of int, the pixels of each class in the
-            training split; ignored ones left out) where there is a column `mask`, `class_objects` (list of int, the
-            objects of each class in the training split; crowds left out) where there is a column `objects`, and what
-            the set adds, e.g. colour centres.
-        command: what follows `trainer prepare` to make it again; "" is the name alone.
-        version: of the files it was made from, where these are no archives.
+        statistics: measured when the set was prepared: `class_pixels` if there is a column `mask` (list of int: pixels
+            of each class in the training split, without ignored ones), `class_objects` if there are objects (list of
+            int: objects of each class in the training split, without crowds), and those of the source, e.g. colour
+            centres.
+        command: the arguments of `trainer prepare` that make the set; "" stands for its name alone.
+        version: of the files it was made from, if these aren't archives.
         format: version of this layout.
     """
 
@@ -97,86 +97,86 @@ class Card:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 in hex over everything but how it came about: two sets that share it hold the same rows."""
+        """SHA-256, in hex, of everything but its origin: sets with equal fingerprints contain the same rows."""
         content = asdict(self) | dict.fromkeys(("notes", "command", "version"))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def identity(self) -> str:
-        """SHA-256 in hex of the rows that train and validate, and of what their labels mean.
+        """SHA-256, in hex, of the training and validation rows and of what their labels mean.
 
-        Runs record it, so no later version may compute another one of the same set.
+        Runs record it, so every later version must compute the same value for the same set.
         """
         rows = [
-            (shard.sha256, shard.row_groups) for split in ("train", "validation") for shard in self.splits[split].files
+            (file.sha256, file.row_groups) for split in ("train", "validation") for file in self.splits[split].files
         ]
         return hashlib.sha256(
             json.dumps([self.classes, self.ignore_index, self.columns, rows], sort_keys=True).encode()
         ).hexdigest()
 
     @property
-    def again(self) -> str:
-        """What to do about a damaged set."""
-        return f"`trainer prepare {self.command or self.name}` makes it again"
+    def how_to_prepare(self) -> str:
+        """Advice on a damaged set."""
+        return f"run `trainer prepare {self.command or self.name}` to prepare it again"
 
     def of_first(self, count: int) -> Card:
-        """The card of a set that trains and validates on the first `count` training samples (all,
-        where there are fewer), in the same files.
+        """The card of a set in the same files whose splits are both the first `count` training samples, or all if there
+        are fewer.
         """
-        shards, left = [], count
-        for shard in self.splits["train"].files:
+        files, left = [], count
+        for file in self.splits["train"].files:
             groups = []
-            for rows in shard.row_groups:
+            for rows in file.row_groups:
                 groups.append(min(rows, left))
                 left -= groups[-1]
-            shards.append(replace(shard, row_groups=tuple(rows for rows in groups if rows)))
-        split = Split(min(count, self.splits["train"].rows), tuple(shard for shard in shards if shard.row_groups))
+            files.append(replace(file, row_groups=tuple(rows for rows in groups if rows)))
+        split = Split(min(count, self.splits["train"].rows), tuple(file for file in files if file.row_groups))
         return replace(self, splits={"train": split, "validation": split})
 
     def row_groups(self, split: str) -> list[int]:
         """Rows in each row group of a split, over all its files in order."""
-        return [rows for shard in self.splits[split].files for rows in shard.row_groups]
+        return [rows for file in self.splits[split].files for rows in file.row_groups]
 
     def files(self, folder: Path, split: str) -> list[Path]:
         """The files of a split, in order."""
-        return [folder / shard.name for shard in self.splits[split].files]
+        return [folder / file.name for file in self.splits[split].files]
 
     @classmethod
     def load(cls, folder: Path, command: str = "") -> Card:
-        """Reads the card in `folder` and checks that every file is there in its full size.
+        """Reads the card in `folder` and checks that every file exists with its full size.
 
         Args:
             folder: of the set.
-            command: what follows `trainer prepare` to make it, where there is no card to say so; "" is the folder's
-                name.
+            command: the arguments of `trainer prepare` that make the set, for messages if there is no card; "" stands
+                for the folder's name.
 
         Raises:
-            UserError: there is no card, it is damaged or of another format, or a file is missing or cut short.
+            UserError: the card is missing, damaged or of another format, or a file is missing or truncated.
         """
-        makes = f"`trainer prepare {command or folder.name}` makes it"
+        advice = f"run `trainer prepare {command or folder.name}` to prepare it"
         try:
             text = (folder / CARD).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{folder} holds no prepared data set; {makes}") from None
+            raise UserError(f"{folder} contains no prepared data set; {advice}") from None
         except OSError as error:
             raise UserError(f"{folder / CARD} can't be read: {error.strerror}") from error
         try:
             version = json.loads(text).get("format")
             if version != FORMAT:
                 raise UserError(
-                    f"{folder / CARD} has format {version}, this version reads format {FORMAT}; {makes} again"
+                    f"{folder / CARD} has format {version}, but this version reads format {FORMAT}; {advice} again"
                 )
             card = _reader.validate_json(text)
             if not card._is_sound():
                 raise ValueError
         except (ValueError, AttributeError, RecursionError, ValidationError) as error:
-            raise UserError(f"{folder / CARD} is damaged; {makes} again") from error
-        for shard in card._shards():
-            path = folder / shard.name
+            raise UserError(f"{folder / CARD} is damaged; {advice} again") from error
+        for file in card._files():
+            path = folder / file.name
             size = path.stat().st_size if path.is_file() else None
-            if size != shard.bytes:
-                state = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
-                raise UserError(f"{path} {state}; {card.again}")
+            if size != file.bytes:
+                state = "is missing" if size is None else f"has {size} bytes instead of {file.bytes}"
+                raise UserError(f"{path} {state}; {card.how_to_prepare}")
         return card
 
     def save(self, folder: Path) -> None:
@@ -184,66 +184,66 @@ class Card:
         (folder / CARD).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def verify(self, folder: Path, everything: bool = True) -> None:
-        """Compares files with their checksums, and notes in `verified.json` the state in which each was right.
+        """Compares files with their checksums, and records the size and time of each intact one in `verified.json`.
 
         Args:
-            folder: of the set; where it can't be written, nothing is noted and the next one compares again.
-            everything: False leaves out files whose size and time of change are still the noted ones.
+            folder: of the set; if it is read-only, nothing is recorded and the next call compares again.
+            everything: False skips files whose size and modification time are still the recorded ones.
 
         Raises:
-            UserError: names the first file that isn't what was written.
+            UserError: a file has changed or can't be read; the message names the first.
         """
-        noted = {} if everything else _read_noted(folder)
+        verified = {} if everything else _read_verified(folder)
         states: dict[str, Any] = {}
-        for shard in self._shards():
-            path = folder / shard.name
+        for file in self._files():
+            path = folder / file.name
             try:
-                states[shard.name] = state = _state(path, shard)  # taken before the file is read
-                same = noted.get(shard.name) == state or sha256(path) == shard.sha256
+                states[file.name] = state = _state(path, file)  # before the file is read
+                intact = verified.get(file.name) == state or sha256(path) == file.sha256
             except OSError as error:
                 raise UserError(f"{path} can't be read: {error.strerror or error}") from error
-            if not same:
-                raise UserError(f"{path} has changed since it was prepared; delete {folder}, then {self.again}")
-        if states != noted:
+            if not intact:
+                raise UserError(
+                    f"{path} has changed since it was prepared; delete {folder}, then {self.how_to_prepare}"
+                )
+        if states != verified:
             with suppress(OSError):
-                _write_noted(folder, states)
+                _write_verified(folder, states)
 
-    def note_verified(self, folder: Path) -> None:
-        """Notes that every file is right: they have just been written."""
-        _write_noted(folder, {shard.name: _state(folder / shard.name, shard) for shard in self._shards()})
+    def mark_verified(self, folder: Path) -> None:
+        """Records every file as intact, just after it was written."""
+        _write_verified(folder, {file.name: _state(folder / file.name, file) for file in self._files()})
 
     def _is_sound(self) -> bool:
-        """Whether what it says fits together: files of this folder that can hold as many
-        rows as their row groups have.
-        """
+        """Whether the content is consistent: files of this folder, large enough for their rows."""
         return self.splits.keys() - {"test"} == {"train", "validation"} and all(
-            re.fullmatch(rf"{name}/\d{{5}}\.parquet", shard.name)
-            and min(shard.row_groups, default=0) > 0
-            and sum(shard.row_groups) <= shard.bytes
+            re.fullmatch(rf"{name}/\d{{5}}\.parquet", file.name)
+            and min(file.row_groups, default=0) > 0
+            and sum(file.row_groups) <= file.bytes
             for name, split in self.splits.items()
-            for shard in split.files
+            for file in split.files
         )
 
-    def _shards(self) -> list[Shard]:
-        return [shard for split in self.splits.values() for shard in split.files]
+    def _files(self) -> list[DataFile]:
+        return [file for split in self.splits.values() for file in split.files]
 
 
 _reader = TypeAdapter(Card)
 
 
-def _state(path: Path, shard: Shard) -> list[Any]:
-    """What a file whose checksum was right looks like from outside."""
+def _state(path: Path, file: DataFile) -> list[Any]:
+    """Identifies a file without reading it: the checksum on the card, its size and modification time."""
     status = path.stat()
-    return [shard.sha256, status.st_size, status.st_mtime_ns]
+    return [file.sha256, status.st_size, status.st_mtime_ns]
 
 
-def _read_noted(folder: Path) -> dict[str, Any]:
+def _read_verified(folder: Path) -> dict[str, Any]:
     try:
-        noted = json.loads((folder / VERIFIED).read_bytes())
-    except (OSError, ValueError, RecursionError):  # none, or half of one: as if nothing had ever been verified
+        verified = json.loads((folder / VERIFIED).read_bytes())
+    except (OSError, ValueError, RecursionError):  # missing or damaged: everything is compared again
         return {}
-    return noted if isinstance(noted, dict) else {}
+    return verified if isinstance(verified, dict) else {}
 
 
-def _write_noted(folder: Path, states: dict[str, Any]) -> None:
+def _write_verified(folder: Path, states: dict[str, Any]) -> None:
     (folder / VERIFIED).write_text(json.dumps(states, indent=1) + "\n", encoding="utf-8")

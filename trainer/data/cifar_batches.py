@@ -1,7 +1,6 @@
-"""The official batches of CIFAR-10: pickles of Python 2, read by an unpickler that knows arrays and plain containers,
-nothing else.
+"""The official batches of CIFAR-10: Python 2 pickles, unpickled with only arrays and plain containers allowed.
 
-The only place of this package that unpickles anything.
+Nothing else in this package unpickles data.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _ALLOWED = {
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no official batch does")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which official batches never do")
         return _ALLOWED[module, name]
 
 
@@ -31,7 +30,7 @@ def read_batch(data: bytes) -> tuple[npt.NDArray[np.uint8], list[int]]:
     """Images uint8 (N, 32, 32, 3) and their class indices.
 
     Raises:
-        ValueError: the data are no such batch.
+        ValueError: the data are not such a batch.
     """
     try:
         batch = _Restricted(io.BytesIO(data), encoding="bytes").load()
@@ -42,7 +41,7 @@ def read_batch(data: bytes) -> tuple[npt.NDArray[np.uint8], list[int]]:
             or len(images) != len(labels)
             or not all(isinstance(label, int) for label in labels)
         ):
-            raise ValueError("images and labels don't belong together")
+            raise ValueError("images and labels don't match")
     except Exception as error:  # damaged pickles raise all kinds of errors
-        raise ValueError(f"no batch of CIFAR-10: {error}") from error
+        raise ValueError(f"not a batch of CIFAR-10: {error}") from error
     return np.ascontiguousarray(images), labels

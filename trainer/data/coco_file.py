@@ -1,4 +1,4 @@
-"""COCO files of instances, and their masks as compressed run lengths.
+"""COCO instance files, and their masks as compressed run lengths.
 
 The format: T.-Y. Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014;
 https://cocodataset.org/#format-data.
@@ -15,14 +15,14 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from trainer.errors import UserError
 
-CORNERS = 3  # a polygon has at least
+CORNERS = 3  # minimum of a polygon
 
 Id = int | str
 
 
 @dataclass(frozen=True)
 class ListedImage:
-    """An image that the file lists."""
+    """An image listed in the file."""
 
     id: Id
     file_name: str
@@ -59,7 +59,7 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Content:
-    """What a COCO file of instances holds."""
+    """The content of a COCO instance file."""
 
     images: list[ListedImage]
     annotations: list[Annotation]
@@ -67,10 +67,10 @@ class Content:
 
 
 def read_coco(file: Path) -> Content:
-    """Reads a COCO file of instances.
+    """Reads a COCO instance file.
 
     Raises:
-        UserError: it can't be read, or isn't one.
+        UserError: the file can't be read or is invalid.
     """
     try:
         content = TypeAdapter(Content).validate_json(file.read_bytes())
@@ -79,7 +79,7 @@ def read_coco(file: Path) -> Content:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(
-            f"{file} is no COCO file of instances: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            f"{file} is not a COCO instance file: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         ) from error
     unique: dict[str, list[Id]] = {
         "images have the same id": [image.id for image in content.images],
@@ -88,12 +88,12 @@ def read_coco(file: Path) -> Content:
     }
     for what, keys in unique.items():
         if len({*keys}) < len(keys):
-            raise UserError(f"{file}: two {what}; give each its own")
+            raise UserError(f"{file}: two {what}; make them unique")
     return content
 
 
 def compressed_mask(segmentation: list[list[float]] | RunLengths | None, width: int, height: int) -> bytes:
-    """The compressed run lengths of a mask; b"" where it has no polygon, or another size."""
+    """The compressed run lengths of a mask; b"" if it has no polygon, or another size."""
     from trainer.detection.rle import codec
 
     if isinstance(segmentation, RunLengths):
@@ -110,7 +110,7 @@ def compressed_mask(segmentation: list[list[float]] | RunLengths | None, width: 
         for polygon in segmentation or []
         if len(polygon) >= 2 * CORNERS and len(polygon) % 2 == 0
     ]
-    # The memory that pycocotools takes for a polygon grows with its size, whatever that of the image is.
+    # Clipped to the image, since the memory pycocotools needs grows with the size of the polygon.
     polygons = [np.clip(each, 0, (width, height)).ravel().tolist() for each in corners]
     union: bytes = codec().merge(codec().frPyObjects(polygons, height, width))["counts"] if polygons else b""
     return union

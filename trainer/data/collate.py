@@ -1,4 +1,4 @@
-"""Samples become a batch."""
+"""Joins samples into a batch."""
 
 from __future__ import annotations
 
@@ -10,38 +10,37 @@ from torch import Tensor
 from trainer.data.augment import Sample
 from trainer.errors import UserError
 
-OF_OBJECTS = ("boxes", "labels", "crowd", "masks")  # what a sample says of each of its objects
+OF_OBJECTS = ("boxes", "labels", "crowd", "masks")  # fields with a value for each object
 
 
-def collate(samples: Sequence[Sample], place: str) -> dict[str, Tensor]:
-    """A batch of samples: images and masks uint8 (B, C, H, W); those with objects as `join` has them.
+def collate(samples: Sequence[Sample], name: str) -> dict[str, Tensor]:
+    """Joins samples into a batch: images and masks uint8 (B, C, H, W); samples with objects as described in `join`.
 
     Args:
-        samples: with the same fields.
-        place: what a message calls the set and its split.
+        samples: all with the same fields.
+        name: of the split in messages.
 
     Raises:
         UserError: images of samples without objects differ in size.
     """
     if "boxes" in samples[0]:
         return join(samples)
-    for name in samples[0]:
-        shapes = {tuple(sample[name].shape) for sample in samples}
+    for field in samples[0]:
+        shapes = {tuple(sample[field].shape) for sample in samples}
         if len(shapes) > 1:
             raise UserError(
-                f"{place}: images of a batch differ in size ({', '.join(map(str, sorted(shapes)[:2]))}, …): "
+                f"{name}: images of a batch differ in size ({', '.join(map(str, sorted(shapes)[:2]))}, …): "
                 "set data.resize=[H,W]"
             )
-    return {name: torch.stack([sample[name].as_subclass(Tensor) for sample in samples]) for name in samples[0]}
+    return {field: torch.stack([sample[field].as_subclass(Tensor) for sample in samples]) for field in samples[0]}
 
 
 def join(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of samples with objects.
+    """Joins samples with objects into a batch.
 
-    Images and masks are padded with zeros, at the right and at the bottom, to the largest of the batch; `height` and
-    `width`, int64 (B,), are those of each. The objects stand one after the other; `image_index`, int64 (M,), says which
-    image each is in. `content`, float32 (B, 4), says what of each image isn't the padding of a letterbox; augmented
-    samples have none.
+    Images and masks are zero-padded at the right and bottom to the largest of the batch; `height` and `width`, int64
+    (B,), are the sizes before padding. Objects are concatenated; `image_index`, int64 (M,), is the image of each.
+    `content`, float32 (B, 4), is the box of each image without letterbox padding; augmented samples have none.
     """
     sizes = torch.tensor([sample["image"].shape[-2:] for sample in samples])
     height, width = sizes.amax(0).tolist()
@@ -65,7 +64,7 @@ def join(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _padded(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Pixels (…, H, W) of one image with zeros up to a height and width."""
+    """Pixels (…, H, W) of one image, zero-padded to this height and width."""
     if tuple(pixels.shape[-2:]) == (height, width):
         return pixels.as_subclass(Tensor)
     padded = pixels.new_zeros(*pixels.shape[:-2], height, width).as_subclass(Tensor)

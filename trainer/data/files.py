@@ -1,4 +1,4 @@
-"""Files of the user's own: found, read and named in messages."""
+"""The user's own files: found, read and named in messages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from trainer.data.card import sha256
 from trainer.data.images import image_size
 from trainer.errors import UserError
 
-SHOWN = 5  # files that a message lists
+SHOWN = 5  # problems listed in a message
 
 
 class File(NamedTuple):
-    """A file and its path from the folder that was given, that one's name first: what a message says."""
+    """A file, and its name in messages: its path starting with the name of the folder the user gave."""
 
     path: Path
     name: str
@@ -50,10 +50,10 @@ class File(NamedTuple):
 
 
 def class_names(file: Path, at_least: int, at_most: int) -> tuple[str, ...]:
-    """The names that a text file has in its lines, in the order of their index.
+    """The class names in the lines of a text file, in the order of their index.
 
     Raises:
-        UserError: it can't be read, there are too few or too many, an empty one or two alike.
+        UserError: the file can't be read, or has too few, too many, empty or duplicate names.
     """
     try:
         names = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines())
@@ -61,14 +61,13 @@ def class_names(file: Path, at_least: int, at_most: int) -> tuple[str, ...]:
         raise UserError(f"--classes {file} can't be read: {error}") from error
     if not at_least <= len(names) <= at_most or len(set(names)) < len(names) or "" in names:
         raise UserError(
-            f"--classes {file}: a line for each class, with its name, all different; between {at_least} and {at_most} "
-            "of them"
+            f"--classes {file}: must have {at_least} to {at_most} lines, each with the name of a class, all different"
         )
     return names
 
 
 def image_files(folder: Path) -> dict[str, File]:
-    """The images in a folder and all below it, in any format that Pillow reads; see `files_below`."""
+    """The images in a folder and its subfolders, in any format that Pillow reads; see `files_below`."""
     Image.init()
     return files_below(
         folder, "images", {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
@@ -76,13 +75,13 @@ def image_files(folder: Path) -> dict[str, File]:
 
 
 def files_below(folder: Path, what: str, suffixes: set[str]) -> dict[str, File]:
-    """The files with one of these suffixes in a folder and all below it, by their path from there without suffix.
+    """The files with these suffixes in a folder and its subfolders, by their relative path without suffix.
 
     Raises:
-        UserError: there is no such folder or no such file in it, or two differ in their suffix alone.
+        UserError: the folder doesn't exist or contains no such file, or two files differ only in their suffix.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}, which should hold {what}")
+        raise UserError(f"{folder} is not a folder; it should contain {what}")
     files: dict[str, File] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.is_file():
@@ -91,24 +90,24 @@ def files_below(folder: Path, what: str, suffixes: set[str]) -> dict[str, File]:
         key = str(inside.with_suffix(""))
         if key in files:
             raise UserError(
-                f"{files[key].path} and {path} are called alike, so what belongs to one can't be distinguished from "
-                "what belongs to the other; remove one"
+                f"{files[key].path} and {path} differ only in their suffix, so their names are ambiguous; remove or "
+                "rename one"
             )
         name = (folder.resolve().name / inside).as_posix()
-        files[key] = File(path, name.encode("utf-8", "backslashreplace").decode())  # Parquet holds Unicode only
+        files[key] = File(path, name.encode("utf-8", "backslashreplace").decode())  # Parquet stores Unicode only
     if not files:
-        raise UserError(f"{folder} holds no {what}")
+        raise UserError(f"{folder} contains no {what}")
     return files
 
 
 def refuse(headline: str, problems: Sequence[str]) -> None:
-    """Raises `UserError` with the first of the problems, where there are any."""
+    """Raises `UserError` with the first problems, if there are any."""
     if problems:
         raise UserError("\n  ".join([headline, *sorted(problems)[:SHOWN], *(["…"] if len(problems) > SHOWN else [])]))
 
 
 def size_of(image: Member, remedy: str) -> tuple[int, int]:
-    """Width and height that an image will have when it is stored.
+    """Width and height of an image once it is stored.
 
     Raises:
         UserError: it can't be decoded.

@@ -1,4 +1,4 @@
-"""Images and masks as bytes: encoded, decoded and checked."""
+"""Encodes, decodes and checks images and masks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def check_png(data: bytes) -> None:
-    """Compares the checksum of every chunk, some GB a second; other formats pass.
+    """Compares the checksum of every chunk of a PNG, at some GB per second; other formats pass.
 
     Raises:
-        ValueError: one is wrong, or the end is missing.
+        ValueError: a checksum is wrong, or the end is missing.
     """
     if not data.startswith(SIGNATURE):
         return
@@ -29,21 +29,21 @@ def check_png(data: bytes) -> None:
         start = end + 4
 
 
-DEPTH_BYTE = 24  # of a PNG, where it says how many bits a channel has
+DEPTH_BYTE = 24  # offset in a PNG of its bits per channel
 
 
 # ---------------------------------------------------------------- rows
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Encodes uint8 (H, W, 3) as an RGB, uint8 (H, W) as a one-channel PNG whose pixels are the values themselves."""
+    """Encodes uint8 (H, W, 3) as an RGB PNG, uint8 (H, W) as a one-channel PNG with these values."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
 def _open(data: bytes) -> Image.Image:
-    """Opens an image of any format that Pillow reads, but for PostScript: Pillow would have Ghostscript run it."""
+    """Opens an image of any format that Pillow reads, except PostScript, which Pillow would run in Ghostscript."""
     image = Image.open(io.BytesIO(data))
     if image.format == "EPS":
         raise ValueError("a PostScript file is a program")
@@ -51,7 +51,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def read_indices(data: bytes) -> np.ndarray:
-    """Decodes a one-channel image to its indices, uint8 (H, W); of a palette image they are not the colours.
+    """Decodes a one-channel image to its indices, uint8 (H, W); those of a palette image, not its colours.
 
     Raises:
         ValueError: the image has several channels, or more than 8 bits.
@@ -63,7 +63,7 @@ def read_indices(data: bytes) -> np.ndarray:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height that an image will have when it is stored, which is upright; only its header is decoded."""
+    """Width and height of an image once it is stored, upright; decodes only its header."""
     check_png(data)
     with _open(data) as image:
         on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
@@ -71,16 +71,16 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def checked_image(data: bytes) -> tuple[bytes, tuple[int, int]]:
-    """Decodes an image fully; returns its own bytes, or a PNG where they need rotating or aren't 8-bit JPEG or PNG,
+    """Decodes an image fully; returns its bytes, re-encoded as PNG if it must be rotated or isn't an 8-bit JPEG or PNG,
     and (width, height).
     """
     with _open(data) as image:
         image.load()
         if image.mode.startswith(("I", "F")):
-            raise ValueError(f"it has mode {image.mode}, not 8 bits a channel")  # Pillow would cut off at 255
+            raise ValueError(f"it has mode {image.mode}, not 8 bits per channel")  # Pillow would clip at 255
         rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
         deep = image.format == "PNG" and data[DEPTH_BYTE] == 16
-        # MPO: a camera's JPEG with a second picture behind it.
+        # MPO: a camera's JPEG followed by a second picture.
         if image.format in ("JPEG", "MPO", "PNG") and not rotated and not deep:
             return data, image.size
         upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -88,7 +88,7 @@ def checked_image(data: bytes) -> tuple[bytes, tuple[int, int]]:
 
 
 def checked_mask(data: bytes) -> tuple[bytes, npt.NDArray[np.uint8]]:
-    """Decodes a mask fully; returns it as one-channel index PNG, and its indices (H, W)."""
+    """Decodes a mask fully; returns it as a one-channel PNG, and its indices (H, W)."""
     indices = read_indices(data)
     with _open(data) as image:
         ready = image.format == "PNG" and image.mode == "L"

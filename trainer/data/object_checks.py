@@ -1,4 +1,4 @@
-"""Whether the boxes and masks of a set can be those of their images; looked at once, when it is prepared."""
+"""Checks once, when a set is prepared, that boxes and masks are valid for their images."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from trainer.data.source import DataInfo, Instance, Row, Source
 from trainer.errors import UserError
 
-ROUNDING = 1.0  # pixels by which a box may stick out of its image
+ROUNDING = 1.0  # pixels by which a box may extend beyond its image
 
 
 def run_lengths(counts: bytes) -> list[int]:
-    """Lengths of the runs of a compressed mask, down its columns: background and object in turn.
+    """Run lengths of a compressed mask, down its columns: background and object alternate.
 
-    A byte has 6 bits, counted from "0" on: 5 of the number, whose lowest come first, and one that says that more
-    follow. From the fourth run on, the number is the difference to the run before the last. Source: COCO API,
-    maskApi.c, rleFrString, which trusts what it reads.
+    A byte encodes 6 bits, offset by "0": 5 bits of the number, lowest first, and one that is set if more follow. From
+    the fourth run on, the number is the difference to the run two before it. Source: COCO API, maskApi.c, rleFrString,
+    which does not validate its input.
 
     Raises:
-        ValueError: these aren't such bytes.
+        ValueError: the bytes are no such mask.
     """
     if not re.fullmatch(rb"[0-o]*[0-O]", counts):
         raise ValueError("its mask is damaged, or there is none")
@@ -39,40 +39,40 @@ def run_lengths(counts: bytes) -> list[int]:
     return runs
 
 
-def _checked_object(given: Instance, info: DataInfo, size: tuple[int, int], has_mask: bool) -> Instance:
-    """An object of an image with this width and height; what sticks out of it by rounding is cut off its box.
+def _checked_object(instance: Instance, info: DataInfo, size: tuple[int, int], has_mask: bool) -> Instance:
+    """Checks an object of an image with this width and height; clips its box if it extends beyond by rounding.
 
     Raises:
         ValueError: the object is invalid.
     """
     width, height = size
-    left, top, right, bottom = given.box
-    box = f"its box ({', '.join(f'{side:g}' for side in given.box)})"
-    if not 0 <= given.label < info.num_classes:
-        raise ValueError(f"its label {given.label} is no class; classes are 0 to {info.num_classes - 1}")
-    if not np.isfinite(given.box).all():
+    left, top, right, bottom = instance.box
+    box = f"its box ({', '.join(f'{side:g}' for side in instance.box)})"
+    if not 0 <= instance.label < info.num_classes:
+        raise ValueError(f"its label {instance.label} is no class; classes are 0 to {info.num_classes - 1}")
+    if not np.isfinite(instance.box).all():
         raise ValueError(f"{box} isn't finite")
     if left >= right or top >= bottom:
         raise ValueError(f"{box} has no area")
     inside = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
-    if inside[0] >= inside[2] or inside[1] >= inside[3] or np.abs(np.subtract(inside, given.box)).max() > ROUNDING:
+    if inside[0] >= inside[2] or inside[1] >= inside[3] or np.abs(np.subtract(inside, instance.box)).max() > ROUNDING:
         raise ValueError(f"{box} is not within the image, {width} x {height}")
     if has_mask:
-        runs = run_lengths(given.mask)
+        runs = run_lengths(instance.mask)
         if min(runs) < 0 or sum(runs) != width * height:
             raise ValueError(f"its mask is not one of {width} x {height} pixels")
         if not sum(runs[1::2]):
             raise ValueError("its mask has no pixels")
-    return given._replace(box=inside)
+    return instance._replace(box=inside)
 
 
 def checked_objects(
     source: Source, objects: Sequence[Instance], size: tuple[int, int], place: str, has_masks: bool
 ) -> tuple[list[Row], list[str]]:
-    """The objects of an image of this width and height as they are written, and what is wrong with those left out.
+    """The objects of an image of this width and height as stored, and what is wrong with each one dropped.
 
     Raises:
-        UserError: an object is invalid, and the source refuses those.
+        UserError: an object is invalid, and the source refuses invalid objects.
     """
     checked: list[Row] = []
     dropped: list[str] = []

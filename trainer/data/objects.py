@@ -1,4 +1,4 @@
-"""Boxes and masks of the objects in images: kept in memory as Parquet holds them, decoded sample by sample."""
+"""Boxes and masks of the objects in images: held in memory as stored in Parquet, decoded sample by sample."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ ROLES = ("boxes", "instances")  # of columns that hold objects
 
 
 def _fit_boxes(sample: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Boxes that just hold what is left of their masks."""
+    """Shrinks boxes to what is left of their masks."""
     if "masks" not in sample:
         return sample
     masks, boxes = sample["masks"].as_subclass(Tensor), torch.zeros(sample["boxes"].shape)
     seen = (masks > 0).flatten(1).any(1)
-    boxes[seen] = masks_to_boxes(masks[seen]) + torch.tensor([0.0, 0, 1, 1])  # to the end of the last pixel
+    boxes[seen] = masks_to_boxes(masks[seen]) + torch.tensor(
+        [0.0, 0, 1, 1]
+    )  # right and bottom are the far edges of the last pixels
     return sample | {"boxes": tv_tensors.wrap(boxes, like=sample["boxes"])}
 
 
 def _labels(sample: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What goes with a box, besides its mask."""
+    """What is removed together with a box, in addition to its mask."""
     return sample["labels"], sample["crowd"]
 
 
-# After an augmentation: boxes end where the image does, and what has no area left goes, with its label and mask.
+# After augmentation: clips boxes to the image, and removes those without area, with their labels and masks.
 TIDY: tuple[Callable[[Any], Any], ...] = (
     _fit_boxes,
     v2.ClampBoundingBoxes("hard"),
@@ -46,9 +48,9 @@ class Objects:
 
     Args:
         column: an Arrow array with a list of boxes, labels, masks and `crowd` for each sample.
-        sizes: int64 (N, 2), height and width of every image as it was prepared.
+        sizes: int64 (N, 2), height and width of every image as prepared.
         role: `boxes` or `instances`.
-        resize: what is done to the images, or None.
+        resize: applied to images, boxes and masks, or None.
     """
 
     def __init__(self, column: Any, sizes: npt.NDArray[np.int64], role: str, resize: v2.Transform | None) -> None:
@@ -58,26 +60,26 @@ class Objects:
         return len(self.column)
 
     def read(self, sample_id: int) -> dict[str, Tensor]:
-        """The objects of one sample: `boxes` float32 (M, 4), `labels` int64 (M,), `crowd` bool (M,), and `masks` uint8
-        (M, H, W) of instances.
+        """The objects of one sample: `boxes` float32 (M, 4), `labels` int64 (M,), `crowd` bool (M,) and, for instances,
+        `masks` uint8 (M, H, W).
 
-        `content`, float32 (4,): left, top, right and bottom of the image without the padding of a letterbox.
+        `content`, float32 (4,), is the box of the image without letterbox padding.
         """
         size: list[int] = self.sizes[sample_id].tolist()
-        found = self.column[sample_id].as_py()
-        boxes = torch.tensor([each["box"] for each in found], dtype=torch.float32).reshape(-1, 4)
+        objects = self.column[sample_id].as_py()
+        boxes = torch.tensor([each["box"] for each in objects], dtype=torch.float32).reshape(-1, 4)
         sample: dict[str, Tensor] = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(size[0], size[1]))
         }
         if self.with_masks:
-            sample["masks"] = tv_tensors.Mask(decode_masks([each["mask"] for each in found], size))
+            sample["masks"] = tv_tensors.Mask(decode_masks([each["mask"] for each in objects], size))
         if self.resize:
             sample = self.resize(sample)
         canvas = sample["boxes"].canvas_size  # type: ignore[attr-defined]
         content = self.resize.content(*size) if isinstance(self.resize, Letterbox) else (0, 0, canvas[1], canvas[0])
         sample["content"] = torch.tensor(content, dtype=torch.float32)
-        sample["labels"] = torch.tensor([each["label"] for each in found], dtype=torch.int64)
-        sample["crowd"] = torch.tensor([each["crowd"] for each in found], dtype=torch.bool)
+        sample["labels"] = torch.tensor([each["label"] for each in objects], dtype=torch.int64)
+        sample["crowd"] = torch.tensor([each["crowd"] for each in objects], dtype=torch.bool)
         return sample
 
     def box_sizes(self) -> npt.NDArray[np.float64]:
@@ -90,25 +92,24 @@ class Objects:
 
 
 class Letterbox(v2.Transform):  # type: ignore[misc]  # torchvision has no types
-    """Enlarges or shrinks an image until it just fits into `size`, keeping its aspect, and pads what is left on both
-    sides with grey.
+    """Resizes an image to fit into `size` without changing its aspect ratio, and pads it on both sides with grey.
 
-    Boxes and masks move with it; masks are padded with 0.
+    Boxes and masks are transformed with it; masks are padded with 0.
 
     Args:
         size: height and width in pixels.
     """
 
-    GREY = 114  # of the padding: near the mean of natural images
+    GREY = 114  # padding value, near the mean of natural images
 
     def __init__(self, size: Sequence[int]) -> None:
         super().__init__()
         self.size = tuple(size)
 
     def content(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Where an image of this size goes: left, top, right and bottom, in pixels of the result.
+        """Where an image of this size is placed: left, top, right and bottom, in pixels of the result.
 
-        Its point (x, y) goes to (left + x · (right - left) / width, top + y · (bottom - top) / height).
+        Its point (x, y) is mapped to (left + x · (right - left) / width, top + y · (bottom - top) / height).
         """
         scale = min(self.size[0] / height, self.size[1] / width)
         inner_height, inner_width = (max(1, round(scale * side)) for side in (height, width))
@@ -116,7 +117,7 @@ class Letterbox(v2.Transform):  # type: ignore[misc]  # torchvision has no types
         return left, top, left + inner_width, top + inner_height
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Each part of a sample by its own size, which is that of the image."""
+        """Resizes and pads one field of a sample; all fields have the size of the image."""
         left, top, right, bottom = self.content(*v2.functional.get_size(inpt))
         resized = v2.functional.resize(inpt, [bottom - top, right - left], antialias=True)
         padding = [left, top, self.size[1] - right, self.size[0] - bottom]

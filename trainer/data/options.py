@@ -1,4 +1,4 @@
-"""Options of the commands that make a set of files of the user's own: `trainer prepare folder`, `yolo` and `coco`."""
+"""Options of the commands that make a set from the user's own files: `trainer prepare folder`, `yolo` and `coco`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VALIDATION = "0.2"
 
 @dataclass(frozen=True)
 class Option:
-    """An option, as argparse describes one."""
+    """A command-line option, in the terms of argparse."""
 
     metavar: str
     help: str
@@ -28,11 +28,11 @@ class FilesCommand:
 
     Attributes:
         kind: name of the data set in the catalogue.
-        summary: of what it makes a set.
-        options: by the name of the parameter that each one is.
-        alternatives: how the options that aren't required go together.
-        example: a command.
-        recipe: the section of a recipe that names the set.
+        summary: the files it reads.
+        options: by the name of the parameter each one sets.
+        alternatives: usage of the optional options.
+        example: a complete command.
+        recipe: the section of a recipe that uses the set.
     """
 
     kind: str
@@ -44,45 +44,43 @@ class FilesCommand:
 
     @property
     def required(self) -> str:
-        """What must follow `trainer prepare`."""
-        given = [f"{flag(name)} {option.metavar}" for name, option in self.options.items() if option.required]
-        return " ".join([self.kind, *given])
+        """The required arguments of `trainer prepare`."""
+        options = [f"{flag(name)} {option.metavar}" for name, option in self.options.items() if option.required]
+        return " ".join([self.kind, *options])
 
     @property
     def usage(self) -> str:
-        """What may follow `trainer prepare`."""
+        """All arguments of `trainer prepare`."""
         return f"{self.required} {self.alternatives}"
 
 
 def flag(name: str) -> str:
-    """How the command line spells an option."""
+    """The spelling of an option on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
-NAME = Option("NAME", "the set's name, by which recipes refer to it", required=True)
-IMAGES = Option("DIR", "images, in this folder and below", Path, required=True)
-CLASSES = Option(
-    "FILE", "text file with the name of a class in each line, in the order of their index", Path, required=True
-)
+NAME = Option("NAME", "name of the set, by which recipes refer to it", required=True)
+IMAGES = Option("DIR", "folder of images, including subfolders", Path, required=True)
+CLASSES = Option("FILE", "text file with one class name per line, in the order of their index", Path, required=True)
 INVALID = Option(
     "refuse|drop",
-    "what to do about an invalid object: refuse the set, or leave the object out (default: refuse)",
+    "how to handle invalid objects: refuse the set, or drop the objects (default: refuse)",
     default="refuse",
     choices=("refuse", "drop"),
 )
 
 
 def split_options(companion: str) -> dict[str, Option]:
-    """Options for validation and test where each image has a file of the same name; `companion` is `masks`, say."""
+    """Options for validation and test if each image has a file of the same name; `companion` is e.g. `masks`."""
     return {
         "validation": Option(
             "SHARE|DIR",
-            f"share of the images that validate (default: {VALIDATION}); or a folder that holds two named like those "
-            f"of --images and --{companion}; where these two have the same name, the name of the folders beside them",
+            f"share of the images for validation (default: {VALIDATION}); or a folder with two subfolders named like "
+            f"those of --images and --{companion}; if these have the same name, the name of the folders next to them",
         ),
-        "validation_images": Option("DIR", "images that validate, instead of --validation", Path),
+        "validation_images": Option("DIR", "validation images, instead of --validation", Path),
         f"validation_{companion}": Option("DIR", f"{companion} of --validation-images", Path),
-        "test": Option("DIR", "a third split, which no training reads; like --validation, but never a share"),
+        "test": Option("DIR", "a third split, which training never reads; like --validation, but never a share"),
         "test_images": Option("DIR", "images of the test split, instead of --test", Path),
         f"test_{companion}": Option("DIR", f"{companion} of --test-images", Path),
     }

@@ -1,12 +1,12 @@
-"""The Order: which sample stands at which position of the endless training stream.
+"""The Order: which sample is at which position of the endless training stream.
 
     epochs      0                           | 1                           | 2 …
     an epoch    a permutation of the Parquet row groups
     a window    `window` consecutive groups of it, whose rows are permuted together
     a batch     batch k holds positions k·B … k·B + B - 1, across the ends of epochs
 
-All of it is a pure function of (row groups, seed, position): the state of the data is one integer, the
-same for any number of processes, workers and interruptions.
+The order is a pure function of (row groups, seed, position). The state of the data is therefore a single integer, which
+does not depend on the number of processes, workers or interruptions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from trainer.data.seeds import Use, mix, permutation
 
-# Divides 2**64, so sums of int64 that wrap around still leave the right remainder.
+# Divides 2**64, so int64 sums that overflow still have the right remainder.
 FINGERPRINT_MODULUS = 2**61
 Integers = npt.NDArray[np.int64]
 
@@ -32,7 +32,7 @@ class _Epoch(NamedTuple):
 
 
 class Layout:
-    """Where samples lie: sample ids count the rows of the Parquet files.
+    """Locates samples in row groups: sample ids number the rows of the Parquet files.
 
     Args:
         row_groups: rows in each row group, in file order.
@@ -44,7 +44,7 @@ class Layout:
         self.size = int(self.first_ids[-1])
 
     def group(self, sample_id: int) -> tuple[int, int]:
-        """Row group of a sample, and its row in there."""
+        """Row group of a sample, and its row within that group."""
         group = int(np.searchsorted(self.first_ids, sample_id, side="right")) - 1
         return group, int(sample_id - self.first_ids[group])
 
@@ -55,26 +55,26 @@ class Order(Layout):
     Args:
         row_groups: rows in each Parquet row group, in file order.
         seed: the recipe's seed.
-        window: row groups that are shuffled together: larger mixes better and reads more at once.
+        window: row groups that are shuffled together; a larger window shuffles better and keeps more in memory.
     """
 
     def __init__(self, row_groups: Sequence[int], seed: int, window: int) -> None:
         super().__init__(row_groups)
         self.seed = seed
         self.window = window
-        self._remember()
+        self._create_caches()
 
-    def _remember(self) -> None:
+    def _create_caches(self) -> None:
         self._epoch = lru_cache(maxsize=2)(self._arrange_epoch)
         self._window = lru_cache(maxsize=4)(self._arrange_window)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Where workers don't fork.
+        # For workers that don't fork: the caches can't be pickled.
         return {key: value for key, value in self.__dict__.items() if key not in ("_epoch", "_window")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._remember()
+        self._create_caches()
 
     def _arrange_epoch(self, epoch: int) -> _Epoch:
         groups = permutation(len(self.row_groups), self.seed, Use.ROW_GROUPS, epoch)
@@ -100,7 +100,7 @@ class Order(Layout):
 
 
 class Slices:
-    """The positions that one process trains on: its slice of every micro-batch, from a given step on, without end.
+    """The positions that one process trains on: its slice of every micro-batch, endlessly, starting at a given step.
 
     Micro-batch m of a step is the same contiguous range of positions for any number of processes.
 
@@ -108,7 +108,7 @@ class Slices:
         batch_size: samples in one optimizer step, over all processes and micro-batches.
         accumulate: micro-batches in a step.
         rank, world_size: of this process.
-        first_step: the step to begin with.
+        first_step: the step to start at.
     """
 
     def __init__(self, batch_size: int, accumulate: int, rank: int, world_size: int, first_step: int) -> None:
@@ -127,7 +127,7 @@ class Slices:
 
 
 class Shard:
-    """The sample ids that one process evaluates: an unpadded, contiguous share of the set, in batches."""
+    """The sample ids that one process evaluates: a contiguous share of the set in batches, without padding."""
 
     def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
         self.ids = range(size * rank // world_size, size * (rank + 1) // world_size)
@@ -145,17 +145,17 @@ def fingerprint(step: int, epochs: list[int], sample_ids: list[int]) -> int:
     """The sum of blake2b-8 over (step, epoch, sample id) of some samples, modulo 2**61:
     equal for the same samples in any order.
     """
-    found = 0
+    total = 0
     for epoch, sample_id in zip(epochs, sample_ids, strict=True):
         triple = b"".join(number.to_bytes(8, "little", signed=True) for number in (step, epoch, sample_id))
-        found += int.from_bytes(blake2b(triple, digest_size=8).digest(), "little")
-    return found % FINGERPRINT_MODULUS
+        total += int.from_bytes(blake2b(triple, digest_size=8).digest(), "little")
+    return total % FINGERPRINT_MODULUS
 
 
 def read_amplification(order: Order, batch_size: int, accumulate: int, world_size: int, workers: int) -> float:
-    """Rows read from Parquet for each row used, over all processes and workers, in the first epoch without a cache.
+    """Rows read from Parquet per row used, over all processes and workers, in the first epoch without a cache.
 
-    Every worker of every process reads the row groups of the window that its samples come from.
+    Every worker of every process reads the row groups that contain its samples.
     """
     read = used = 0
     loaders = max(1, workers)

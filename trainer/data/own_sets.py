@@ -1,5 +1,5 @@
-"""Sets made of the user's own files: what `trainer prepare folder`, `yolo` and `coco` have in common, and recipes that
-name such sets.
+"""Sets made from the user's own files: the common part of `trainer prepare folder`, `yolo` and `coco`, and recipes that
+use such sets.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from trainer.data.files import File
 from trainer.data.options import FilesCommand, flag
 from trainer.data.prepare import data_dir
 from trainer.data.source import DataInfo, Role, Row, Source, in_validation
-from trainer.data.splits import Labels, Sample, refuse_leaks, share_of
+from trainer.data.splits import LabelledImage, Labels, refuse_leaks, share_of
 from trainer.errors import UserError
 
 NAME = re.compile(r"\w[\w.-]{0,63}")
 DOWNLOADS = "downloads"  # another folder in $TRAINER_DATA
-REMEDY_OF_OBJECTS = "correct it or take it away; `--invalid drop` leaves out invalid objects"
+REMEDY_OF_OBJECTS = "correct or remove it, or drop invalid objects with `--invalid drop`"
 
 # ---------------------------------------------------------------- in a recipe
 
 
 def names_a_set(command: FilesCommand, column: str) -> AfterValidator:
-    """Checks the key `set` of a recipe: a prepared set with that column, made by `command`."""
+    """Validates the key `set` of a recipe: a prepared set with this column, made by `command`."""
 
     def check(name: str) -> str:
-        """The name of a prepared set."""
+        """The name of a prepared set"""
         try:
             if not NAME.fullmatch(name):
                 raise UserError(
-                    f"{name!r} is no name of a set: it is made of letters, digits and . _ -, and names a folder in "
-                    f"{data_dir()}"
+                    f"{name!r} is not a valid name of a set: it must consist of letters, digits and . _ -, and name a "
+                    f"folder in {data_dir()}"
                 )
             card = Card.load(data_dir() / name, command.required.replace("NAME", name))
             if column not in card.columns:
                 raise UserError(
-                    f"{data_dir() / name} has no {column}: `trainer prepare {card.command or name}` made it"
+                    f"{data_dir() / name} has no {column}: it was made by `trainer prepare {card.command or name}`"
                 )
         except UserError as error:
             raise ValueError(str(error)) from error
@@ -56,11 +56,11 @@ def names_a_set(command: FilesCommand, column: str) -> AfterValidator:
 
 
 def prepared_set(name: str) -> Source:
-    """A set as its card describes it; a recipe can't make it again."""
+    """A set as described by its card; a recipe can't prepare it again."""
     card = Card.load(data_dir() / name)
 
     def rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
-        raise UserError(f"{data_dir() / name} is damaged; {card.again}")
+        raise UserError(f"{data_dir() / name} is damaged; {card.how_to_prepare}")
 
     return Source(
         name, card.info, card.columns, rows, command=card.command, version=card.version, splits=tuple(card.splits)
@@ -75,26 +75,26 @@ def source_of_files(
     options: Mapping[str, Any],
     info: DataInfo,
     columns: Mapping[str, Role],
-    samples: Sequence[Sample[Labels]],
+    samples: Sequence[LabelledImage[Labels]],
     row: Callable[[Member, Labels], Row],
     read: Sequence[File],
     remedy: str,
     note: str = "",
     ignore_option: str = "",
 ) -> Source:
-    """The set that `trainer prepare KIND` makes of files.
+    """The set that `trainer prepare KIND` makes from files.
 
     Args:
         kind: name of the data set in the catalogue.
-        options: of the command, by their names: `name`, `validation`, `validation_images`, `test`, `test_images`,
-            perhaps `invalid`, and what else it has; those that are None don't count.
+        options: of the command, by name: `name`, `validation`, `validation_images`, `test`, `test_images`, optionally
+            `invalid`, and its own; None stands for an option that isn't given.
         info: classes and ignored label.
         columns: role of each column.
-        samples: an image each, and what belongs to it.
-        row: makes a row of an image and what belongs to it.
-        read: the files whose change makes the set another.
-        remedy: what to do about a row that can't be used.
-        note: what the card says, after how the set was split.
+        samples: the images with their labels.
+        row: makes a row from an image and its labels.
+        read: the files read; the set is prepared again when one of them changes.
+        remedy: advice on a row that can't be used.
+        note: for the card, in addition to the split.
         ignore_option: see `Source`.
 
     Raises:
@@ -134,44 +134,43 @@ def source_of_files(
 def _check_name(name: str) -> None:
     if not NAME.fullmatch(name) or name == DOWNLOADS:
         raise UserError(
-            f"--name {name}: a set's name is made of letters, digits and . _ -, and names a folder in {data_dir()}"
+            f"--name {name}: must consist of letters, digits and . _ -, and not be {DOWNLOADS}; it names a folder "
+            f"in {data_dir()}"
         )
     if name in catalogue("dataset"):
-        raise UserError(f"--name {name}: there is a data set of that name already; choose another")
+        raise UserError(f"--name {name}: the catalogue has a data set of this name; choose another")
 
 
 def _rows(
-    samples: Sequence[Sample[Labels]],
+    samples: Sequence[LabelledImage[Labels]],
     row: Callable[[Member, Labels], Row],
     validation: object,
     share: float | None,
     archives: Mapping[str, Path],
 ) -> Iterator[tuple[str, Row]]:
-    """Split and row of each sample; `share`, which is what `--validation` says, draws those that validate."""
+    """Split and row of each sample; `share` is the share drawn for validation, if `validation` gives one."""
     splits = set()
-    for split, file, labels in sorted(samples, key=_draw):  # mixed, so that neighbours in a folder are not alike
+    for split, file, labels in sorted(samples, key=_draw):  # shuffled, since neighbours in a folder are similar
         image = file.read()
         if share and split == "train" and in_validation(image.data, share):
             split = "validation"
         splits.add(split)
         yield split, row(image, labels)
     if not {"train", "validation"} <= splits:
-        drawn_from = sum(sample.split == "train" for sample in samples)
+        candidates = sum(sample.split == "train" for sample in samples)
         raise UserError(
-            f"--validation {validation}: of {drawn_from} images all or none were drawn; give another share, or what "
-            "validates"
+            f"--validation {validation}: all or none of {candidates} images were drawn; give another share, or the "
+            "validation files"
         )
 
 
-def _draw(sample: Sample[Any]) -> bytes:
-    """A random key that is the same for ever, on any machine and version."""
+def _draw(sample: LabelledImage[Any]) -> bytes:
+    """A pseudo-random key that never changes, on any machine and in any version."""
     return hashlib.sha256(sample.image.name.encode()).digest()
 
 
-def _version(share: float | None, invalid: str, samples: Sequence[Sample[Any]], read: Sequence[File]) -> str:
-    """Names, sizes and times of the files; over all bytes, to see that nothing changed would take as long as
-    preparing.
-    """
+def _version(share: float | None, invalid: str, samples: Sequence[LabelledImage[Any]], read: Sequence[File]) -> str:
+    """Hash of names, sizes and modification times of the files; hashing content would take as long as preparing."""
     states = [(file.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in read]
     content = [share, invalid, [sample.split for sample in samples], states]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

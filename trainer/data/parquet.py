@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.card import Card, Shard, Split, sha256
+from trainer.data.card import Card, DataFile, Split, sha256
 from trainer.data.source import Row
 from trainer.errors import UserError
 
-# An epoch shuffles row groups, so a set needs several, and a row group is what a reader holds in memory.
+# An epoch shuffles row groups, so a set needs several; and a reader holds entire row groups in memory.
 GROUP_ROWS = 64
 
 GROUP_BYTES = 2**20
@@ -26,42 +26,40 @@ FILE_BYTES = 256 * 2**20
 
 
 class SplitWriter:
-    """Writes the rows of one split: full row groups, and at the end what is left in `MIN_GROUPS` even ones."""
+    """Writes the rows of one split: full row groups, then the rest in `MIN_GROUPS` groups of equal size."""
 
     def __init__(self, folder: Path, split: str, schema: Any) -> None:
         self.folder, self.split, self.schema = folder, split, schema
         self.rows = 0
-        self.waiting: list[list[Row]] = [[]]
-        self.bytes = 0  # in the last of the waiting groups
-        self.shards: list[Shard] = []
+        self.pending: list[list[Row]] = [[]]  # row groups
+        self.bytes = 0  # in the last pending group
+        self.files: list[DataFile] = []
         self.writer: Any = None
         self.groups: list[int] = []  # of the open file
         (folder / split).mkdir(parents=True)
 
     def add(self, row: Row) -> None:
-        """Adds a row; writes the oldest row group once enough of them wait."""
+        """Adds a row; writes the oldest row group once enough are pending."""
         self.rows += 1
-        self.waiting[-1].append(row)
+        self.pending[-1].append(row)
         self.bytes += sum(len(value["bytes"]) for value in row.values() if isinstance(value, dict))
-        if len(self.waiting[-1]) == GROUP_ROWS or self.bytes >= GROUP_BYTES:
-            self.waiting.append([])
+        if len(self.pending[-1]) == GROUP_ROWS or self.bytes >= GROUP_BYTES:
+            self.pending.append([])
             self.bytes = 0
-        if len(self.waiting) > MIN_GROUPS:
-            self._write_group(self.waiting.pop(0))
+        if len(self.pending) > MIN_GROUPS:
+            self._write_group(self.pending.pop(0))
 
     def close(self) -> Split:
-        """Writes what is left; returns what the files hold."""
-        rows = [row for group in self.waiting for row in group]
+        """Writes the remaining rows; returns the split."""
+        rows = [row for group in self.pending for row in group]
         count = min(MIN_GROUPS, len(rows))
         for i in range(count):
             self._write_group(rows[i * len(rows) // count : (i + 1) * len(rows) // count])
         self._close_file()
-        return Split(self.rows, tuple(self.shards))
+        return Split(self.rows, tuple(self.files))
 
     def abandon(self) -> None:
-        """Closes the open file, which goes with its folder;
-        that what is in memory can't be written any more is no news.
-        """
+        """Closes the open file, which the caller deletes; errors on writing its rest don't matter."""
         if self.writer is not None:
             with suppress(OSError):
                 self.writer.close()
@@ -73,9 +71,8 @@ class SplitWriter:
         from pyarrow.parquet import ParquetWriter
 
         if self.writer is None:
-            self.file = (self.folder / self.split / f"{len(self.shards):05d}.parquet").open("wb")
-            # Images are compressed already and no two are alike: neither a codec nor a dictionary nor minima and maxima
-            # help.
+            self.file = (self.folder / self.split / f"{len(self.files):05d}.parquet").open("wb")
+            # Images are already compressed and all different: neither compression nor dictionaries nor statistics help.
             self.writer = ParquetWriter(
                 self.file, self.schema, compression="none", use_dictionary=False, write_statistics=False
             )
@@ -91,12 +88,12 @@ class SplitWriter:
         self.file.close()
         path = Path(self.file.name)
         name = f"{self.split}/{path.name}"
-        self.shards.append(Shard(name, sha256(path), path.stat().st_size, tuple(self.groups)))
+        self.files.append(DataFile(name, sha256(path), path.stat().st_size, tuple(self.groups)))
         self.writer, self.groups = None, []
 
 
 class Unreadable(Exception):
-    """A sample or row group that can't be read; the message says in which file, and why."""
+    """A sample or row group can't be read; the message names the file and the reason."""
 
 
 class RowGroups:
@@ -104,7 +101,7 @@ class RowGroups:
 
     Args:
         files: rows in each row group of the split's Parquet files, in order.
-        keep: row groups held in memory (the least recently used goes first).
+        keep: row groups held in memory; the least recently used is evicted.
     """
 
     def __init__(self, files: Mapping[Path, Sequence[int]], keep: int) -> None:
@@ -141,33 +138,33 @@ class RowGroups:
                 stream = datasets.load_dataset(
                     "parquet", data_files={"split": [str(file) for file in self.files]}, split="split", streaming=True
                 )
-                self._stream = stream.decode(False).reshard()  # a shard for each row group
+                self._stream = stream.decode(False).reshard()  # one shard per row group
             shard = self._stream.shard(num_shards=self._stream.num_shards, index=group)
-            # Not list(shard): inside a loader worker that would split the row group among the workers.
+            # Not list(shard), which inside a loader worker would split the row group among the workers.
             columns = next(iter(shard.iter(batch_size=count)))
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             if len(rows) != count:
                 raise ValueError(f"it has {len(rows)} rows instead of {count}")
-        except Exception as error:  # what is deleted or damaged while it is read raises all kinds of errors
+        except Exception as error:  # deleted or damaged files raise all kinds of errors
             raise Unreadable(
                 f"row group {group} of the split, in {file}, can't be read: {first_line(error)}"
             ) from error
         return rows
 
     def integers(self, name: str) -> npt.NDArray[np.int64]:
-        """A column of integers, read whole."""
+        """An entire column of integers: int64 (N,)."""
         return np.array(self.column(name).to_pylist(), dtype=np.int64)
 
     def arrays(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """A column of arrays, read whole: float32 (N, …)."""
+        """An entire column of arrays: float32 (N, …)."""
         return np.concatenate([chunk.flatten().to_numpy() for chunk in self.column(name).chunks]).reshape(-1, *shape)
 
     def sizes(self) -> npt.NDArray[np.int64]:
-        """Height and width of every image as it was prepared, (N, 2)."""
+        """Height and width of every image as prepared: int64 (N, 2)."""
         return np.stack([self.integers("height"), self.integers("width")], axis=1)
 
     def column(self, name: str) -> Any:
-        """A column, read whole, or `column.field`, a struct of that field alone: an Arrow array.
+        """An entire column as an Arrow array, or `column.field`, a struct of only that field.
 
         Raises:
             UserError: a file can't be read.
@@ -178,24 +175,26 @@ class RowGroups:
         chunks = []
         for file, counts in self.files.items():
             try:
-                # Not read_table(), which imports pandas: seconds before the first step.
+                # Not read_table(), which imports pandas and delays the start by seconds.
                 values = ParquetFile(file).read([name], use_pandas_metadata=False).column(0)
                 if len(values) < sum(counts):
                     raise ValueError(f"it has {len(values)} rows instead of {sum(counts)}")
-            except Exception as error:  # Arrow's errors on damaged files have no narrower base in common
-                raise UserError(f"{file} can't be read: {first_line(error)}; {make_again(file.parents[1])}") from error
+            except Exception as error:  # Arrow's errors on damaged files have no narrower common base
+                raise UserError(
+                    f"{file} can't be read: {first_line(error)}; {how_to_repair(file.parents[1])}"
+                ) from error
             chunks += values.slice(0, sum(counts)).chunks
         return pa.chunked_array(chunks)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
+    """The first line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def make_again(folder: Path) -> str:
-    """What to do about a prepared set that can't be read."""
-    again = f"`trainer prepare {folder.name}` makes it again"
+def how_to_repair(folder: Path) -> str:
+    """Advice on a prepared set that can't be read."""
+    advice = f"run `trainer prepare {folder.name}` to prepare it again"
     with suppress(UserError):  # the card may be damaged, too
-        again = Card.load(folder).again
-    return f"delete {folder}, then {again}"
+        advice = Card.load(folder).how_to_prepare
+    return f"delete {folder}, then {advice}"

@@ -1,4 +1,4 @@
-"""Images and masks of a split: decoded and resized, once each where there is a cache."""
+"""Images and masks of a split: decoded and resized, only once if cached."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Pixels:
 
     Args:
         rows: the undecoded rows of the split.
-        layout: where each sample lies among them.
+        layout: locates each sample in its row group.
         columns: role of each image and mask column.
         sizes: int64 (N, 2), height and width of every sample after the resize.
-        resize: what is done to each image and mask, or None.
-        cache_folder: where decoded pixels are kept; None decodes anew each time.
+        resize: applied to images and masks, or None.
+        cache_folder: where decoded pixels are cached; None decodes every time.
     """
 
     def __init__(
@@ -51,19 +51,19 @@ class Pixels:
         try:
             return PixelCache(folder, {name: _READ[role][2] for name, role in self.columns.items()}, self.sizes)
         except OSError as error:
-            print(f"data.cache is off: {folder} can't be used ({error.strerror or error})", file=sys.stderr)
+            print(f"data.cache is disabled: {folder} can't be used ({error.strerror or error})", file=sys.stderr)
             return None
 
     @property
     def uniform(self) -> bool:
-        """Whether all samples have one size."""
+        """Whether all samples have the same size."""
         return bool((self.sizes == self.sizes[0]).all())
 
     def read(self, sample_id: int) -> dict[str, Tensor]:
-        """The images and masks of one sample, from the cache if they are there.
+        """The images and masks of one sample, from the cache if possible.
 
         Raises:
-            Unreadable: they can't be decoded, or have another size than they were prepared with.
+            Unreadable: they can't be decoded, or their size has changed since they were prepared.
         """
         if self.cache is None:
             return self._decode(sample_id)
@@ -72,7 +72,7 @@ class Pixels:
         return {name: _READ[self.columns[name]][1](pixels) for name, pixels in self.cache.read(sample_id).items()}
 
     def read_cached(self, sample_ids: Sequence[int]) -> dict[str, Tensor] | None:
-        """Samples of one size, column -> uint8 (B, C, H, W); None unless the cache holds all of them."""
+        """Samples of one size, uint8 (B, C, H, W) for each column; None unless all of them are cached."""
         if self.cache is None or not self.cache.uniform or not all(each in self.cache for each in sample_ids):
             return None
         return self.cache.read_batch(list(sample_ids))
@@ -86,10 +86,10 @@ class Pixels:
                 check_png(row[name]["bytes"])
                 pixels = kind(decode_image(torch.frombuffer(bytearray(row[name]["bytes"]), dtype=torch.uint8), mode))
                 sample[name] = self.resize(pixels) if self.resize else pixels
-                # Of another size than it was prepared with, it would be written over its neighbours in the cache.
+                # Pixels of another size would overwrite neighbouring samples in the cache.
                 if sample[name].shape != (channels, *self.sizes[sample_id]):
                     raise ValueError(f"it has the shape {tuple(pixels.shape)}")
-            except Exception as error:  # bytes that were damaged after they were prepared raise all kinds of errors
+            except Exception as error:  # damaged bytes raise all kinds of errors
                 raise Unreadable(
                     f"{row[name]['path'] or 'no file name'}: {name} can't be decoded: {first_line(error)}"
                 ) from error

@@ -1,11 +1,11 @@
-"""Preparing a data set: its archives become Parquet files with many small row groups, once.
+"""Prepares a data set: converts its archives to Parquet files with many small row groups, once.
 
     <data>/<name>/card.json
     <data>/<name>/train/00000.parquet …
     <data>/<name>/validation/00000.parquet …
-    <data>/<name>/test/00000.parquet …         where there is a test split
+    <data>/<name>/test/00000.parquet …         if there is a test split
 
-Rows are written to a hidden folder beside it, which is renamed at the very end: a set is complete or it isn't there.
+Preparation is atomic: rows are written to a hidden folder next to it, which is renamed at the end.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from trainer.data.source import Source
 from trainer.errors import UserError
 from trainer.signals import STOP
 
-SHOWN = 5  # objects that a note lists, or differences that a message does
+SHOWN = 5  # objects listed in a note, or differences in a message
 
 Log = Callable[[str], None]
 
 
 def data_dir() -> Path:
-    """Where prepared sets lie: `$TRAINER_DATA`, else `data` in the current folder."""
+    """The folder of prepared sets: `$TRAINER_DATA`, or `data` in the current folder."""
     return Path(os.environ.get("TRAINER_DATA") or "data")
 
 
 def archives_dir() -> Path | None:
-    """Where archives are looked up: `$TRAINER_ARCHIVES`, or None."""
+    """The folder in which archives are looked up: `$TRAINER_ARCHIVES`, or None."""
     folder = os.environ.get("TRAINER_ARCHIVES")
     return Path(folder) if folder else None
 
 
 def ensure_prepared(source: Source, data_dir: Path, archives_dir: Path | None, log: Log = print) -> Card:
-    """The card of a set, which is prepared first where it isn't yet; a ready one is only read, without a lock.
+    """The card of a set, which is prepared if necessary; otherwise it is only read, without a lock.
 
-    Files that have changed since their checksums were last compared are compared again.
+    Compares the checksums of files whose size or modification time has changed since the last comparison.
 
     Raises:
-        UserError: a file isn't what was written; or see `prepare`.
+        UserError: a file has changed; or see `prepare`.
         Stopped: see `prepare`.
     """
     folder = data_dir / source.name
@@ -57,20 +57,20 @@ def ensure_prepared(source: Source, data_dir: Path, archives_dir: Path | None, l
 
 
 def prepare(source: Source, data_dir: Path, archives_dir: Path | None, log: Log = print) -> Card:
-    """Prepares a set in `data_dir / source.name`, or returns the card of the one that is there.
+    """Prepares a set in `data_dir / source.name`, or returns its card if that is done.
 
-    Under a file lock, so any number of processes may call it. What a killed one leaves is removed by the next.
+    Holds a file lock, so any number of processes may call it. Removes what a killed process left behind.
 
     Raises:
         UserError: an archive is missing or damaged, an image can't be decoded, a mask doesn't fit its image,
             an object is invalid, or the folder can't be written.
-        Stopped: a signal asked for a stop, and nothing half-done is left.
+        Stopped: a stop was requested; nothing incomplete is left behind.
     """
     folder = data_dir / source.name
     partial, old = (data_dir / f".{source.name}.{end}" for end in ("partial", "old"))
     with _write_errors_reported(source.name, data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
-        with locked(data_dir / f".{source.name}.lock", f"waiting for another process that prepares {source.name}", log):
+        with locked(data_dir / f".{source.name}.lock", f"waiting for another process to prepare {source.name}", log):
             for leftover in (partial, old):
                 shutil.rmtree(leftover, ignore_errors=True)
             card = _ready(source, folder, log)
@@ -78,7 +78,7 @@ def prepare(source: Source, data_dir: Path, archives_dir: Path | None, log: Log 
                 return card
             if folder.exists() and not (folder / CARD).exists():
                 raise UserError(
-                    f"{folder} exists but isn't a prepared data set; move it away, or set TRAINER_DATA to another "
+                    f"{folder} exists but isn't a prepared data set; move it elsewhere, or set TRAINER_DATA to another "
                     "folder"
                 )
             paths = locate(source.archives, data_dir, archives_dir, log)
@@ -96,7 +96,7 @@ def prepare(source: Source, data_dir: Path, archives_dir: Path | None, log: Log 
 
 
 def _ready(source: Source, folder: Path, log: Log = lambda line: None) -> Card | None:
-    """The card in `folder` if the set is intact and what `source` describes today; logs why where it isn't."""
+    """The card in `folder` if the set is intact and matches `source`; otherwise None, and logs why."""
     if not (folder / CARD).exists():
         return None
     try:
@@ -104,12 +104,12 @@ def _ready(source: Source, folder: Path, log: Log = lambda line: None) -> Card |
     except UserError as error:
         log(str(error))
         return None
-    made_by, makes = card.command or card.name, source.command or source.name
-    # A set of files: nothing else can make it again.
-    if made_by.split()[0] != makes.split()[0] and (card.version or source.version):
+    made_by, requested = card.command or card.name, source.command or source.name
+    # A set made from files is never replaced by one of another kind: only its own command can prepare it again.
+    if made_by.split()[0] != requested.split()[0] and (card.version or source.version):
         raise UserError(
-            f"{folder} was made by `trainer prepare {made_by}`, which `trainer prepare {makes}` would replace; choose "
-            f"another name, or delete {folder}"
+            f"{folder} was made by `trainer prepare {made_by}` and would be replaced by `trainer prepare {requested}`; "
+            f"choose another name, or delete {folder}"
         )
     if (card.info, card.columns, {*card.splits}, card.version) != (
         source.info,
@@ -122,12 +122,12 @@ def _ready(source: Source, folder: Path, log: Log = lambda line: None) -> Card |
         reason = "its card has no class frequencies"
     else:
         return card
-    log(f"{folder} is prepared again: {reason}")
+    log(f"{folder} must be prepared again: {reason}")
     return None
 
 
 def _differences(card: Card, source: Source) -> str:
-    """In which properties and options a set was prepared otherwise than it is described today."""
+    """The properties and options that differ between a prepared set and its current source."""
 
     def described(each: Card | Source) -> dict[str, str]:
         words = shlex.split(each.command)[1:]
@@ -156,7 +156,7 @@ def _write_errors_reported(name: str, folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(existing).free / 2**20
         reason = error.strerror or error
         raise UserError(
-            f"{name} can't be written to {folder}: {reason} ({free:.0f} MiB free); make room, or set TRAINER_DATA to "
+            f"{name} can't be written to {folder}: {reason} ({free:.0f} MiB free); free space, or set TRAINER_DATA to "
             "another folder"
         ) from error
 
@@ -181,7 +181,7 @@ def _write(source: Source, paths: Mapping[str, Path], folder: Path) -> Card:
         version=source.version,
     )
     card.save(folder)
-    card.note_verified(folder)
+    card.mark_verified(folder)
     return card
 
 
@@ -191,8 +191,8 @@ def _write_rows(
     """Writes the Parquet files of every split.
 
     Returns:
-        The splits, the class counts of the training split by the name of their statistic, and what is wrong with
-        objects that are left out.
+        The splits, the class counts of the training split by the name of their statistic, and what is wrong with each
+        object left out.
     """
     schema = arrow_schema(source.columns)
     writers = {split: SplitWriter(folder, split, schema) for split in source.splits}

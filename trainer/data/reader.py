@@ -1,4 +1,4 @@
-"""The samples of a split by their ids: images, masks and objects sample by sample, columns of numbers whole."""
+"""Reads the samples of a split by id: images, masks and objects one at a time, labels and arrays as entire columns."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Reader:
         folder: the prepared data set.
         card: its card.
         split: `train` or `validation`.
-        resize: the deterministic resize of images, masks and objects, or None.
-        cache: whether decoded pixels are kept in a memory map.
-        window: row groups in a window of the order; the reader holds twice as many in memory.
-        max_unreadable: how many samples may be unreadable, in one process; the next readable one takes the place of
-            each. None where metrics need every sample.
+        resize: applied to images, masks and objects, or None.
+        cache: whether to cache decoded pixels in a memory map.
+        window: row groups in a window of the order; the reader keeps twice as many in memory.
+        max_unreadable: how many unreadable samples a process tolerates; the next readable sample replaces each. None
+            if metrics need every sample.
 
     Attributes:
-        place: what messages call the split, e.g. `shapes/train`.
-        numbers: columns of labels, int64 (N,), and of arrays, float32 (N, …), of all samples.
-        pixels: the images and masks, where there are any.
-        objects: their objects, where there are any.
-        stand_ins: the samples that can't be read.
+        name: of the split in messages, e.g. `shapes/train`.
+        preloaded: columns of labels, int64 (N,), and of arrays, float32 (N, …), of all samples.
+        pixels: images and masks; None if the set has neither.
+        objects: boxes and masks of objects; None if the set has none.
+        stand_ins: which samples replace unreadable ones.
     """
 
     def __init__(
@@ -53,30 +53,32 @@ class Reader:
         window: int = 2,
         max_unreadable: int | None = None,
     ) -> None:
-        self.place, self.columns = f"{folder.name}/{split}", card.columns
+        self.name, self.columns = f"{folder.name}/{split}", card.columns
         self.layout = Layout(card.row_groups(split))
         self.stand_ins = StandIns(folder, split, len(self), max_unreadable)
-        files = {folder / shard.name: shard.row_groups for shard in card.splits[split].files}
+        files = {folder / file.name: file.row_groups for file in card.splits[split].files}
         self.rows = RowGroups(files, keep=2 * window)
         self.objects: Objects | None = None
         self.pixels: Pixels | None = None
         pixel_columns = {name: role for name, role in self.columns.items() if rules_of(role).sized}
         if pixel_columns:
-            objects = [(name, role) for name, role in self.columns.items() if role in ROLES]
-            if objects or not resize:
-                sizes = self.rows.sizes()
-            for name, role in objects[:1]:
+            object_columns = [(name, role) for name, role in self.columns.items() if role in ROLES]
+            if object_columns or not resize:
+                sizes = self.rows.sizes()  # as prepared
+            for name, role in object_columns[:1]:  # a set has at most one
                 self.objects = Objects(self.rows.column(name), sizes, role, resize)
             shape = "native"
             if resize:
-                sizes = np.tile(np.asarray(resize.size, dtype=np.int64), (len(self), 1))
+                sizes = np.tile(np.asarray(resize.size, dtype=np.int64), (len(self), 1))  # after the resize
                 shape = "x".join(map(str, resize.size)) + "-letterbox" * isinstance(resize, Letterbox)
-            cached = machine_folder(folder / "cache") / card.fingerprint[:16] / f"{split}-{shape}" if cache else None
-            self.pixels = Pixels(self.rows, self.layout, pixel_columns, sizes, resize, cached)
-        self.numbers = {name: values for name in self.columns if (values := self._numbers(name)) is not None}
+            cache_folder = (
+                machine_folder(folder / "cache") / card.fingerprint[:16] / f"{split}-{shape}" if cache else None
+            )
+            self.pixels = Pixels(self.rows, self.layout, pixel_columns, sizes, resize, cache_folder)
+        self.preloaded = {name: values for name in self.columns if (values := self._preload(name)) is not None}
 
-    def _numbers(self, name: str) -> npt.NDArray[Any] | None:
-        """A column of labels or arrays, read whole."""
+    def _preload(self, name: str) -> npt.NDArray[Any] | None:
+        """An entire column of labels or arrays; None for other roles."""
         if self.columns[name] == "label":
             return self.rows.integers(name)
         shape = shape_of(self.columns[name])
@@ -86,21 +88,21 @@ class Reader:
         return self.layout.size
 
     def read(self, sample_id: int) -> tuple[int, Sample]:
-        """The images, masks and objects of a sample, or of the one that stands in for it; and which one that is.
+        """The images, masks and objects of a sample, after its id; of another sample if this one is unreadable.
 
         Raises:
             TrainingFailed: too many samples are unreadable.
         """
         while True:
-            found = self.stand_ins.of(sample_id)
+            read_id = self.stand_ins.of(sample_id)
             try:
-                sample = self.pixels.read(found) if self.pixels else {}
-                return found, sample | (self.objects.read(found) if self.objects else {})
+                sample = self.pixels.read(read_id) if self.pixels else {}
+                return read_id, sample | (self.objects.read(read_id) if self.objects else {})
             except Unreadable as error:
-                self.stand_ins.add({found: str(error)})
+                self.stand_ins.add({read_id: str(error)})
 
     def file_names(self) -> list[str]:
-        """Of each sample's image; empty where it has none."""
+        """File name of each sample's image; empty if it has none."""
         image = next((name for name, role in self.columns.items() if role == "image"), None)
         if image is None:
             return [""] * len(self)

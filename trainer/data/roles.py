@@ -1,6 +1,6 @@
-"""What a column may hold: how the values of each role are checked when a set is prepared, and how they are stored.
+"""The roles of columns: how `trainer prepare` checks the values of each role, and how they are stored.
 
-A new role is a name in `trainer.data.source.Role` and an entry in `RULES`; arrays state their shape in their role.
+A new role needs a name in `trainer.data.source.Role` and an entry in `RULES`; the role of an array includes its shape.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from trainer.errors import UserError
 
 MASK = "mask"  # the column of class indices
 
-IGNORED = 255  # the label that most sets with one ignore
+IGNORED = 255  # the ignored label of most sets that have one
 
-SHOWN = 5  # labels that a message lists
+SHOWN = 5  # labels listed in a message
 
 Counts = npt.NDArray[np.int64]
 
-Size = tuple[int, int]
-"""Width and height."""
+WidthHeight = tuple[int, int]
+"""Of images and masks, in pixels."""
 
 Decoded = TypeVar("Decoded")
 
@@ -36,13 +36,13 @@ class Value(NamedTuple):
     """A value of a row before it is checked.
 
     Attributes:
-        source: the set.
+        source: its data set.
         column: its column.
-        role: that of the column.
-        content: what `Source.rows` gave, but for the name of its file.
-        file: that name; None where it has no file of its own.
-        place: what a message calls it: its file, that of its image, or the number of the sample.
-        size: of the sample's images and masks, which are checked first; None before, and where there are none.
+        role: of the column.
+        content: the value from `Source.rows`, without its file name.
+        file: its file name; None if it has no file of its own.
+        place: names it in messages: its file, the file of its image, or the number of the sample.
+        size: of the sample's images and masks; None until these are checked, or if there are none.
     """
 
     source: Source
@@ -51,22 +51,22 @@ class Value(NamedTuple):
     content: Any
     file: str | None
     place: str
-    size: Size | None = None
+    size: WidthHeight | None = None
 
 
 class Checked(NamedTuple):
-    """A value, or a row of them, as it is stored.
+    """A checked value, or a row of them.
 
     Attributes:
-        stored: what Parquet holds.
+        stored: the value as Parquet stores it.
         size: of an image or a mask, or of those of the row.
-        class_counts: by the name of a statistic, how much of each class it holds, (C,); the card has their sums over
-            the training split.
-        dropped: what is wrong with objects that are left out.
+        class_counts: by the name of a statistic, the count of each class, (C,); the card stores their sums over the
+            training split.
+        dropped: what is wrong with each object left out.
     """
 
     stored: Any
-    size: Size | None = None
+    size: WidthHeight | None = None
     class_counts: Mapping[str, Counts] = {}
     dropped: Sequence[str] = ()
 
@@ -93,11 +93,11 @@ def _check_array(value: Value) -> Checked:
     try:
         return Checked(checked_array(value.content, shape_of(value.role) or ()))
     except ValueError as error:
-        raise UserError(f"{value.place}: {value.column} is {error}; {value.source.remedy}") from error
+        raise UserError(f"{value.place}: {value.column} {error}; {value.source.remedy}") from error
 
 
 def _check_objects(value: Value) -> Checked:
-    assert value.size, "objects are those of an image"
+    assert value.size, "objects belong to an image"
     objects, dropped = checked_objects(value.source, value.content, value.size, value.place, value.role == "instances")
     labels = np.array([each["label"] for each in objects if not each["crowd"]], np.int64)
     counts = np.bincount(labels, minlength=value.source.info.num_classes)
@@ -115,10 +115,10 @@ def _decode(value: Value, decode: Callable[[bytes], Decoded]) -> Decoded:
 
 
 def _count_classes(mask: Value, indices: npt.NDArray[np.uint8]) -> Counts:
-    """How many pixels of a mask (H, W) each class has, int64 (C,).
+    """Counts the pixels of each class in a mask (H, W): int64 (C,).
 
     Raises:
-        UserError: there is a label that is no class, and isn't ignored.
+        UserError: a label is neither a class nor ignored.
     """
     info, remedy, ignore_option = mask.source.info, mask.source.remedy, mask.source.ignore_option
     counts = np.bincount(indices.ravel(), minlength=256)
@@ -130,12 +130,11 @@ def _count_classes(mask: Value, indices: npt.NDArray[np.uint8]) -> Counts:
     if unknown:
         if ignore_option and info.ignore_index is None and (len(unknown) == 1 or IGNORED in unknown):
             remedy = (
-                f"if {unknown[-1]} marks pixels that don't count, pass {ignore_option.format(unknown[-1])}; "
-                f"otherwise {remedy}"
+                f"if {unknown[-1]} marks pixels to ignore, pass {ignore_option.format(unknown[-1])}; otherwise {remedy}"
             )
         labels = ", ".join(map(str, unknown[:SHOWN]))
         raise UserError(
-            f"{mask.place}: this mask holds the labels {labels}; classes are 0 to {info.num_classes - 1}, and "
+            f"{mask.place}: this mask contains the labels {labels}; classes are 0 to {info.num_classes - 1}, and "
             f"{ignored}; {remedy}"
         )
     return counts[: info.num_classes]
@@ -149,8 +148,8 @@ class Rules(NamedTuple):
 
     Attributes:
         check: checks a value; raises `UserError`.
-        feature: given the module `datasets`, its feature for the column, which decides the Arrow type.
-        sized: whether a value has a width and a height; those of a sample must be the same.
+        feature: takes the module `datasets`; returns its feature for the column, which determines the Arrow type.
+        sized: whether values have a width and a height, which must be equal within a sample.
     """
 
     check: Callable[[Value], Checked]
@@ -180,12 +179,12 @@ def rules_of(role: Role) -> Rules:
 
 
 def has_pixels(columns: Mapping[str, Role]) -> bool:
-    """Whether samples with columns of these roles have a width and a height."""
+    """Whether samples with these columns have a width and a height."""
     return any(rules_of(role).sized for role in columns.values())
 
 
 def arrow_schema(columns: Mapping[str, Role]) -> Any:
-    """Arrow schema with the `datasets` features of each column, and `height` and `width` where samples have a size."""
+    """Arrow schema with the `datasets` feature of each column, and `height` and `width` if samples have a size."""
     import datasets
 
     features = {column: rules_of(role).feature(datasets) for column, role in columns.items()}
@@ -195,12 +194,12 @@ def arrow_schema(columns: Mapping[str, Role]) -> Any:
 
 
 def check_row(source: Source, row: Row, place: str) -> Checked:
-    """Checks all values of a row, those with a size first, which the others may depend on.
+    """Checks all values of a row, those with a size first, since the others may depend on it.
 
     Args:
-        source: the set.
-        row: what `source.rows` gave.
-        place: what a message calls the sample where no file has a name.
+        source: the data set.
+        row: from `source.rows`.
+        place: names the sample in messages if no file does.
 
     Raises:
         UserError: a value is invalid, or sizes differ; the message names the file.
@@ -210,9 +209,9 @@ def check_row(source: Source, row: Row, place: str) -> Checked:
     others = [value for value in values if not rules_of(value.role).sized]
     checked = {value.column: rules_of(value.role).check(value) for value in sized}
     size = _common_size(sized, {column: each.size for column, each in checked.items()}, place)
-    of_image = next((value.place for value in sized if value.role == "image"), place)
+    image_place = next((value.place for value in sized if value.role == "image"), place)
     for value in others:
-        checked[value.column] = rules_of(value.role).check(value._replace(place=value.file or of_image, size=size))
+        checked[value.column] = rules_of(value.role).check(value._replace(place=value.file or image_place, size=size))
     stored = {column: each.stored for column, each in checked.items()}
     if size:
         stored |= {"height": size[1], "width": size[0]}
@@ -224,14 +223,14 @@ def check_row(source: Source, row: Row, place: str) -> Checked:
     )
 
 
-def _value(source: Source, column: str, given: Any, place: str) -> Value:
+def _value(source: Source, column: str, content: Any, place: str) -> Value:
     role = source.columns[column]
-    if isinstance(given, Member):
-        return Value(source, column, role, given.data, given.name, given.name)
-    return Value(source, column, role, given, None, place)
+    if isinstance(content, Member):
+        return Value(source, column, role, content.data, content.name, content.name)
+    return Value(source, column, role, content, None, place)
 
 
-def _common_size(values: Sequence[Value], sizes: Mapping[str, Size | None], place: str) -> Size | None:
+def _common_size(values: Sequence[Value], sizes: Mapping[str, WidthHeight | None], place: str) -> WidthHeight | None:
     """The size of all images and masks of a sample."""
     different = {*sizes.values()}
     if len(different) > 1:

@@ -11,14 +11,14 @@ from trainer.errors import TrainingFailed
 
 
 class SampleLog:
-    """A fingerprint of all samples that a run has trained on, and the ids of those that can't be read.
+    """A fingerprint of all samples that a run has trained on, and the ids of the unreadable ones.
 
-    Two runs have the same fingerprint if they saw the same samples at the same steps, on any number of processes. Each
-    process adds up its own samples; rank 0's share includes what was restored.
+    Two runs have the same fingerprint if they trained on the same samples at the same steps, with any number of
+    processes. Each process sums over its own samples; rank 0 also holds the restored sum.
 
     Args:
-        control: to the other processes.
-        max_unreadable: how many samples may be unreadable.
+        control: communicates with the other processes.
+        max_unreadable: how many unreadable samples the run tolerates.
 
     Attributes:
         unreadable: their ids, of all processes after `gather`.
@@ -30,34 +30,34 @@ class SampleLog:
         self._fingerprint = 0
 
     def add(self, step: int, batch: Mapping[str, Any]) -> None:
-        """Adds a micro-batch of this process: `sample_id` and `epoch`, int64 (B,), and maybe `unreadable`."""
+        """Adds a micro-batch of this process: `sample_id` and `epoch`, int64 (B,), and `unreadable` if tolerated."""
         self._fingerprint += fingerprint(step, batch["epoch"].tolist(), batch["sample_id"].tolist())
         self._fingerprint %= FINGERPRINT_MODULUS
         if self.max_unreadable:
             self.unreadable = sorted({*self.unreadable, *batch["unreadable"].tolist()})
 
     def gather(self) -> None:
-        """Merges the unreadable samples of all processes; to be called by all of them.
+        """Merges the unreadable samples of all processes, all of which must call this.
 
         Raises:
-            TrainingFailed: they are too many.
+            TrainingFailed: there are too many.
         """
         if self.max_unreadable:
             self.unreadable = self.control.union(self.unreadable)
         if len(self.unreadable) > self.max_unreadable:
             raise TrainingFailed(
-                f"samples {self.unreadable} can't be read, more than data.max_unreadable ({self.max_unreadable})"
+                f"samples {self.unreadable} can't be read; more than data.max_unreadable={self.max_unreadable}"
             )
 
     def fingerprint(self) -> int:
-        """The fingerprint over all processes; to be called by all of them."""
+        """The fingerprint over all processes, all of which must call this."""
         return self.control.sum([self._fingerprint])[0] % FINGERPRINT_MODULUS
 
     def counters(self) -> dict[str, Any]:
-        """What a checkpoint holds; to be called by all processes."""
+        """The state for a checkpoint; all processes must call this."""
         return {"fingerprint": self.fingerprint(), "unreadable": self.unreadable}
 
     def restore(self, counters: Mapping[str, Any], is_main: bool) -> None:
-        """Continues from what a checkpoint holds."""
+        """Restores the state from a checkpoint."""
         self._fingerprint = counters["fingerprint"] if is_main else 0
         self.unreadable = counters["unreadable"]

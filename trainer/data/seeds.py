@@ -1,7 +1,7 @@
 """Stateless random numbers: every seed is a pure function of what it is for.
 
-No generator state is ever saved or restored; that is what makes an interrupted run go on bit for bit.
-The mixing is written out here, so that no library's next version can change the order of the data.
+No generator state is ever saved or restored, which lets an interrupted run resume bit for bit.
+The hash is implemented here, so that a library update can't change the order of the data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MASK = 2**64 - 1
 
 
 class Use(IntEnum):
-    """What a seed is for, so that two uses of the same numbers never meet."""
+    """What a seed is for, so that different uses of the same integers get different seeds."""
 
     INITIALISE = 1
     ROW_GROUPS = 2
@@ -41,7 +41,7 @@ def mix(*key: int) -> int:
 
 
 def permutation(size: int, *key: int) -> npt.NDArray[np.int64]:
-    """A permutation of range(size) that `key` determines: the order of hashed keys."""
+    """A permutation of range(size), determined by `key`: the sort order of hashes."""
     values = np.arange(size, dtype=np.uint64) + np.uint64(mix(*key))
     values += np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

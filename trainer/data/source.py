@@ -1,4 +1,4 @@
-"""A data set before it is prepared: which archives it comes from and how they become rows."""
+"""A data set before it is prepared: its archives, and how to read rows from them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 Role = Annotated[str, Field(pattern=r"^(image|mask|label|boxes|instances|array\[\d+(,\d+)*\])$")]
-"""What a column holds: an encoded RGB image, an encoded one-channel index image, an integer, a list of `Instance`, one
-of those with masks, or numbers in a fixed shape, e.g. `array[4]` or `array[3,8]`.
+"""The content of a column: an encoded RGB image, an encoded one-channel index image, an integer, a list of `Instance`
+without or with masks, or numbers of a fixed shape, e.g. `array[4]` or `array[3,8]`.
 """
 
 Row = dict[str, Any]
-"""One sample: encoded bytes for images and masks, an int for labels, a list for boxes and instances, numbers in their
-shape for arrays; keys are column names.
+"""One sample, by column name: encoded bytes for images and masks, an int for labels, a list for boxes and instances,
+numbers of the given shape for arrays.
 """
 
 
@@ -27,10 +27,10 @@ class Instance(NamedTuple):
     Attributes:
         box: left, top, right, bottom in pixels.
         label: class index.
-        mask: its pixels as the counts of COCO's compressed run-length encoding, at the size of the image; b"" where
-            none are known.
-        crowd: whether it is a group that can't be told apart: such objects aren't trained on, and predictions in them
-            count neither way.
+        mask: its pixels as the counts of COCO's compressed run-length encoding, at the size of the image; b"" if
+            unknown.
+        crowd: whether it is a group of indistinguishable objects: it is excluded from training, and predictions
+            inside it count as neither right nor wrong.
     """
 
     box: tuple[float, float, float, float]
@@ -45,8 +45,8 @@ class DataInfo:
 
     Attributes:
         classes: names in the order of their index.
-        ignore_index: the label that counts nowhere (255), or None.
-        statistics: what was measured when the set was prepared (JSON), e.g. colour centres; empty before.
+        ignore_index: the label excluded from loss and metrics (usually 255), or None.
+        statistics: measured when the set was prepared (JSON), e.g. colour centres; empty before.
     """
 
     classes: tuple[str, ...]
@@ -55,7 +55,7 @@ class DataInfo:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """The number of classes."""
         return len(self.classes)
 
 
@@ -65,8 +65,8 @@ class Archive:
 
     Attributes:
         name: file name, looked up in the archives folder.
-        urls: where it is downloaded from if it isn't there; tried in order.
-        sha256: its checksum where one is known.
+        urls: where it is downloaded from if it isn't in the folder; tried in order.
+        sha256: its checksum, if known.
     """
 
     name: str
@@ -82,21 +82,19 @@ class Source:
         name: folder below `$TRAINER_DATA`.
         info: classes and ignored label.
         columns: role of each column; one called `mask` holds class indices.
-        rows: given the local path of each archive, yields `(split, row)` for every sample, always the same
-            rows in the same order; splits are those of `splits`.
+        rows: takes the local path of each archive; yields `(split, row)` for every sample, always the same rows in
+            the same order, with the splits in `splits`.
         archives: what `rows` reads; none for generated sets.
-        statistics: measures the set (JSON) for the card, given the path of each archive; `class_pixels` comes by
-            itself.
-        command: what follows `trainer prepare` to make the set; "" is its name alone.
-        version: of the files it is read from where these are no archives; a set that was prepared from another one is
-            made again.
-        remedy: what to do about a row that can't be used.
-        invalid: what becomes of an invalid object: the set is refused, or the object left out, which the card's notes
-            say.
-        splits: `train` and `validation`, and perhaps `test`, which no training reads.
-        notes: lines for people, e.g. how the set is split; its card keeps them, and `trainer prepare` prints them.
-        ignore_option: what tells the set to ignore a label, which replaces `{}`, e.g. `--ignore {}`; "" where nothing
-            does.
+        statistics: takes the path of each archive; returns measurements for the card (JSON). `class_pixels` and
+            `class_objects` are added automatically.
+        command: the arguments of `trainer prepare` that make the set; "" stands for its name alone.
+        version: of the files it is read from if these aren't archives; the set is prepared again when it changes.
+        remedy: advice on a row that can't be used.
+        invalid: how to handle invalid objects: refuse the set, or drop them and note it on the card.
+        splits: `train` and `validation`, and optionally `test`, which training never reads.
+        notes: lines for people, e.g. how the set is split; stored on its card and printed by `trainer prepare`.
+        ignore_option: the option that makes the set ignore a label, with `{}` for the label, e.g. `--ignore {}`; ""
+            if it has none.
     """
 
     name: str
@@ -107,7 +105,7 @@ class Source:
     statistics: Callable[[Mapping[str, Path]], dict[str, Any]] = field(default=lambda paths: {})
     command: str = ""
     version: str = ""
-    remedy: str = "replace the archive it comes from"
+    remedy: str = "replace the archive that contains it"
     invalid: Literal["refuse", "drop"] = "refuse"
     splits: tuple[str, ...] = ("train", "validation")
     notes: tuple[str, ...] = ()
@@ -115,7 +113,7 @@ class Source:
 
 
 def in_validation(key: bytes, share: float) -> bool:
-    """Whether a sample is one of the `share` that validate: drawn by a hash of `key`, so for ever,
-    and whatever else is in the set.
+    """Whether a sample belongs to the `share` for validation: drawn by a hash of `key`, hence independent of the other
+    samples and the same forever.
     """
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") < share * 2**64

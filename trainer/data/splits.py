@@ -1,4 +1,4 @@
-"""Which files of the user's own train, validate and test."""
+"""Assigns the user's own files to the training, validation and test splits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from trainer.errors import UserError
 Labels = TypeVar("Labels")
 
 
-class Sample(NamedTuple, Generic[Labels]):
-    """An image and what belongs to it; `split` is `train` also for one that a share may yet draw to validate."""
+class LabelledImage(NamedTuple, Generic[Labels]):
+    """An image and its labels. Until a share is drawn for validation, `split` is `train` for all candidates."""
 
     split: str
     image: File
@@ -22,7 +22,7 @@ class Sample(NamedTuple, Generic[Labels]):
 
 
 def share_of(value: str, split: str = "validation") -> float | None:
-    """The share that `--validation` says, or None where it names a folder or a file, as `--test` always does.
+    """The share given as `--validation`, or None if the value names a folder or a file, as that of `--test` must.
 
     Raises:
         UserError: the share is invalid.
@@ -33,27 +33,26 @@ def share_of(value: str, split: str = "validation") -> float | None:
         return None
     if split != "validation":
         raise UserError(
-            f"--{split} {value}: only the validation split can be a share; name the files of the {split} split"
+            f"--{split} {value}: only the validation split can be a share; give the files of the {split} split"
         )
     if not 0 < share < 1:
-        raise UserError(f"--validation {value}: a share is between 0 and 1, e.g. {VALIDATION}")
+        raise UserError(f"--validation {value}: a share must be between 0 and 1, e.g. {VALIDATION}")
     return share
 
 
 def split_folders(options: Mapping[str, Any], *kinds: str) -> tuple[dict[str, Any], dict[str, list[Path]]]:
-    """The folders of each split, as options of the command give them, each of which holds one of `kinds`, e.g. `images`
-    and `masks`.
+    """The folders of each split, one for each of `kinds`, e.g. `images` and `masks`, from the options of the command.
 
-    Options of these names give the training split. Another split is given by `validation_images`, `validation_masks`
-    and so on, or by `validation` alone: the folder whose subfolders are called like those that train; or, where these
-    are called alike, the name of the folders beside them, e.g. `val` beside `images/train` and `labels/train`. Where
-    nothing says what validates, it is a share.
+    The options named like `kinds` give the training folders. Those of another split are given by `validation_images`,
+    `validation_masks` and so on, or by `validation` alone: a folder whose subfolders are named like the training
+    folders or, if these share one name, the name of the folders next to them, e.g. `val` next to `images/train` and
+    `labels/train`. By default, validation is a share of the training images.
 
     Returns:
-        The options, so that they mean the same wherever the command is called, and the folders, by split.
+        The options, independent of the current folder, and the folders of each split.
 
     Raises:
-        UserError: options exclude each other, or one lacks its companion.
+        UserError: options are mutually exclusive, or one lacks its companion.
     """
     options = dict(options)
     folders = {"train": [options[kind] for kind in kinds]}
@@ -61,9 +60,9 @@ def split_folders(options: Mapping[str, Any], *kinds: str) -> tuple[dict[str, An
         value, own = options[split], {flag(f"{split}_{kind}"): options[f"{split}_{kind}"] for kind in kinds}
         given = [option for option, folder in own.items() if folder]
         if given and value is not None:
-            raise UserError(f"--{split} {value} and {given[0]} exclude each other; give one of them")
+            raise UserError(f"--{split} {value} and {given[0]} are mutually exclusive; give only one of them")
         if given and len(given) < len(own):
-            raise UserError(f"{given[0]} needs {next(option for option in own if option not in given)} beside it")
+            raise UserError(f"{given[0]} requires {next(option for option in own if option not in given)}")
         if given:
             folders[split] = [*own.values()]
         elif value is not None and share_of(value, split) is None:
@@ -80,17 +79,18 @@ def _folders_named(value: str, train: Sequence[Path]) -> tuple[str, list[Path]]:
     return str(Path(value).resolve()), [Path(value, folder.name) for folder in resolved]
 
 
-def refuse_leaks(samples: Sequence[Sample[Any]]) -> None:
-    """Raises `UserError` where an image is in more than one split, byte for byte;
-    reads only files whose size occurs in another split too.
+def refuse_leaks(samples: Sequence[LabelledImage[Any]]) -> None:
+    """Raises `UserError` if byte-identical images are in different splits.
+
+    Reads only files whose size occurs in several splits.
     """
-    by_size: dict[int, list[Sample[Any]]] = {}
+    by_size: dict[int, list[LabelledImage[Any]]] = {}
     for sample in samples:
         by_size.setdefault(sample.image.path.stat().st_size, []).append(sample)
     by_digest: dict[str, dict[str, File]] = {}
-    for alike in by_size.values():
-        if len({sample.split for sample in alike}) > 1:
-            for sample in alike:
+    for same_size in by_size.values():
+        if len({sample.split for sample in same_size}) > 1:
+            for sample in same_size:
                 by_digest.setdefault(sample.image.digest(), {}).setdefault(sample.split, sample.image)
     leaks = [
         ", ".join(f"{file.path} ({split})" for split, file in by_split.items())
@@ -98,7 +98,7 @@ def refuse_leaks(samples: Sequence[Sample[Any]]) -> None:
         if len(by_split) > 1
     ]
     refuse(
-        f"{len(leaks)} images are in more than one split, so metrics would be measured on images used in training; "
-        "leave each in one split only:",
+        f"{len(leaks)} images are in more than one split, so metrics would be measured on training images; keep each "
+        "in one split only:",
         leaks,
     )

@@ -1,7 +1,4 @@
-"""The Stream: batches of a split, of training samples by their positions in the Order or of validation samples by id.
-
-A row stays undecoded bytes until its sample is really used.
-"""
+"""Batches of a split: training samples are addressed by their position in the Order, validation samples by their id."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ from trainer.data.reader import Reader
 
 
 class Samples(ABC):
-    """One split, batch by batch.
+    """The samples of one split, in batches.
 
     Args:
-        reader: gives each sample by its id.
+        reader: reads single samples by id.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -32,12 +29,15 @@ class Samples(ABC):
         return len(self.reader)
 
     @abstractmethod
-    def batch(self, numbers: Sequence[int], /) -> dict[str, Tensor]:
+    def batch(self, indices: Sequence[int], /) -> dict[str, Tensor]:
         """A batch: image and mask columns uint8 (B, C, H, W), labels int64 (B,), arrays float32 (B, …), `sample_id` and
-        `epoch` int64 (B,); objects as `join` has them.
+        `epoch` int64 (B,); objects as described in `join`.
 
-        `sample_id` says what was meant. Where unreadable samples are tolerated, `unreadable`, int64 (0 … B,), are those
-        of them that another one stands in for.
+        If unreadable samples are tolerated, `unreadable`, int64 (0 … B,), lists the ids whose content was replaced by
+        another sample's; `sample_id` always holds the requested ids.
+
+        Args:
+            indices: positions in the Order or sample ids, depending on the split.
         """
 
     def _batch(
@@ -46,29 +46,30 @@ class Samples(ABC):
         sample_ids: Sequence[int],
         augment: Callable[[list[Sample]], list[Sample]] | None = None,
     ) -> dict[str, Tensor]:
+        """Reads samples, all at once from the cache if possible, then augments and joins them."""
         reader, stand_ins = self.reader, self.reader.stand_ins
-        used = [stand_ins.of(sample_id) for sample_id in sample_ids]
+        read_ids = [stand_ins.of(sample_id) for sample_id in sample_ids]
         fields: dict[str, Tensor] | None = None
         if reader.pixels and not reader.objects and not augment:
-            fields = reader.pixels.read_cached(used)
-        if fields is None:
-            used, samples = map(list, zip(*map(reader.read, sample_ids), strict=True))
-            fields = collate(augment(samples) if augment else samples, reader.place)
-        batch = {name: torch.from_numpy(values[used]) for name, values in reader.numbers.items()} | fields
+            fields = reader.pixels.read_cached(read_ids)
+        if fields is None:  # reading may find more unreadable samples, so the ids may change
+            read_ids, samples = map(list, zip(*map(reader.read, sample_ids), strict=True))
+            fields = collate(augment(samples) if augment else samples, reader.name)
+        batch = {name: torch.from_numpy(values[read_ids]) for name, values in reader.preloaded.items()} | fields
         batch |= {"sample_id": torch.tensor(sample_ids), "epoch": torch.tensor(epochs)}
         if stand_ins.tolerated:
-            replaced = [meant for meant, found in zip(sample_ids, used, strict=True) if found != meant]
+            replaced = [wanted for wanted, read in zip(sample_ids, read_ids, strict=True) if read != wanted]
             batch["unreadable"] = torch.tensor(replaced, dtype=torch.int64)
         return batch
 
 
 class TrainingSamples(Samples):
-    """The training split, by positions in the Order.
+    """The training split, addressed by positions in the Order.
 
     Args:
-        reader: gives each sample by its id.
+        reader: reads single samples by id.
         order: of the samples.
-        transforms: the augmentations; none for the samples as they are.
+        transforms: the augmentations; empty for none.
     """
 
     def __init__(self, reader: Reader, order: Order, transforms: Sequence[Transform] = ()) -> None:
@@ -81,7 +82,7 @@ class TrainingSamples(Samples):
 
     @property
     def uniform(self) -> bool:
-        """Whether all samples have one size before augmentation."""
+        """Whether all samples have the same size before augmentation."""
         return self.reader.pixels is None or self.reader.pixels.uniform
 
     def batch(self, positions: Sequence[int], /) -> dict[str, Tensor]:
@@ -91,15 +92,15 @@ class TrainingSamples(Samples):
 
 
 class ValidationSamples(Samples):
-    """The validation split, by sample ids; never augmented."""
+    """The validation split, addressed by sample ids; never augmented."""
 
     def batch(self, sample_ids: Sequence[int], /) -> dict[str, Tensor]:
-        """The samples with these ids, of epoch 0; see `Samples`."""
+        """The samples with these ids; their `epoch` is 0; see `Samples`."""
         return self._batch([0] * len(sample_ids), sample_ids)
 
     def spread(self, count: int) -> list[int]:
-        """Ids of so many samples, or of all, evenly from the set as its file names order it; for neighbours, e.g.
-        frames of a video, are alike.
+        """Ids of at most `count` samples, evenly spaced over the split by file name: neighbours, e.g. frames of a
+        video, look alike.
         """
         count = min(count, len(self))
         if not count:

@@ -1,4 +1,4 @@
-"""Small messages between processes about the run itself."""
+"""Small messages between processes that control the run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from trainer.distributed.reduce import world_size
 from trainer.errors import UserError
 from trainer.signals import STOP, Stopped
 
-# Of a process that waits for a decision: rank 0 may be preparing a data set; the watchdog ends what hangs.
+# Long, since rank 0 may be preparing a data set while the others wait; the watchdog ends a process that hangs.
 TIMEOUT = timedelta(days=7)
 
 
 class Control:
-    """Small messages between processes about the run itself, over CPU tensors: they never wait for a GPU."""
+    """Small messages between processes that control the run, as CPU tensors: they never wait for a GPU."""
 
     def __init__(self) -> None:
         self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
 
     def maximum(self, values: list[float]) -> list[float]:
-        """The largest of each value over all processes."""
+        """The maximum of each value over all processes."""
         return self._reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX)
 
     def sum(self, values: list[int]) -> list[int]:
@@ -40,12 +40,11 @@ class Control:
         return tensor.tolist()
 
     def on_main(self, decide: Callable[[], Any]) -> str:
-        """Rank 0 decides and sends its answer to the others; if it fails, all raise its error. A stop signal
-        interrupts it.
+        """Calls `decide` on rank 0; returns its result or raises its error on all ranks. A stop signal interrupts it.
 
         Raises:
-            UserError: rank 0's, or that it can't use a file.
-            Stopped: rank 0 was asked to stop.
+            UserError: raised by `decide`, or it can't use a file.
+            Stopped: a stop was requested of rank 0.
         """
         answer, failure, stopped = "", "", False
         if world_size() == 1 or dist.get_rank() == 0:
@@ -66,7 +65,7 @@ class Control:
         return answer
 
     def main_first(self, act: Callable[[], None]) -> None:
-        """Calls `act` on rank 0, and then on the others; raises what `on_main` raises."""
+        """Calls `act` on rank 0, then on the others; raises what `on_main` raises."""
         self.on_main(act)
         if world_size() > 1 and dist.get_rank() != 0:
             act()
@@ -78,7 +77,7 @@ class Control:
         return bytes(self.from_main((encoded + [0] * length)[:length])).decode() if length else ""
 
     def gather(self, values: list[int]) -> list[list[int]]:
-        """The values of each process, by rank; each has as many."""
+        """The values of each process, by rank; all must have the same number."""
         mine = torch.tensor(values, dtype=torch.int64)
         if world_size() == 1:
             return [values]
@@ -87,7 +86,7 @@ class Control:
         return [each.tolist() for each in gathered]
 
     def union(self, values: list[int]) -> list[int]:
-        """Every value that some process has, in order; values are at least 0."""
+        """The sorted values that any process has; they must not be negative."""
         (longest,) = self.maximum([float(len(values))])
         padded = [*values, *[-1] * (int(longest) - len(values))]
         return sorted({value for each in self.gather(padded) for value in each} - {-1})

@@ -1,4 +1,4 @@
-"""Distributed data parallel training: how the model is wrapped, and what has to happen before the first step."""
+"""Distributed data parallel training: wraps the model, and prepares its first step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def wrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The model as training calls it: under autocast, and in DDP where there are several processes."""
+    """Wraps the model for training: in autocast, and in DDP if there are several processes."""
     if world_size() == 1:
         alone: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
         return alone
     wrapped: nn.Module = accelerator.prepare_model(model)
-    # Trainable batch norms use the statistics of all processes and frozen ones don't change: buffers are equal anyway.
+    # Trainable batch norms use the statistics of all processes and frozen ones don't change, so buffers stay equal.
     # The constructor's argument of this name is deprecated in torch 2.15; older versions and Accelerate don't know its
     # successor.
     wrapped.broadcast_buffers = False  # type: ignore[assignment]
@@ -27,15 +27,15 @@ def wrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def rehearse(model: nn.Module, forward_backward: Callable[[], Any]) -> None:
-    """Runs one forward and backward pass and undoes what it did to the model.
+    """Runs one forward and backward pass and undoes its effects on the model.
 
     DDP sends gradients in buckets, which it rebuilds after the first backward pass. With three or more processes the
-    new buckets add up gradients in another order, so the first step of a resumed run would differ from that of an
+    new buckets sum gradients in another order, so the first step of a resumed run would differ from the same step of an
     uninterrupted one.
 
     Args:
         model: the unwrapped model.
-        forward_backward: runs both on some micro-batch.
+        forward_backward: runs both passes on any micro-batch.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     forward_backward()

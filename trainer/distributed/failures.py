@@ -1,4 +1,4 @@
-"""Errors of libraries and of the system that end a training, turned into messages that say what to do."""
+"""Reports errors to the other processes; turns errors of libraries and of the system into messages for users."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.
 
 @contextmanager
 def reported_to_peers(watchdog: Watchdog, world_size: int) -> Iterator[None]:
-    """Reports an error inside to the other processes before it is raised. If another process caused it, this one
-    ends here.
-    """
+    """Reports an error inside to the other processes, then raises it; exits here if another process caused it."""
     try:
         yield
     except Stopped:
         raise
     except BaseException as error:
         if world_size > 1 and _lost_connection(error):
-            watchdog.disconnected()  # another rank failed; this ends the process as soon as it is known which one
+            watchdog.disconnected()  # another rank failed; exits as soon as it is known which one
         watchdog.failed(error)
         raise
 
@@ -39,8 +37,8 @@ def reported_to_peers(watchdog: Watchdog, world_size: int) -> Iterator[None]:
 def failures_reported(
     watchdog: Watchdog, fail: Callable[[BaseException], None], recipe: Recipe, world_size: int, folder: Path
 ) -> Iterator[None]:
-    """Reports whatever goes wrong inside to the other processes and to `fail`, and raises it as an error of this
-    package where it is a known one.
+    """Reports an error inside to the other processes and to `fail`, then raises it, as `TrainingFailed` if it is a
+    known one.
     """
     try:
         with reported_to_peers(watchdog, world_size):
@@ -63,15 +61,14 @@ def _lost_connection(error: BaseException) -> bool:
 
 
 def _as_training_failure(error: BaseException, recipe: Recipe, world_size: int, folder: Path) -> TrainingFailed | None:
-    """The failure behind an error of a library or of the system, in one message; None for any other error."""
+    """A known error of a library or of the system as a message for users; None for any other error."""
     message = ""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         samples = recipe.data.batch_size // (world_size * recipe.train.accumulate)
         message = (
-            f"out of memory with {samples} samples at a time in each process: "
-            f"train.accumulate={2 * recipe.train.accumulate} halves them and "
-            "computes the same; a smaller data.batch_size, train.precision=bf16, smaller images (data.resize) or more "
-            "processes help too"
+            f"out of memory with {samples} samples at a time per process: "
+            f"train.accumulate={2 * recipe.train.accumulate} halves this without changing the result; a smaller "
+            "data.batch_size, train.precision=bf16, smaller images (data.resize) or more processes also help"
         )
     elif isinstance(error, OSError) and error.errno in DISK:
         free = f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB free)" if error.errno == errno.ENOSPC else ""
@@ -81,7 +78,7 @@ def _as_training_failure(error: BaseException, recipe: Recipe, world_size: int, 
         )
     elif "Expected more than 1 value per channel when training" in str(error):
         message = (
-            "batch norm can't learn from a micro-batch of one sample: raise data.batch_size or lower train.accumulate"
+            "batch norm can't train on a micro-batch of one sample: raise data.batch_size or lower train.accumulate"
         )
     if not message:
         return None

@@ -1,1 +1,1 @@
-"""What happens in an optimizer step."""
+"""Everything that happens in an optimizer step."""

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 class Ema:
     """A second model whose weights follow the first one's.
 
-    Every process has the same weights after a step, so each updates its own copy and all agree.
+    All processes have the same weights after a step, so each updates its own copy and the copies stay equal.
 
     Args:
         model: the model to follow.
-        decay: share of the average that stays at each step; smaller in the first steps, (1 + t) / (10 + t).
+        decay: share of the average that each step t keeps; in the first steps (1 + t) / (10 + t), which is smaller.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -27,7 +27,7 @@ class Ema:
         self._sources: list[Tensor] = [sources[key].detach() for key in floating]
         counters = [key for key, value in sources.items() if not value.is_floating_point()]
         self._counters: list[Tensor] = [averages[key] for key in counters]
-        self._counted: list[Tensor] = [sources[key] for key in counters]
+        self._source_counters: list[Tensor] = [sources[key] for key in counters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -35,4 +35,4 @@ class Ema:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
         if self._counters:
-            torch._foreach_copy_(self._counters, self._counted)
+            torch._foreach_copy_(self._counters, self._source_counters)

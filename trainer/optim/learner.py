@@ -1,4 +1,4 @@
-"""What happens in an optimizer step: forward, loss, backward, clipping, the guard, the update, the moving average."""
+"""An optimizer step: forward, loss, backward, clipping, the guard, the update, the moving average."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.optim.guard import GRADIENTS, Guard, Verdict
 from trainer.optim.schedules import Schedule
 from trainer.recipe.recipe import Recipe
 from trainer.runs.state import Checkpoint, optimizer_tensors, snapshot
-from trainer.tasks.build import place
+from trainer.tasks.build import to_device
 from trainer.tasks.task import Batch, Task
 
 if TYPE_CHECKING:
@@ -29,18 +29,20 @@ if TYPE_CHECKING:
 
 
 class Learner:
-    """The model, and everything that changes it.
+    """The model and everything that updates it: optimizer, schedule, guard, moving average.
 
     Args:
         task: owns model and loss.
-        recipe: says how they are trained.
+        recipe: of the run.
         accelerator: of this process.
-        schedule: from the progress of the training to a factor on `optimizer.lr`.
+        schedule: maps the training progress to a factor on `optimizer.lr`.
         uniform: whether all images have one size before augmentation.
 
     Attributes:
         model: the network, unwrapped.
-        ema: its moving average, where the recipe has one.
+        ema: its moving average, if `train.ema` asks for one.
+        names: maps each trainable parameter to its name.
+        guard: see `Guard`; the Trainer reports its findings.
         learning_rate: of the last step.
     """
 
@@ -49,11 +51,11 @@ class Learner:
     ) -> None:
         self.task, self.settings, self.accelerator, self.schedule = task, recipe.train, accelerator, schedule
         self.base_learning_rate = self.learning_rate = recipe.optimizer.lr
-        self.model = place(task, recipe, accelerator.device, uniform)
+        self.model = to_device(task, recipe, accelerator.device, uniform)
         if accelerator.num_processes > 1:
             use_global_batch_norm(self.model)
         if recipe.train.compile:
-            self.model.compile()  # in place: the keys of the state dict stay as they are
+            self.model.compile()  # in place: keeps the keys of the state dict
         self.names: dict[Tensor, str] = {
             parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad
         }
@@ -70,17 +72,17 @@ class Learner:
         set_train_mode(self.model)
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The network that is evaluated: the moving average, where there is one."""
+    def evaluation_model(self) -> nn.Module:
+        """The model to evaluate: the moving average if there is one."""
         return self.ema.model if self.ema else self.model
 
     def step(self, step: int, progress: float, micro_batches: Iterable[Batch]) -> tuple[dict[str, Tensor], Verdict]:
-        """One optimizer step.
+        """Runs one optimizer step.
 
         Args:
             step: its number, from 0.
-            progress: share of the training that has passed.
-            micro_batches: `train.accumulate` of them, this process's share of the step's samples.
+            progress: share of the training completed so far.
+            micro_batches: `train.accumulate` of them, this process's part of the step's samples.
 
         Returns:
             The terms of the loss over all samples and `gradient_norm` (scalars), and the guard's verdict.
@@ -92,20 +94,20 @@ class Learner:
 
         self.guard.begin_step()
         terms: dict[str, Tensor] = {}
-        finite_shares: list[Tensor] = []
+        parts_finite: list[Tensor] = []
         accumulate = self.settings.accumulate
         for number, batch in enumerate(micro_batches, start=1):
-            # Gradients are sent once a step, after the last micro-batch.
+            # Processes exchange gradients once per step, after the last micro-batch.
             with nullcontext() if number == accumulate else self.accelerator.no_sync(self.wrapped):
-                micro_terms, share_is_finite = self._forward_backward(batch, weight=1 / accumulate)
+                micro_terms, part_is_finite = self._forward_backward(batch, weight=1 / accumulate)
             terms = {name: terms.get(name, 0.0) + term / accumulate for name, term in micro_terms.items()}
-            finite_shares.append(share_is_finite)
+            parts_finite.append(part_is_finite)
 
-        self.accelerator.unscale_gradients()  # of fp16; does nothing otherwise
+        self.accelerator.unscale_gradients()  # only fp16 scales them
         terms[GRADIENTS] = get_total_norm([weight.grad for weight in self.names if weight.grad is not None])
         if self.settings.clip_norm:
             clip_grads_with_norm_(list(self.names), self.settings.clip_norm, terms[GRADIENTS])
-        verdict = self.guard.judge(step, terms, finite_shares)
+        verdict = self.guard.judge(step, terms, parts_finite)
         if verdict.call_optimizer:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -116,37 +118,36 @@ class Learner:
     def _forward_backward(self, batch: Batch, weight: float) -> tuple[dict[str, Tensor], Tensor]:
         """Adds `weight` times the gradients of a micro-batch.
 
-        The loss is a function of sums over all processes, of which each process differentiates its own summands. The
-        whole gradient is the sum of these parts. DDP takes their mean, so the loss is multiplied by the number of
-        processes.
+        The loss is a function of sums over all processes; each process differentiates only its own summands. The full
+        gradient is the sum of these parts, but DDP averages them, so the loss is multiplied by the number of processes.
 
         Returns:
-            The terms of the loss over all processes, and whether this process's own sums are finite (bool scalar).
+            The terms of the loss over all processes, and whether this process's own sums are finite; scalars.
         """
         local_sums = self.task.loss_sums(self.wrapped, batch)
         terms = self.task.loss.combine(add_over_processes(local_sums))
         self.accelerator.backward(terms["loss"] * (weight * self.accelerator.num_processes))
-        share_is_finite = torch.stack([value.detach().isfinite().all() for value in local_sums.values()]).all()
-        return {name: term.detach() for name, term in terms.items()}, share_is_finite
+        part_is_finite = torch.stack([value.detach().isfinite().all() for value in local_sums.values()]).all()
+        return {name: term.detach() for name, term in terms.items()}, part_is_finite
 
     def rehearse(self, batch: Batch) -> None:
-        """Runs a micro-batch through DDP before the state is restored, see `ddp.rehearse`."""
+        """Runs a micro-batch through DDP before the state is restored; see `ddp.rehearse`."""
         ddp.rehearse(self.model, lambda: self._forward_backward(batch, weight=1.0))
 
     def check_finite(self, step: int) -> None:
-        """Keeps useless weights from being saved.
+        """Keeps non-finite weights from being saved.
 
         Raises:
             TrainingFailed: a weight isn't finite.
         """
         if not torch.stack([weight.isfinite().all() for weight in self.names]).all():
             raise TrainingFailed(
-                f"weights are not finite after step {step} and aren't saved; lower optimizer.lr or set "
+                f"weights are not finite after step {step} and were not saved; lower optimizer.lr or set "
                 "train.clip_norm=1.0"
             )
 
     def checkpoint(self, counters: dict[str, Any]) -> Checkpoint:
-        """A copy of the state on the CPU; `counters` are what the rest of the run adds to it."""
+        """A copy of the state on the CPU, with `counters`, the state of the rest of the run."""
         scaler = self.accelerator.scaler
         return Checkpoint(
             model=snapshot(self.model),
@@ -156,10 +157,10 @@ class Learner:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continues from what `checkpoint` returned.
+        """Restores the state that `checkpoint` returned.
 
         Raises:
-            UserError: it is of another model or optimizer.
+            UserError: the checkpoint is of another model or optimizer.
         """
         ema = self.ema.model if self.ema else None
         checkpoint.restore(self.model, ema, self.optimizer.optimizer, self.names)

@@ -34,7 +34,7 @@ def sgd(
         parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
     )
     if momentum:
-        # The first step would create it, without values where that step is skipped since something isn't finite.
+        # Otherwise the first step creates it, uninitialised if the guard skips that step.
         for parameter in optimizer.param_groups[0]["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
     return optimizer

@@ -1,8 +1,8 @@
-"""Learning-rate schedules: a factor on `optimizer.lr` as a pure function of the progress of the training.
+"""Learning-rate schedules: a factor on `optimizer.lr` as a pure function of the training progress.
 
-Having no state, a schedule resumes exactly and is the same for any number of processes. Each factory
-gets `share`, which converts a recipe's duration to a share of the training, and returns
-`progress in [0, 1] -> factor`. `plateau` looks at the evaluations so far besides, which are the Trainer's to keep.
+A schedule has no state, so it resumes exactly and is the same for any number of processes. Each factory gets `share`,
+which converts a recipe's duration to a share of the training, and returns `progress in [0, 1] -> factor`. `plateau`
+also depends on the evaluations so far, which the Trainer records in `best`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.metrics.best import Best
 from trainer.recipe.durations import Clock, DurationOrZero, Span
 
-if TYPE_CHECKING:  # recipes look schedules up, so this module must not need them
+if TYPE_CHECKING:  # at run time recipes import this module
     from trainer.recipe.recipe import Recipe
 
 Schedule = Callable[[float], float]
@@ -29,11 +29,11 @@ NONE = Span.parse("0%")
 
 
 def build_schedule(recipe: Recipe, clock: Clock, best: Best) -> Schedule:
-    """The schedule of a recipe; `best` is kept up to date by the caller.
+    """The schedule of a recipe; the caller keeps `best` up to date.
 
     Raises:
-        UserError: a warm-up is longer than the training. One in steps of a training in epochs, or the other way round,
-            can be compared with it only now that the size of the data set is known.
+        UserError: a warm-up is longer than the training. Steps and epochs can be compared only here, where the size of
+            the data set is known.
     """
     for key, value in recipe.schedule:
         if isinstance(value, Span) and clock.share(value) > 1:
@@ -94,8 +94,7 @@ def plateau(
     patience: NonNegativeInt = 5,
     warmup: DurationOrZero = NONE,
 ) -> Schedule:
-    """Multiplies by `factor` whenever `patience` evaluations in a row, and one more,
-    haven't improved `evaluate.best`.
+    """Multiplies by `factor` after every `patience` + 1 evaluations in a row that didn't improve `evaluate.best`.
 
     Args:
         share: converts a duration to a share of the training.
@@ -111,8 +110,7 @@ def plateau(
 def one_cycle(
     share: Share, /, *, warmup: DurationOrZero = Span.parse("30%"), start: Fraction = 0.04, final: Fraction = 1e-6
 ) -> Schedule:
-    """Half a cosine up from `start`, half a cosine down to `final` (Smith & Topin, 2018);
-    `optimizer.lr` is the peak.
+    """Half a cosine up from `start` to `optimizer.lr`, half a cosine down to `final` (Smith & Topin, 2018).
 
     Args:
         share: converts a duration to a share of the training.

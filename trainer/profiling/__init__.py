@@ -1,1 +1,1 @@
-"""Arithmetic, memory and time of a network."""
+"""FLOPs, memory and time of a network."""

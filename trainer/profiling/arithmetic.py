@@ -1,13 +1,13 @@
-"""The arithmetic of a network, layer by layer: weights, outputs, connections and FLOPs of one image.
+"""Counts the weights, outputs, connections and FLOPs of a network for one image, layer by layer.
 
-- weights: all learnable parameters, biases and the factors of batch norms included;
+- weights: all parameters, including biases and the factors of batch norms;
 - outputs: the units that a layer produces;
-- connections: for a convolution k² · C_in · C_out / groups for each pixel it produces, for a transposed one for each
-  pixel it sees; for pooling its window for each output; for a linear layer in · out; for everything else one an output.
-  Biases aren't counted, and borders not subtracted;
-- FLOPs: of the forward pass, two for each multiplication and addition, as PyTorch counts them.
+- connections: for a convolution k² · C_in · C_out / groups per output pixel, for a transposed one per input pixel; for
+  pooling the size of its window per output; for a linear layer in · out; for any other layer one per output. Biases
+  aren't counted, and borders aren't subtracted;
+- FLOPs: of the forward pass, two per multiply-add, as PyTorch counts them.
 
-Of what a detector looks at region by region, all but the FLOPs are those of one region.
+For layers that a detector applies to each region, all but the FLOPs are those of one region.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Layer:
         kind: its class.
         shape: of its output for one image, (C, H, W).
         weights, outputs, connections, flops: see this module.
-        trainable: how many of the weights are trainable.
+        trainable: number of trainable weights.
     """
 
     name: str
@@ -52,13 +52,13 @@ class Layer:
 
 
 def layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
-    """All leaf modules in the order in which they are called; best on the meta device, where nothing is computed.
+    """All leaf modules in the order they are called; fastest on the meta device, which computes nothing.
 
     Args:
-        model: takes one batch of images.
+        model: takes a batch of images.
         input_shape: (C, H, W) of an image.
     """
-    found: list[Layer] = []
+    called: list[Layer] = []
     seen: set[nn.Module] = set()
     names = {module: name for name, module in model.named_modules()}
     counter = FlopCounterMode(display=False)
@@ -68,12 +68,12 @@ def layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
         flops_before[module] = counter.get_total_flops()
 
     def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        if not isinstance(output, Tensor):  # e.g. anchors: nothing that is computed from weights
+        if not isinstance(output, Tensor):  # e.g. lists of anchors, which have no weights
             return
-        # A layer that is used twice has its weights once.
+        # The weights of a layer that is called twice count once.
         own = [] if module in seen else list(module.parameters(recurse=False))
         seen.add(module)
-        found.append(
+        called.append(
             Layer(
                 name=names[module],
                 kind=type(module).__name__,
@@ -99,7 +99,7 @@ def layers(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return found
+    return called
 
 
 def _connections(module: nn.Module, input: Tensor, output: Tensor) -> int:
@@ -118,11 +118,11 @@ def _connections(module: nn.Module, input: Tensor, output: Tensor) -> int:
 
 
 def polynomial(count: Callable[..., Mapping[str, int]], variables: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Writes counts as polynomials of degree 2, exact and compared with the counts at points they weren't derived from.
+    """Expresses counts exactly as polynomials of degree 2, fitted to more points than they have coefficients.
 
     Args:
         count: takes the variables by name, returns counts by name.
-        variables: name -> values to count at; three or more each.
+        variables: values of each variable at which to count; at least three.
 
     Raises:
         ValueError: a count isn't such a polynomial.
@@ -134,13 +134,13 @@ def polynomial(count: Callable[..., Mapping[str, int]], variables: Mapping[str, 
     rows = [[prod(point[name] for name in monomial) for monomial in monomials] for point in points]
     texts = {}
     for what in counts[0]:
-        values = [found[what] for found in counts]
+        values = [each[what] for each in counts]
         factors = [round(factor) for factor in np.linalg.lstsq(np.array(rows, float), np.array(values, float))[0]]
         if any(
             sum(factor * each for factor, each in zip(factors, row, strict=True)) != value
             for row, value in zip(rows, values, strict=True)
         ):
-            raise ValueError(f"{what} is no polynomial of degree 2 in {', '.join(names)}")
+            raise ValueError(f"{what} is not a polynomial of degree 2 in {', '.join(names)}")
         terms = [_term(factor, monomial) for factor, monomial in zip(factors, monomials, strict=True) if factor]
         texts[what] = " + ".join(reversed(terms)) or "0"
     return texts

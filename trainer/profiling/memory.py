@@ -1,4 +1,4 @@
-"""Memory and time of training steps, measured."""
+"""Measures the memory and time of training steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.errors import UserError
 from trainer.models.freeze import set_train_mode, train_only
 from trainer.optim.ema import Ema
 from trainer.recipe.recipe import Recipe
-from trainer.tasks.build import build_task, place
+from trainer.tasks.build import build_task, to_device
 
 STEPS = 3
 
@@ -32,17 +32,16 @@ MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training step takes.
+    """The cost of one training step.
 
     Attributes:
-        trainable: trainable parameters.
-        saved_bytes: of activations that the forward pass of a micro-batch keeps for the backward pass, each storage
-            once.
-        gradient_bytes, optimizer_bytes: of what belongs to the trainable parameters.
-        peak_bytes: of the device at the worst moment, above what was there before the model; None where the system
-            doesn't tell.
+        trainable: number of trainable parameters.
+        saved_bytes: activations that the forward pass of a micro-batch saves for the backward pass, each storage once.
+        gradient_bytes, optimizer_bytes: gradients and optimizer state of the trainable parameters.
+        peak_bytes: peak memory of the device, above what was in use before the model was built; None if the system
+            doesn't report it.
         flops: of the forward and backward passes of a step.
-        seconds: of a step, the median of three.
+        seconds: per step, the median of three.
     """
 
     trainable: int
@@ -55,11 +54,10 @@ class Cost:
 
 
 def measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, width: int) -> Cost:
-    """Trains a new model for a few steps, with only `layers` trainable (empty: all), as the recipe says but for
-    `compile`; one process.
+    """Trains a new model for a few steps as the recipe describes, but in one process, without `compile`, and with only
+    `layers` trainable (empty: all).
 
-    A step is `data.batch_size` synthetic samples in `train.accumulate` micro-batches; `saved_bytes` is that of one of
-    these.
+    A step is `data.batch_size` synthetic samples in `train.accumulate` micro-batches.
 
     Raises:
         UserError: out of memory.
@@ -69,8 +67,8 @@ def measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, widt
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(
             f"out of memory with {height}x{width} pixels and {recipe.data.batch_size // recipe.train.accumulate} "
-            "samples at a time: lower data.batch_size, "
-            "raise train.accumulate, give a smaller --input-size, or only count with --no-measure"
+            "samples at once: lower data.batch_size, raise train.accumulate, set a smaller --input-size, or skip the "
+            "measurement with --no-measure"
         ) from error
 
 
@@ -78,7 +76,7 @@ def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, wid
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = _start_peak(device)
     task = build_task(recipe, info)
-    model = place(task, recipe, device, uniform=True)
+    model = to_device(task, recipe, device, uniform=True)
     train_only(model.requires_grad_(True), layers)
     set_train_mode(model)
     precision = resolve_precision(recipe.train.precision)
@@ -148,9 +146,7 @@ def _measure(recipe: Recipe, info: DataInfo, layers: list[str], height: int, wid
 
 
 def _synthetic_batch(recipe: Recipe, info: DataInfo, height: int, width: int, device: torch.device) -> dict[str, Any]:
-    """A micro-batch of noise with the fields that the task needs; with objects, of which each image has four,
-    one in each quarter.
-    """
+    """A micro-batch of noise with the fields the task needs; each image has one object in each quarter."""
     size = recipe.data.batch_size // recipe.train.accumulate
     quarters = (
         torch.tensor(
@@ -191,16 +187,16 @@ def _timed(step: Any, device: torch.device) -> float:
 
 
 def _start_peak(device: torch.device) -> int | None:
-    """Bytes in use now; the highest use is counted from here on."""
+    """Bytes in use now; resets the recorded peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     gc.collect()
-    # Of glibc: memory that was freed goes back to the system, else it would be in use still.
+    # glibc: returns freed memory to the system, which would otherwise count as in use.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the process's highest use
+        Path("/proc/self/clear_refs").write_text("5")  # Linux resets the peak of the process
     except OSError:
         return None
     return _status("VmRSS")

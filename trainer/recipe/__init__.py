@@ -1,1 +1,1 @@
-"""A recipe: read, validated, typed."""
+"""Reads and validates recipes; holds them as typed objects."""

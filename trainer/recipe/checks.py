@@ -1,4 +1,4 @@
-"""Checks of a recipe that look at several keys at once."""
+"""Checks that involve several keys of a recipe."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from trainer.recipe.file import Problem
 from trainer.recipe.recipe import Recipe, build
 
 Check = tuple[tuple[str, ...], Callable[[Recipe], Iterator[Problem]]]
-"""What a check reads of a recipe, of its sections and `source`, and the check: it runs where all of these are valid."""
+"""The parts of a recipe that a check reads (sections, or `source`), and the check. It runs if all of them are valid."""
 
 
 def _check_interfaces(recipe: Recipe) -> Iterator[Problem]:
     task = recipe.components["task"]
     shared = {*task.interfaces}
     for section in ("model", "loss"):
-        found = recipe.components[section]
-        if shared & {*found.interfaces}:
-            shared &= {*found.interfaces}
+        component = recipe.components[section]
+        if shared & {*component.interfaces}:
+            shared &= {*component.interfaces}
         else:
             fits = [c.name for c in catalogue(section).values() if shared & {*c.interfaces}]
             yield recipe.problem(
                 section,
-                f"{section} {found.name} doesn't fit task {task.name}; choose one of {', '.join(fits)}",
-                found.name,
+                f"{section} {component.name} doesn't fit task {task.name}; choose one of {', '.join(fits)}",
+                component.name,
             )
     data = recipe.components["data"]
     lacking = [f for f in task.fields if f not in data.fields]
@@ -33,7 +33,7 @@ def _check_interfaces(recipe: Recipe) -> Iterator[Problem]:
         fits = [c.name for c in catalogue("dataset").values() if set(task.fields) <= set(c.fields)]
         yield recipe.problem(
             "data",
-            f"task {task.name} needs {', '.join(lacking)}, which {data.name} has not; data sets that fit: "
+            f"task {task.name} needs {', '.join(lacking)}, which {data.name} doesn't have; data sets that fit: "
             f"{', '.join(fits)}",
         )
 
@@ -46,7 +46,7 @@ def _check_augmentations(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem(f"data.augment.{index}", str(error))
         if component.name == "mosaic" and index:
             yield recipe.problem(
-                f"data.augment.{index}", "must be the first augmentation: those after it see the mosaic", component.name
+                f"data.augment.{index}", "must come first: the other augmentations apply to the mosaic", component.name
             )
 
 
@@ -56,7 +56,7 @@ def _check_resize(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem("data.resize_mode", "needs data.resize, the size to pad to", recipe.data.resize_mode)
         if "mask" in recipe.components["data"].fields:
             yield recipe.problem(
-                "data.resize_mode", "is for sets of boxes: what it pads with has no class", recipe.data.resize_mode
+                "data.resize_mode", "can't be used with class masks: padding has no class", recipe.data.resize_mode
             )
 
 
@@ -65,7 +65,7 @@ def _check_batch(recipe: Recipe) -> Iterator[Problem]:
     if batch % accumulate:
         yield recipe.problem(
             "data.batch_size",
-            f"must be divisible by train.accumulate ({accumulate}); it counts all samples of an optimizer step",
+            f"must be divisible by train.accumulate ({accumulate}): it is the number of samples in an optimizer step",
             batch,
         )
 
@@ -74,11 +74,11 @@ def _check_durations(recipe: Recipe) -> Iterator[Problem]:
     clock = Clock(recipe.train.duration, recipe.data.batch_size, 1)
     if recipe.train.duration.unit == "%":
         yield recipe.problem(
-            "train.duration", "can't be a share of itself; give it in steps, epochs or minutes", recipe.train.duration
+            "train.duration", "can't be a percentage of itself; use steps, epochs or minutes", recipe.train.duration
         )
         return
     if recipe.train.timeout.unit != "minutes":
-        yield recipe.problem("train.timeout", "is a time; give it in minutes", recipe.train.timeout)
+        yield recipe.problem("train.timeout", "must be in minutes", recipe.train.timeout)
     for key, value in recipe.schedule:
         if not isinstance(value, Span):
             continue
@@ -87,7 +87,8 @@ def _check_durations(recipe: Recipe) -> Iterator[Problem]:
         except ValueError as error:
             yield recipe.problem(f"schedule.{key}", str(error))
         else:
-            comparable = {value.unit, clock.duration.unit} != {"steps", "epochs"}  # these need the size of the data set
+            # Comparing steps with epochs needs the size of the data set.
+            comparable = {value.unit, clock.duration.unit} != {"steps", "epochs"}
             if comparable and share > 1:
                 yield recipe.problem(
                     f"schedule.{key}", f"is longer than the training (train.duration {clock.duration})", value

@@ -27,10 +27,10 @@ class Span:
         if isinstance(text, Span):
             return text
         if not match:
-            raise ValueError("a duration is a number and a unit: '500 steps', '2 epochs', '10%' or '30 minutes'")
+            raise ValueError("must be a number and a unit: '500 steps', '2 epochs', '10%' or '30 minutes'")
         value, unit = Fraction(match[1]), match[2] if match[2] == "%" else match[2].rstrip("s") + "s"
         if unit == "steps" and value.denominator != 1:
-            raise ValueError("a number of steps is a whole number")
+            raise ValueError("the number of steps must be an integer")
         return cls(value, unit)
 
     def __str__(self) -> str:
@@ -45,25 +45,25 @@ class Span:
 def _positive(text: Any) -> Span:
     span = Span.parse(text)
     if span.value <= 0:
-        raise ValueError("a duration is greater than 0")
+        raise ValueError("must be greater than 0")
     return span
 
 
 _as_text = PlainSerializer(str, return_type=str)
 
 Duration = Annotated[Span, PlainValidator(_positive), _as_text]
-"""A field of a schema that holds a duration above 0."""
+"""The type of a setting that is a duration greater than 0."""
 
 DurationOrZero = Annotated[Span, PlainValidator(Span.parse), _as_text]
-"""A field of a schema that holds a duration that may be 0."""
+"""The type of a setting that is a duration of 0 or more."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Converts between durations and steps; a pure function of step and seconds, so resume-proof.
+    """Converts between durations and steps; stateless, a pure function of step and seconds.
 
     Args:
-        duration: of the whole training.
+        duration: of the training.
         batch_size: samples in one optimizer step, over all processes.
         dataset_size: samples in an epoch.
     """
@@ -72,8 +72,8 @@ class Clock:
     batch_size: int
     dataset_size: int
 
-    def count(self, span: Span, step: int, seconds: float) -> Fraction:
-        """How many of `span` have passed after `step` steps and `seconds` seconds of training."""
+    def elapsed(self, span: Span, step: int, seconds: float) -> Fraction:
+        """How many times `span` has elapsed after `step` steps and `seconds` seconds of training."""
         match span.unit:
             case "steps":
                 return Fraction(step) / span.value
@@ -82,31 +82,31 @@ class Clock:
             case "minutes":
                 return Fraction(seconds) / 60 / span.value
             case _:
-                return self.count(self.duration, step, seconds) * 100 / span.value
+                return self.elapsed(self.duration, step, seconds) * 100 / span.value
 
     def due(self, span: Span, step: int, seconds: float, seconds_before: float) -> bool:
-        """Whether the step that ended as number `step` completed another `span`."""
-        before = self.count(span, step - 1, seconds_before)
-        return math.floor(self.count(span, step, seconds)) > math.floor(before)
+        """Whether step number `step` (from 1), the last one done, completed another `span`."""
+        before = self.elapsed(span, step - 1, seconds_before)
+        return math.floor(self.elapsed(span, step, seconds)) > math.floor(before)
 
     def finished(self, step: int, seconds: float) -> bool:
         """Whether the training duration has passed."""
-        return self.count(self.duration, step, seconds) >= 1
+        return self.elapsed(self.duration, step, seconds) >= 1
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole training; None where the duration is in minutes.
+        """Optimizer steps of the training; None if the duration is in minutes.
 
-        An epoch that the batch size doesn't divide ends inside a batch: the step that completes it counts.
+        If the batch size doesn't divide the epoch, it ends inside a batch; the step that completes it counts.
         """
         if self.duration.unit == "minutes":
             return None
-        return math.ceil(1 / self.count(self.duration, 1, 0.0))
+        return math.ceil(1 / self.elapsed(self.duration, 1, 0.0))
 
     def progress(self, step: int, seconds: float) -> float:
-        """The share of the training that has passed in the middle of step `step` (from 0), for schedules."""
+        """The share of the training completed in the middle of step `step` (from 0), for schedules."""
         if self.total_steps is None:
-            return float(min(Fraction(1), self.count(self.duration, step, seconds)))
+            return float(min(Fraction(1), self.elapsed(self.duration, step, seconds)))
         return min(1.0, (step + 0.5) / self.total_steps)
 
     def share(self, span: Span) -> float:
@@ -119,6 +119,6 @@ class Clock:
             return float(span.value / 100)
         if (span.unit == "minutes") != (self.duration.unit == "minutes"):
             raise ValueError(
-                f"{span} can't be compared with a training of {self.duration}: give both in minutes, or this one in %"
+                f"can't compare {span} with a training of {self.duration}: use minutes for both, or % here"
             )
-        return float(self.count(self.duration, 1, 60.0) / self.count(span, 1, 60.0))
+        return float(self.elapsed(self.duration, 1, 60.0) / self.elapsed(span, 1, 60.0))

@@ -1,7 +1,7 @@
-"""Recipe files: YAML with `inherit` and `key.path=value`, read into one tree that remembers where every key stands.
+"""Recipe files: YAML with `inherit` and `key.path=value`, merged into one tree, with the place of every key.
 
-Mappings merge deeply, the child's keys over the parent's; lists are replaced whole. Where a section names another
-component, the keys of the old one are dropped, and those that the section has with every component stay.
+Mappings merge recursively, the child's keys over the parent's; lists are replaced. If a section names another
+component, the keys of the old component are dropped; those that all components of the section share are kept.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from trainer.errors import UserError
 KeyPath = tuple[str | int, ...]
 
 Place = str
-"""Where a value stands: `file:line:column`, or `command line`."""
+"""The location of a value: `file:line:column`, or `command line`."""
 
 COMMAND_LINE: Place = "command line"
 
-MAX_NODES = 20_000  # a recipe is a page; more is a mistake or an alias bomb
+MAX_NODES = 20_000  # a recipe fills a page; more is a mistake or an alias bomb
 
-MAX_BYTES = 2**17  # which take the parser seconds
+MAX_BYTES = 2**17  # the parser takes seconds for these
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: where it stands, which key, what is wrong and what to do."""
+    """One mistake: its place and key, what is wrong and what to do."""
 
     place: Place
     path: KeyPath
@@ -48,9 +48,9 @@ class Problem:
 
 
 class RecipeError(UserError):
-    """A recipe is wrong; holds every problem found."""
+    """The recipe is invalid; lists every problem."""
 
-    label = ""  # each line begins with a place already
+    label = ""  # each line starts with a place instead
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = sorted(set(problems), key=lambda p: (_natural(p.place), p.path != (), str(p.path)))
@@ -67,7 +67,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def place_of(places: Mapping[KeyPath, Place], path: KeyPath, default: object) -> Place:
-    """Where `path` stands, or the nearest key above it."""
+    """The place of `path`, or of the nearest key above it."""
     for end in range(len(path), -1, -1):
         if path[:end] in places:
             return places[path[:end]]
@@ -88,14 +88,14 @@ class Reader:
     """Reads a recipe and its parents into one tree, with the place of every key.
 
     Args:
-        shared: the sections that name a component, and the keys that each has whatever component it names. They may be
-            written as a mere name, `loss: soft_iou` for `loss: {name: soft_iou}`.
+        shared: the sections that name a component, each with the keys that all its components share. Such a section may
+            be just a name, `loss: soft_iou` for `loss: {name: soft_iou}`.
 
     Attributes:
-        problems: what was found wrong so far.
-        places: where each key of the merged tree stands.
-        dropped: for each change of a component's name that dropped keys, where it stands, the names and these keys.
-        complete: whether every file was read: else the tree lacks what stands in the others.
+        problems: the mistakes found so far.
+        places: of each key of the merged tree.
+        dropped: a line for each change of a component that dropped keys: its place, both names and these keys.
+        complete: whether every file could be read; if not, keys may be missing from the tree.
     """
 
     def __init__(self, shared: Mapping[str, Container[str]]) -> None:
@@ -112,7 +112,7 @@ class Reader:
             resolved = path.resolve()
             if resolved in children:
                 chain = " -> ".join(str(p.name) for p in (*children, path))
-                return self._unread(where, ("inherit",), f"recipes inherit in a circle: {chain}")
+                return self._unread(where, ("inherit",), f"circular inheritance: {chain}")
             text = _read_text(resolved)
         except FileNotFoundError:
             near = difflib.get_close_matches(path.stem, _siblings(path), 1)
@@ -122,14 +122,14 @@ class Reader:
         except (OSError, ValueError) as error:
             return self._unread(where, (), f"can't be read: {error}", short(str(path)))
         places: dict[KeyPath, Place] = {}
-        found = len(self.problems)
+        problems_before = len(self.problems)
         tree = self._parse(text, str(path), places)
-        if tree is None and len(self.problems) > found:
+        if tree is None and len(self.problems) > problems_before:
             self.complete = False
         parent = tree.pop("inherit", None) if isinstance(tree, dict) else None
         if tree is not None and not isinstance(tree, dict):
             tree = self._unread(
-                f"{path}:1:1", (), "a recipe is a mapping of sections (task:, data:, model:, …)", short(tree)
+                f"{path}:1:1", (), "must be a mapping of sections (task:, data:, model:, …)", short(tree)
             )
         merged: dict[str, Any] = {}
         if parent is not None:
@@ -154,7 +154,7 @@ class Reader:
             path = dotted_path.strip().split(".")
             if not equals or not all(path):
                 self.problems.append(
-                    Problem(COMMAND_LINE, (), "an override is key.path=value, e.g. optimizer.lr=1e-3", argument)
+                    Problem(COMMAND_LINE, (), "an override must be key.path=value, e.g. optimizer.lr=1e-3", argument)
                 )
                 continue
             inner: dict[KeyPath, Place] = {}
@@ -168,9 +168,7 @@ class Reader:
         return tree, places
 
     def merge(self, base: dict[str, Any], top: dict[str, Any], places: dict[KeyPath, Place]) -> dict[str, Any]:
-        """Merges `top`, with the places of its keys, over `base`: deeply,
-        but for the keys of components that `top` replaces.
-        """
+        """Merges `top`, with the places of its keys, over `base`; drops the keys of components that `top` replaces."""
         return self._merge(base, self.places, top, places)
 
     def _merge(
@@ -182,7 +180,7 @@ class Reader:
             if isinstance(old, dict) and isinstance(new, dict) and _names_differ(old, new):
                 base[section] = {key: value for key, value in old.items() if key in shared}
                 lost: list[KeyPath] = [(section, key) for key in old if key not in base[section]]
-                if section == "data" and "reference" in base:  # published values, which hold for their data
+                if section == "data" and "reference" in base:  # published values, valid only for their data
                     del base["reference"]
                     lost.append(("reference",))
                 for path in [path for path in below if path[:1] in lost or path[:2] in lost]:
@@ -206,12 +204,12 @@ class Reader:
 
 
 class _Document:
-    """One YAML text, to be turned into plain values.
+    """Converts one YAML text to plain values.
 
     Args:
-        file: where the text stands.
-        places: takes the place of each key.
-        problems: takes what is wrong.
+        file: the text's source.
+        places: receives the place of each key.
+        problems: receives the mistakes.
     """
 
     def __init__(self, file: str, places: dict[KeyPath, Place], problems: list[Problem]) -> None:
@@ -220,14 +218,14 @@ class _Document:
         self.nodes = 0
 
     def parse(self, text: str) -> Any:
-        """The values; None where there are none or the text isn't YAML."""
+        """The values; None if there are none or the text isn't YAML."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML allows it
                 node = self.yaml.compose(io.StringIO(text))
             return None if node is None else self._value(node, ())
         except RecursionError:
-            return self._refused(self.file, (), "nested too deeply, or an alias that holds itself")
+            return self._refused(self.file, (), "nested too deeply, or an alias that contains itself")
         except MarkedYAMLError as error:
             what = f"not valid YAML: {error.problem or error.context}"
             mark = error.problem_mark or error.context_mark
@@ -247,17 +245,17 @@ class _Document:
         self.places.setdefault(path, place)
         tag = str(node.tag)
         if not tag.startswith("tag:yaml.org,2002:") or "python" in tag:
-            return self._refused(place, path, "tags are refused: a recipe holds plain values", tag)
+            return self._refused(place, path, "YAML tags aren't allowed: a recipe holds plain values", tag)
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
         if isinstance(node, SequenceNode):
             return [self._value(child, (*path, i)) for i, child in enumerate(node.value)]
         try:
             value = self.yaml.constructor.construct_object(node, deep=True)
-        except Exception:  # constructors raise all kinds of errors where a tag doesn't fit its value
+        except Exception:  # constructors raise all kinds of errors if a tag doesn't fit its value
             return self._refused(place, path, "not a plain value", short(node.value))
         if isinstance(value, int) and abs(value) >= 2**63:
-            return self._refused(place, path, "too large for a whole number", short(node.value))
+            return self._refused(place, path, "must fit in a 64-bit integer", short(node.value))
         return value
 
     def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
@@ -266,11 +264,11 @@ class _Document:
         for key_node, value_node in node.value:
             place = self._place(key_node.start_mark)
             if not isinstance(key_node, ScalarNode):
-                self._refused(place, path, "a key is a word")
+                self._refused(place, path, "a key must be a plain value")
                 continue
             key = key_node.value
             if key in values:
-                self._refused(place, (*path, key), f"duplicate key; it stands on line {lines[key]} already")
+                self._refused(place, (*path, key), f"duplicate key; first defined on line {lines[key]}")
                 continue
             lines[key] = key_node.start_mark.line + 1
             self.places[(*path, key)] = place
@@ -300,7 +298,7 @@ def _read_text(path: Path) -> str:
     if path.exists() and not path.is_file():
         raise OSError("it is not a file")  # a pipe or a device may never end
     if path.exists() and path.stat().st_size > MAX_BYTES:
-        raise OSError(f"it has more than {MAX_BYTES // 2**10} KiB")
+        raise OSError(f"it is larger than {MAX_BYTES // 2**10} KiB")
     return path.read_text(encoding="utf-8")
 
 
@@ -309,6 +307,6 @@ def _siblings(path: Path) -> list[str]:
 
 
 def short(value: Any, limit: int = 80) -> str:
-    """A value as a message quotes it."""
+    """A value, shortened for a message."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

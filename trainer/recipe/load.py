@@ -1,4 +1,4 @@
-"""Strict recipes: every section validated against the component it names, every mistake at once, each with its place.
+"""Loads recipes strictly: validates each section against the component it names; reports all mistakes and their places.
 
     problem = "recipes/mine.yaml:8:3: optimizer.lr: must be greater than 0 (got -0.001)"
 
@@ -23,18 +23,22 @@ from trainer.errors import UserError
 from trainer.recipe.checks import CHECKS, Check
 from trainer.recipe.file import KeyPath, Problem, Reader, RecipeError, nearest, place_of, short
 from trainer.recipe.recipe import Choice, Recipe
-from trainer.recipe.settings import DEFAULTS, KINDS, SCHEMAS, SHARED, NamedSettings
+from trainer.recipe.settings import DEFAULTS, KINDS, SCHEMAS, SHARED, DataSettings, NamedSettings
 
 S = TypeVar("S", bound=Settings)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = (), checks: Iterable[Check] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Iterable[str] = (), checks: Iterable[Check] = (), data: bool = True
+) -> Recipe:
     """Reads, merges and validates a recipe.
 
     Args:
         path: the YAML file.
         overrides: `key.path=value` arguments, applied last.
         checks: further cross-field checks.
+        data: whether its data set is needed; False for a trained model that only predicts: `recipe.data` then has the
+            keys that all sets share, there is no `recipe.source`, and nothing is checked across sections.
 
     Raises:
         RecipeError: with every problem found.
@@ -50,20 +54,23 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), checks: Iterabl
     _plugins(tree.get("plugins", []), recipe, validator)
     _name(tree.get("name"), recipe, validator)
     _reference(tree.get("reference", {}), recipe, validator)
-    if not reader.complete:  # what seems to be missing may stand in what couldn't be read
+    if not reader.complete:  # a missing key may be in a file that couldn't be read
         raise RecipeError(reader.problems)
-    data = tree.get("data")
-    if isinstance(data, dict):
-        recipe.augmentations = validator.choices("augmentation", data.pop("augment", []), ("data", "augment"))
+    dataset = tree.get("data")
+    if isinstance(dataset, dict) and not data:
+        tree["data"] = {key: value for key, value in dataset.items() if key in DataSettings.model_fields}
+    elif isinstance(dataset, dict):
+        recipe.augmentations = validator.choices("augmentation", dataset.pop("augment", []), ("data", "augment"))
     recipe.trackers = validator.choices("tracker", tree.get("track", []), ("track",))
     for section in SCHEMAS:
-        _section(section, tree.get(section, DEFAULTS.get(section)), recipe, validator)
-    if hasattr(recipe, "data"):
+        kind = KINDS.get(section) if data or section != "data" else None
+        _section(section, kind, tree.get(section, DEFAULTS.get(section)), recipe, validator)
+    if data and hasattr(recipe, "data"):
         try:
             recipe.source = recipe.build("data")
         except (ValueError, UserError) as error:
-            validator.report(("data",), str(error))
-    for needs, check in (*CHECKS, *checks):
+            validator.add_problem(("data",), str(error))
+    for needs, check in (*CHECKS, *checks) if data else ():
         if all(hasattr(recipe, part) for part in needs):
             reader.problems.extend(check(recipe))
     if reader.problems:
@@ -75,14 +82,14 @@ def _check_keys(tree: dict[str, Any], validator: Validator) -> None:
     known = ["name", "inherit", "plugins", "track", "reference", *SCHEMAS]
     for key in tree:
         if key not in known:
-            validator.report((key,), f"unknown key; {nearest(key, known)}", tree[key])
+            validator.add_problem((key,), f"unknown key; {nearest(key, known)}", tree[key])
 
 
 def _name(name: Any, recipe: Recipe, validator: Validator) -> None:
     if isinstance(name, str) and re.fullmatch(r"\w[\w.+=,-]{0,127}", name):
         recipe.name = name
     elif name is not None:
-        validator.report(("name",), "a run's name is made of letters, digits and . _ - + = , (it names a folder)", name)
+        validator.add_problem(("name",), "must consist of letters, digits and . _ - + = , (it names a folder)", name)
 
 
 def _reference(reference: Any, recipe: Recipe, validator: Validator) -> None:
@@ -91,20 +98,20 @@ def _reference(reference: Any, recipe: Recipe, validator: Validator) -> None:
     ):
         recipe.reference = {key: float(value) for key, value in reference.items()}
     else:
-        validator.report(("reference",), "must map names of metrics to numbers, e.g. {accuracy: 0.58}", reference)
+        validator.add_problem(("reference",), "must map metric names to numbers, e.g. {accuracy: 0.58}", reference)
 
 
 def _plugins(plugins: Any, recipe: Recipe, validator: Validator) -> None:
-    """Imports the listed modules, whose components a recipe can name from then on."""
+    """Imports the listed modules, so that the recipe can name their components."""
     if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
-        validator.report(("plugins",), "must be a list of module names or .py files", plugins)
+        validator.add_problem(("plugins",), "must be a list of module names or .py files", plugins)
         return
     folder = Path(place_of(recipe.places, ("plugins",), recipe.path).rsplit(":", 2)[0]).parent
     for i, plugin in enumerate(plugins):
         try:
             recipe.plugins.append(import_plugin(plugin, folder))
         except (ImportError, OSError, SyntaxError, ValueError, TypeError) as error:
-            validator.report(("plugins", i), f"can't be imported: {error}", plugin)
+            validator.add_problem(("plugins", i), f"can't be imported: {error}", plugin)
 
 
 def import_plugin(plugin: str, folder: Path) -> str:
@@ -128,25 +135,25 @@ def import_plugin(plugin: str, folder: Path) -> str:
         try:
             spec.loader.exec_module(module)
         except BaseException:
-            del sys.modules[name]  # half a module would be taken for a complete one the next time
+            del sys.modules[name]  # or the next import would return the half-initialised module
             raise
     return str(file)
 
 
-def _section(section: str, value: Any, recipe: Recipe, validator: Validator) -> None:
-    """Validates a section, by its own keys and those of the component that it names; the recipe gets a valid one."""
+def _section(section: str, kind: str | None, value: Any, recipe: Recipe, validator: Validator) -> None:
+    """Validates a section with the keys of the component that it names; sets it on the recipe if it is valid."""
     if value is None:
-        validator.report((section,), "must be a mapping" if section in DEFAULTS else "this section is required")
+        validator.add_problem((section,), "must be a mapping" if section in DEFAULTS else "this section is required")
         return
     schema = SCHEMAS[section]
-    if section in KINDS:
-        component = validator.component(KINDS[section], value, (section,))
+    if kind:
+        component = validator.component(kind, value, (section,))
         if component is None:
             return
         recipe.components[section] = component
         schema = joined_schema(schema, component)
     elif not isinstance(value, dict):
-        validator.report((section,), "must be a mapping", value)
+        validator.add_problem((section,), "must be a mapping", value)
         return
     settings = validator.section(schema, value, (section,))
     if settings is not None:
@@ -154,40 +161,42 @@ def _section(section: str, value: Any, recipe: Recipe, validator: Validator) -> 
 
 
 def joined_schema(shared: type[S], component: Component) -> type[S]:
-    """The schema of a section: the keys all its components share, and those of the one it names."""
+    """The schema of a section: the keys that all its components share, and those of the one it names."""
     keys: dict[str, Any] = {key: (info.annotation, info) for key, info in component.schema.model_fields.items()}
     return create_model(component.schema.__name__, __base__=shared, **keys)
 
 
 class Validator:
-    """Validates the parts of a recipe; what is wrong is reported to its reader."""
+    """Validates the parts of a recipe; adds mistakes to the reader's problems."""
 
     def __init__(self, reader: Reader, path: Path) -> None:
         self.reader, self.path = reader, path
 
-    def report(self, path: KeyPath, what: str, got: Any = None) -> None:
-        """Adds a mistake, with the place where the key stands."""
+    def add_problem(self, path: KeyPath, what: str, got: Any = None) -> None:
+        """Adds a mistake at the place of the key."""
         place = place_of(self.reader.places, path, self.path)
         self.reader.problems.append(Problem(place, path, what, None if got is None else short(got)))
 
     def component(self, kind: str, value: Any, path: KeyPath) -> Component | None:
-        """The component of this kind that a section names; None where there is none, which is reported."""
+        """The component of this kind that a section names; None and a problem if there is none."""
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            self.report(
+            self.add_problem(
                 path,
                 f"must be the name of a {kind}, or a mapping with its name; known: {', '.join(catalogue(kind))}",
                 value,
             )
             return None
-        found = catalogue(kind).get(value["name"])
-        if found is None:
-            self.report((*path, "name"), f"unknown {kind}; {nearest(value['name'], catalogue(kind))}", value["name"])
-        return found
+        component = catalogue(kind).get(value["name"])
+        if component is None:
+            self.add_problem(
+                (*path, "name"), f"unknown {kind}; {nearest(value['name'], catalogue(kind))}", value["name"]
+            )
+        return component
 
     def choices(self, kind: str, value: Any, path: KeyPath) -> list[Choice]:
-        """A list of components, each a name or a mapping with a name."""
+        """The components that a list names, each by a name or a mapping with a name."""
         if not isinstance(value, list):
-            self.report(path, f"must be a list; known: {', '.join(catalogue(kind))}", value)
+            self.add_problem(path, f"must be a list; known: {', '.join(catalogue(kind))}", value)
             return []
         chosen: list[Choice] = []
         for i, entry in enumerate(value):
@@ -206,17 +215,17 @@ class Validator:
             mistakes: dict[KeyPath, list[Any]] = {}
             for item in error.errors():
                 mistakes.setdefault(path + _known_prefix(item["loc"], value), []).append(item)
-            for where, items in mistakes.items():  # several for one key: a union reports each of its members
+            for where, items in mistakes.items():  # several for one key: one for each member of a union
                 known = _keys(schema, items[0]["loc"][:-1])
                 first, *others = dict.fromkeys(_sentence(item, known) for item in items)
-                self.report(
+                self.add_problem(
                     where, " or ".join([first, *(other.removeprefix("must be ") for other in others)]), _got(items[0])
                 )
             return None
 
 
 def _sentence(item: Any, known: list[str]) -> str:
-    """A mistake that pydantic found, in this project's words."""
+    """A message for a pydantic error."""
     match item["type"]:
         case "extra_forbidden":
             return f"unknown key; {nearest(str(item['loc'][-1]), known)}"
@@ -233,9 +242,7 @@ def _got(item: Any) -> Any:
 
 
 def _known_prefix(location: tuple[str | int, ...], value: Any) -> KeyPath:
-    """The part of pydantic's location that stands in the recipe, and one key that should;
-    the rest names members of unions.
-    """
+    """The part of pydantic's location that is in the recipe, and one missing key; the rest names members of unions."""
     path: list[str | int] = []
     for part in location:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The recipe: its sections, each validated, and the components they name."""
+"""The recipe: its validated sections, and the components they name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.recipe.durations import Span
 from trainer.recipe.file import KeyPath, Place, Problem, place_of
 from trainer.recipe.settings import RESUMABLE, SCHEMAS, Sections
 
-if TYPE_CHECKING:  # the room of data lies above this one
+if TYPE_CHECKING:  # the package of data is above this one
     from trainer.data.source import Source
 
 Choice = tuple[Component, Settings]
@@ -26,9 +26,9 @@ class Recipe(Sections):
     Attributes:
         name: of the run.
         path: of the recipe's file.
-        places: where each key stands.
-        dropped: inherited keys that a change of `name` dropped, a line for each change.
-        plugins: modules and files that were imported for their components.
+        places: of each key.
+        dropped: a line for each change of a component that dropped inherited keys.
+        plugins: modules and files imported for their components.
         components: what `task`, `data`, `model`, `loss`, `optimizer` and `schedule` name.
         source: the data set that `data` names.
         augmentations: those of `data.augment`.
@@ -48,11 +48,11 @@ class Recipe(Sections):
     reference: dict[str, float] = field(default_factory=dict)
 
     def build(self, section: str, **context: Any) -> Any:
-        """Builds the component that `section` names; `context` is what its factory takes before `/`."""
+        """Builds the component that `section` names; `context` holds its factory's arguments before `/`."""
         return build(self.components[section], getattr(self, section), **context)
 
     def resolved(self) -> dict[str, Any]:
-        """The whole recipe with every default written out; it can be run again."""
+        """The recipe with all defaults written out, in the form of a recipe file."""
         out: dict[str, Any] = {"name": self.name}
         if self.plugins:
             out["plugins"] = list(self.plugins)
@@ -64,7 +64,7 @@ class Recipe(Sections):
         return out
 
     def at_default(self) -> set[str]:
-        """The keys (dotted) of its sections that have their default value."""
+        """The dotted keys that have their default value."""
         keys: set[str] = set()
         for section in SCHEMAS:
             settings = getattr(self, section)
@@ -73,13 +73,13 @@ class Recipe(Sections):
         return keys
 
     def problem(self, path: str, what: str, got: Any = None) -> Problem:
-        """A problem at `path` (dotted), placed where the recipe says that key, or the nearest one above it."""
+        """A problem with `path` (dotted), at the place of that key or of the nearest one above it."""
         key: KeyPath = tuple(path.split("."))
         return Problem(place_of(self.places, key, self.path), key, what, None if got is None else str(got))
 
 
 def build(component: Component, settings: Settings, **context: Any) -> Any:
-    """Builds a component from its section; keys that the section shares with others of its kind are left out."""
+    """Builds a component from its own keys of a section, without those that all components of its kind share."""
     return component.build({key: getattr(settings, key) for key in component.schema.model_fields}, **context)
 
 
@@ -99,17 +99,17 @@ def differing(resolved: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def differences(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Keys (dotted) in which a resolved recipe and this one differ, `name` and what a resumed run may change left out.
+    """The dotted keys that differ between a resolved recipe and this one, except those that may change on resume.
 
-    A key that the old one doesn't have, at its default in this one, is one that came with a later version.
+    A key that is missing in the old recipe and at its default in this one doesn't count: a later version added it.
     """
     a, b = flatten(old), flatten(recipe.resolved())
     defaults = recipe.at_default()
     changed = [key for key in {**a, **b} if a.get(key) != b.get(key) and (key in a or key not in defaults)]
-    found = [
+    differing = [
         key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in ("name", *RESUMABLE))
     ]
     before, after = Span.parse(a["train.duration"]), Span.parse(b["train.duration"])
     if after.unit == before.unit and after.value < before.value:
-        found.append("train.duration (shorter than before)")
-    return found
+        differing.append("train.duration (shorter than before)")
+    return differing

@@ -1,4 +1,4 @@
-"""The sections of a recipe: which keys each has, whatever component it names, and their defaults."""
+"""The sections of a recipe, each with the keys that all its components share, and their defaults."""
 
 from __future__ import annotations
 
@@ -146,9 +146,9 @@ class CheckpointSettings(Settings):
 
 
 class Sections:
-    """The sections of a recipe, each with the keys below; one that names a component has its keys too.
+    """The sections of a recipe. One that names a component also has that component's keys.
 
-    While checks run, a section with mistakes of its own is missing; each check is registered for those it reads.
+    An invalid section is missing while checks run; each check lists the sections that it reads.
     """
 
     task: NamedSettings
@@ -162,7 +162,7 @@ class Sections:
     checkpoint: CheckpointSettings
 
 
-# section -> schema of the keys that it has whatever component it names
+# section -> schema of the keys that all its components share
 SCHEMAS: dict[str, type[Settings]] = get_type_hints(Sections)
 
 # section -> the kind of component that it names
@@ -175,14 +175,14 @@ KINDS = {
     "schedule": "schedule",
 }
 
-# A section that isn't among them is required.
+# Other sections are required.
 DEFAULTS: dict[str, Any] = {"schedule": {"name": "constant"}, "evaluate": {}, "checkpoint": {}}
 
-# section that names a component -> the keys that stay where it names another
+# section that names a component -> the keys that it keeps if it names another one
 SHARED: dict[str, set[str]] = {section: {*SCHEMAS[section].model_fields} - {"name"} for section in KINDS}
-SHARED["data"].add("augment")  # a list of components: not part of the schema
+SHARED["data"].add("augment")  # a list of components, so not in the schema
 
-# Changes with which a run can be resumed: they leave what is computed as it is, or only add to it.
+# Keys that may change when a run is resumed: they don't change what is computed, or only extend it.
 RESUMABLE = (
     *("train.duration", "train.non_finite", "train.timeout", "evaluate.stop_after", "track", "reference"),
     *("data.workers", "data.cache", "data.max_unreadable", "checkpoint"),

@@ -12,27 +12,24 @@ from torch import Tensor
 from trainer.metrics.best import lower_is_better
 from trainer.runs.folder import Line, metrics_of
 
-MAX_LABELLED = 20  # classes of a confusion matrix whose cells have room for figures
+MAX_LABELLED = 20  # classes of a confusion matrix with numbers in its cells
 
 # Of a sheet, in pixels.
 MIN_HEIGHT = 128  # of a sample
-
 GAP = 6
-
 TEXT = 14
 
 Points = tuple[list[float], list[float]]
 
 
 def draw_curves(lines: list[Line], file: Path) -> None:
-    """Draws the train and validation losses, and below them the validation metrics where there are any, but those of
-    single classes.
+    """Draws the train and validation losses and, below them, the validation metrics except those of single classes.
 
     Args:
         lines: of `metrics.jsonl`.
         file: the PNG to write.
     """
-    from matplotlib.figure import Figure  # without pyplot there is no global state and no display
+    from matplotlib.figure import Figure  # unlike pyplot, needs no global state and no display
 
     train, validation = _series(lines, "train"), _series(lines, "validation")
     losses = sorted(
@@ -77,10 +74,10 @@ def draw_curves(lines: list[Line], file: Path) -> None:
 
 
 def draw_confusion(table: Mapping[str, Sequence[int]], file: Path) -> None:
-    """Draws a confusion matrix: rows are the truth, columns the prediction, colours the share of a row.
+    """Draws a confusion matrix: rows are the ground truth, columns the prediction, colours the share of the row.
 
     Args:
-        table: for each true class the counts of its predicted classes, in the same order.
+        table: for each ground-truth class the counts of its predicted classes, in the same order.
         file: the PNG to write.
     """
     from matplotlib.figure import Figure
@@ -94,10 +91,10 @@ def draw_confusion(table: Mapping[str, Sequence[int]], file: Path) -> None:
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(table)), table, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(table)), table)
-    axes.set(xlabel="prediction", ylabel="truth", facecolor="0.9")  # grey where a class that isn't there has no shares
+    axes.set(xlabel="prediction", ylabel="ground truth", facecolor="0.9")  # the rows of absent classes stay grey
     axes.spines[:].set_visible(False)
     if len(table) > MAX_LABELLED:
-        figure.colorbar(image, shrink=0.7, format=PercentFormatter(1), label="share of the true class")
+        figure.colorbar(image, shrink=0.7, format=PercentFormatter(1), label="share of the ground-truth class")
     else:
         shorten = EngFormatter(places=1, sep="")
         for row, column in zip(*counts.nonzero(), strict=True):
@@ -117,7 +114,7 @@ def draw_confusion(table: Mapping[str, Sequence[int]], file: Path) -> None:
 
 
 def draw_precision_recall(table: Mapping[str, Sequence[float]], file: Path) -> None:
-    """Draws precision against recall, for each class and as the mean over the classes.
+    """Draws precision over recall, for each class and as the mean over classes.
 
     Args:
         table: for each class the precision at recalls evenly spaced from 0 to 1.
@@ -149,7 +146,7 @@ def draw_precision_recall(table: Mapping[str, Sequence[float]], file: Path) -> N
 
 
 def row_shares(counts: np.ndarray) -> np.ndarray:
-    """Each count as a share of its row; nan in a row that has none."""
+    """Each count as a share of its row; nan in empty rows."""
     totals = counts.sum(1, keepdims=True)
     shares: np.ndarray = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
     return shares
@@ -161,13 +158,13 @@ def save_sheet(
     panels: Sequence[str] = (),
     legend: Mapping[str, tuple[int, int, int]] = {},
 ) -> None:
-    """Writes samples one below the other, each a row of panels; small ones enlarged by a whole factor.
+    """Writes a sheet with a row of panels for each sample; small samples are enlarged by an integer factor.
 
     Args:
-        samples: P panels each, uint8 (3, H, W); all may differ in size.
+        samples: P panels each, uint8 (3, H, W), of any size.
         file: the PNG to write.
-        panels: what stands above each of the P columns.
-        legend: what colours (RGB, 0 to 255) mean, to stand below.
+        panels: headings of the P columns.
+        legend: colours (RGB, 0 to 255) by meaning, drawn below.
     """
     font = ImageFont.load_default(TEXT)
     scale = max(1, MIN_HEIGHT // max(panel.shape[1] for sample in samples for panel in sample))
@@ -198,7 +195,7 @@ def save_sheet(
 
 
 def _series(lines: list[Line], split: str) -> dict[str, Points]:
-    """For each metric of a split its epochs and its values."""
+    """The epochs and values of each metric of a split."""
     series: dict[str, Points] = {}
     for line in lines:
         if line["split"] == split:

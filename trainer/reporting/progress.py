@@ -1,4 +1,4 @@
-"""What a person sees while training: a bar in a terminal, plain lines in a log file."""
+"""Progress of a training: a bar in a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.signals import leave_closed_terminal
 
 @contextmanager
 def _survives_terminal() -> Iterator[None]:
-    """Training continues without what is printed inside where the terminal was closed."""
+    """If the terminal was closed, skips the output inside and lets training continue."""
     try:
         yield
     except OSError:
@@ -21,19 +21,24 @@ def _survives_terminal() -> Iterator[None]:
 
 
 class Progress:
-    """A progress bar on rank 0; silent on the others.
+    """A progress bar on rank 0; silent on other ranks.
 
     Args:
-        enabled: whether this process shows anything.
+        enabled: whether this process prints anything.
     """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self._bar: Any = None
 
+    @property
+    def has_bar(self) -> bool:
+        """Whether there is a bar."""
+        return self._bar is not None
+
     @_survives_terminal()
     def start(self, total_steps: int | None, step: int) -> None:
-        """Shows the bar at `step` of `total_steps` (None where the training's duration is in minutes)."""
+        """Shows the bar at `step` of `total_steps` (None if the duration of the training is in minutes)."""
         if self.enabled and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import (
@@ -64,12 +69,17 @@ class Progress:
 
     @_survives_terminal()
     def train(self, line: dict[str, Any]) -> None:
-        """Shows a train line of the metrics."""
+        """Shows a training line of the metrics."""
         text = f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['samples_per_second']:.0f} samples/s"
+        self.show(text, before=f"step {line['step']:6d}  epoch {line['epoch']:6.2f}  ")
+
+    @_survives_terminal()
+    def show(self, text: str, before: str) -> None:
+        """Writes a text beside the bar, or as a line of its own after what the bar would show."""
         if self._bar:
             self._bar.update(self._task, description=text)
         else:
-            self.say(f"step {line['step']:6d}  epoch {line['epoch']:6.2f}  {text}")
+            self.say(before + text)
 
     @_survives_terminal()
     def say(self, text: str) -> None:
@@ -83,7 +93,7 @@ class Progress:
 
     @_survives_terminal()
     def close(self) -> None:
-        """Ends the bar."""
+        """Stops the bar."""
         bar, self._bar = self._bar, None
         if bar:
             bar.stop()

@@ -1,4 +1,4 @@
-"""What a run reports: to its folder, to W&B and TensorBoard, and to the terminal. Only rank 0 reports anything."""
+"""Reports a run to its folder, to W&B and TensorBoard, and to the terminal. Only rank 0 reports anything."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Color = tuple[int, int, int]
 
 
 class Reporter:
-    """Reports how a run goes, to people and to files; silent on all ranks but 0.
+    """Reports the progress of a run; silent on all ranks but 0.
 
     Args:
         folder: the run folder.
-        recipe: what is trained.
+        recipe: of the run.
         enabled: whether this is rank 0.
     """
 
@@ -39,9 +39,9 @@ class Reporter:
         self.folder, self.recipe, self.enabled = folder, recipe, enabled
         self.display = Progress(enabled)
         self.say, self.step = self.display.say, self.display.step
-        self.mirrors: Mirrors | None = None  # once the run has begun
-        self._curves_drawn = 0.0
-        self._advice: str | None = None  # of the last evaluation
+        self.mirrors: Mirrors | None = None  # the trackers: from `begin` on, on rank 0
+        self._curves_drawn = 0.0  # time of the last drawing, in seconds
+        self._advice: str | None = None  # from the last evaluation
         self._advice_given = False
 
     @property
@@ -52,20 +52,20 @@ class Reporter:
     # ------------------------------------------------------------ before the first step
 
     def already_finished(self, step: int) -> None:
-        """Says that there is nothing left to train."""
+        """Prints that nothing is left to train."""
         self.say(
-            f"{self.recipe.name} is already finished, at step {step}; to continue, give it a longer train.duration (or "
+            f"{self.recipe.name} is already finished, at step {step}; to continue, set a longer train.duration (or "
             "another evaluate.stop_after)"
         )
 
     def resumed(self, step: int, caveats: Iterable[str]) -> None:
-        """Says where the run resumes, and why it may differ from an uninterrupted one."""
+        """Prints the step from which the run resumes, and why it may differ from an uninterrupted one."""
         self.say(f"resumed {self.recipe.name} from step {step}")
         for caveat in caveats:
             self.say(caveat)
 
     def begin(self, step: int, total_steps: int | None, device: torch.device, data: dict[str, Any]) -> None:
-        """Writes environment.json and data.json, and opens trackers and progress bar."""
+        """Writes environment.json and data.json; opens trackers and progress bar."""
         if self.enabled:
             self.folder.write_data(data)
             precision = resolve_precision(self.recipe.train.precision)
@@ -77,27 +77,28 @@ class Reporter:
     # ------------------------------------------------------------ while training
 
     def train(self, line: Line) -> None:
-        """Reports a train line of the metrics."""
+        """Reports a line of training metrics."""
         self._log(line)
         if self.enabled:
             self.display.train(line)
 
     def skipped(self, description: str, total: int, advice: str) -> None:
-        """Says which step was skipped, and why."""
+        """Prints which step was skipped, and why."""
         self.say(f"{description}; skipped, {total} so far" + (f": {advice}" if advice else ""))
 
     def time_limit_near(self, step: int) -> None:
-        """Says why a checkpoint is saved now."""
+        """Prints why a checkpoint is saved now."""
         self.say(f"the time limit of this job is near: saving a checkpoint at step {step}")
 
     def validation(self, line: Line, names: Sequence[str], improved: bool, advice: str | None = None) -> None:
-        """Reports a validation line of the metrics.
+        """Reports a line of validation metrics.
 
         Args:
             line: all metrics.
-            names: those for the terminal.
+            names: of those to print.
             improved: whether the evaluation is the best so far.
-            advice: printed once, when two evaluations in a row have some, or the last one of a finished run.
+            advice: printed once per run: after two evaluations in a row with advice, or at the end of a run whose last
+                evaluation has some.
         """
         self._log(line)
         figures = "  ".join(f"{name} {line[name]:.4f}" for name in names if name in line)
@@ -111,15 +112,15 @@ class Reporter:
     def pictures(
         self, line: Line, samples: Sequence[Tensor], panels: Sequence[str] = (), legend: Mapping[str, Color] = {}
     ) -> None:
-        """Draws an evaluation: samples of the validation set, and the confusion matrix and curves of its line.
+        """Draws an evaluation: samples of the validation set, and the confusion matrix and curves of its metrics.
 
         Args:
-            line: the metrics, as in `validation`.
-            samples: uint8 (P, 3, H, W) each; none for a task that draws none.
+            line: all metrics, as in `validation`.
+            samples: uint8 (P, 3, H, W) each; empty if the task draws none.
             panels: names of the P panels.
-            legend: what colours in them mean.
+            legend: the name of each colour.
         """
-        if not (self.enabled and self.mirrors):
+        if not self.mirrors:
             return
         folder, step = self.folder.pictures, line["step"]
         for name, draw in (("confusion", draw_confusion), ("precision_recall", draw_precision_recall)):
@@ -130,7 +131,7 @@ class Reporter:
         self.mirrors.pictures(self.folder.pictures_of(step), step)
 
     def _log(self, line: Line) -> None:
-        if self.enabled and self.mirrors:
+        if self.mirrors:
             self.folder.log(line)
             self.mirrors.log(line)
 
@@ -146,18 +147,18 @@ class Reporter:
     # ------------------------------------------------------------ at the end
 
     def summary(self, status: Status, **facts: Any) -> dict[str, Any]:
-        """Writes and returns summary.json."""
+        """Writes summary.json and returns its contents, {} on other ranks."""
         return self.folder.write_summary(status, **facts) if self.enabled else {}
 
     def stopped(self, resume: str, facts: Mapping[str, Any]) -> None:
-        """Closes everything after a stop signal, and says how to continue; `resume` is the option of this command."""
-        again = "the same command" if resume == "auto" else "the same command with --resume auto"
+        """Closes everything after a stop signal and prints how to resume; `resume` is this command's option."""
+        rerun = "rerun" if resume == "auto" else "rerun with --resume auto"
         signal = STOP.signal_name or "a signal"
         self._close("stopped", facts)
-        self.say(f"stopped on {signal} at step {facts['step']}, checkpoint saved; {again} resumes from there")
+        self.say(f"stopped on {signal} at step {facts['step']}, checkpoint saved; {rerun} to resume")
 
     def finished(self, evaluations_since_best: int | None, facts: Mapping[str, Any]) -> None:
-        """Closes everything after the last step; `evaluations_since_best` is given where training ended early."""
+        """Closes everything after the last step; `evaluations_since_best` is None unless training ended early."""
         early = "" if evaluations_since_best is None else f" early, {evaluations_since_best} evaluations after the best"
         metric = self.recipe.evaluate.best
         best = self._close("finished", facts).get("best", {}).get(metric)
@@ -169,15 +170,15 @@ class Reporter:
         )
 
     def failed(self, error: BaseException, facts: Mapping[str, Any]) -> None:
-        """Closes everything where the run has begun, and records why it failed."""
+        """Records why the run failed; closes everything if it has begun."""
         if self.is_open:
             self._close("failed", {"error": one_line(error), **facts})
-        elif isinstance(error, UserError | TrainingFailed):  # anything else may not happen again
+        elif isinstance(error, UserError | TrainingFailed):  # any other error may be temporary
             self.folder.update_status("failed", error=one_line(error))
 
     def _close(self, status: Status, facts: Mapping[str, Any]) -> dict[str, Any]:
         self.display.close()
-        if not (self.enabled and self.mirrors):
+        if not self.mirrors:
             return {}
         summary = self.summary(status, **facts)
         with suppress(OSError):  # a full disk has been reported

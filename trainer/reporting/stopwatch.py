@@ -1,4 +1,4 @@
-"""How long a run has trained, and how fast it is."""
+"""Measures how long and how fast a run trains."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """The clock of a run; it starts when it is made.
+    """The clock of a run; starts when created.
 
     Args:
-        step: optimizer steps done.
-        seconds: of training before, which `seconds` goes on from.
+        step: optimizer steps completed.
+        seconds: of training before this start, to which `seconds()` adds.
     """
 
     def __init__(self, step: int, seconds: float) -> None:
@@ -20,11 +20,11 @@ class Stopwatch:
         self._start = self._lap_start - seconds
 
     def seconds(self) -> float:
-        """Seconds of training, with evaluations and checkpoints, over all interruptions."""
+        """Seconds of training, including evaluations and checkpoints, accumulated over all interruptions."""
         return time.monotonic() - self._start
 
-    def lap(self, step: int) -> float:
-        """Steps per second since the last lap, without pauses; starts the next one."""
+    def steps_per_second(self, step: int) -> float:
+        """Steps per second since the last lap, excluding pauses; starts the next lap."""
         now = time.monotonic()
         rate = (step - self._lap_step) / max(now - self._lap_start, 1e-9)
         self._lap_step, self._lap_start = step, now
@@ -32,7 +32,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside doesn't count for the lap: the logged speed is that of training alone."""
+        """Excludes the time inside from the lap: the logged speed is that of training alone."""
         pause = time.monotonic()
         try:
             yield

@@ -149,11 +149,11 @@ class RunFolder:
 
     def write_data(self, description: dict[str, Any]) -> None:
         """Writes what a model must know of its data set to predict, see `Data.description`."""
-        atomic_write(self.path / DATA, _pretty(description))
+        atomic_write(self.path / DATA, pretty(description))
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Writes `environment.json`, see `environment`."""
-        atomic_write(self.path / "environment.json", _pretty(environment))
+        atomic_write(self.path / "environment.json", pretty(environment))
 
     def log(self, line: Line) -> None:
         """Appends a line to `metrics.jsonl`, in the operating system's hands when this returns.
@@ -205,7 +205,7 @@ class RunFolder:
             facts: further entries, e.g. `seconds` of training over all interruptions, or the `error` that ended it.
         """
         summary = {"status": status, "best": self._validation.best, "final": self._validation.final, **facts}
-        atomic_write(self.path / SUMMARY, _pretty(summary))
+        atomic_write(self.path / SUMMARY, pretty(summary))
         return summary
 
     def update_status(self, status: Status, **facts: Any) -> None:
@@ -231,7 +231,8 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _pretty(tree: dict[str, Any]) -> str:
+def pretty(tree: dict[str, Any]) -> str:
+    """Indented JSON; nan and infinity become null."""
     return json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Where a run stands, read from its folder in a moment: nothing here imports torch or reads the metrics."""
+"""The status of runs, read from their folders in a moment: nothing here imports torch or reads the metrics."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _summary = TypeAdapter(Summary)
 
 @dataclass
 class Standing:
-    """Where a run stands.
+    """The status of a run.
 
     Attributes:
         name: of the run.
@@ -85,10 +85,10 @@ class Standing:
 
 
 def standing_of(folder: Path) -> Standing:
-    """Where the run in a folder stands; one that doesn't exist is not started."""
+    """The status of the run in a folder; `not started` if there is none."""
     try:
         if not (folder / "checkpoints").is_dir():
-            return Standing(folder.name, "not started", TO_BE_RESUMED, "nothing was computed yet")
+            return Standing(folder.name, "not started", TO_BE_RESUMED, "no training step done yet")
         summary = _read_summary(folder)
         newest = max(CheckpointStore(folder / "checkpoints").steps(), default=None)
         status, code, note = _status(folder, summary, newest)
@@ -100,17 +100,17 @@ def standing_of(folder: Path) -> Standing:
 
 
 def _status(folder: Path, summary: Summary, newest: int | None) -> tuple[str, int, str]:
-    go_on = "the same command starts from scratch" if newest is None else f"the same command resumes from step {newest}"
+    rerun = "rerun to start from scratch" if newest is None else f"rerun to resume from step {newest}"
     if is_locked(folder):
         return "running", TO_BE_RESUMED, "a process is training it"
     match summary.get("status"):
         case "finished":
             return "finished", 0, f"see {folder}"
         case "failed":
-            return "failed", FAILED, f"{summary.get('error', 'see its log')}; fix this, and {go_on}"
+            return "failed", FAILED, f"{summary.get('error', 'see its log')}; fix this and {rerun}"
         case "stopped":
-            return "stopped", TO_BE_RESUMED, go_on
-    return "interrupted", TO_BE_RESUMED, go_on  # it says that it is running, but nobody is
+            return "stopped", TO_BE_RESUMED, rerun
+    return "interrupted", TO_BE_RESUMED, rerun  # recorded as running, but no process holds its lock
 
 
 def _read_summary(folder: Path) -> Summary:

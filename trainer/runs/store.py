@@ -122,7 +122,7 @@ class CheckpointStore:
                 return folder
         return None
 
-    def restore_best(self, step: int | None) -> None:
+    def link_best(self, step: int | None) -> None:
         """Points `best` to the checkpoint of the best step according to the counters,
         if a kill came between saving it and moving the link.
         """

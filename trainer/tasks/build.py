@@ -1,4 +1,4 @@
-"""From a recipe to a Task: model, weights, trainable layers, loss."""
+"""Builds the Task of a recipe: model, weights, trainable layers, loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import nn
 
-from trainer.components import SUFFIX
+from trainer.components import is_trained
 from trainer.data.seeds import Use, mix
 from trainer.data.source import DataInfo
 from trainer.errors import UserError
@@ -18,16 +18,17 @@ from trainer.models.freeze import layers_after, train_only
 from trainer.models.layers import is_below
 from trainer.models.weights import load_safetensors
 from trainer.recipe.recipe import Recipe, build
+from trainer.runs.published import local_weights
 from trainer.tasks.task import Task
 
-MAX_CHANGED = 2  # settings of a model that are changed at once to find the one that a file fits
+MAX_CHANGED = 2  # settings of a model to change at once in the search for one that a weight file fits
 
 
 def build_task(recipe: Recipe, info: DataInfo) -> Task[Any]:
-    """Builds what a recipe trains; the same initial weights on every process.
+    """Builds the task of a recipe, with the same initial weights on every process.
 
-    The initial weights are, each over the one before: random ones from `train.seed`; those that `model.weights` names,
-    or a safetensors file's, but for `model.reset_layers`; a checkpoint's, where the run is resumed.
+    The weights are random, from `train.seed`. `model.weights` (published weights or a safetensors file) then replaces
+    those outside `model.reset_layers`. When a run resumes, its checkpoint replaces them all later.
 
     Raises:
         UserError: weights can't be downloaded or don't fit.
@@ -37,8 +38,8 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task[Any]:
     try:
         torch.manual_seed(seed)
         model = build_model(recipe, info, weights=published_weights(recipe))
-        if weights.endswith(SUFFIX):
-            load_safetensors(model, weights, reset_layers, alternatives(recipe, info))
+        if is_trained(weights):
+            load_safetensors(model, local_weights(weights), reset_layers, alternatives(recipe, info))
         elif weights != "none" and reset_layers:
             torch.manual_seed(seed)
             fresh = build_model(recipe, info, weights="none").state_dict()
@@ -53,26 +54,26 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task[Any]:
 
 
 def build_model(recipe: Recipe, info: DataInfo, **changed: Any) -> nn.Module:
-    """The model; `changed` are settings that replace the recipe's."""
+    """The model of a recipe, with the settings in `changed` replaced."""
     settings = recipe.model.model_copy(update=changed)
     model: nn.Module = build(recipe.components["model"], settings, num_classes=info.num_classes)
     return model
 
 
 def build_untrained(recipe: Recipe, device: str = "meta") -> nn.Module:
-    """The model without published weights, all of it trainable; on the meta device it takes no memory."""
+    """The model with random weights, all trainable; on the meta device it takes no memory."""
     with torch.device(device):
         return build_model(recipe, recipe.source.info, weights="none")
 
 
 def published_weights(recipe: Recipe) -> str:
-    """The published weights that the model is built with; a file is loaded into it once it is built."""
+    """The published weights to build the model with; `none` for a file, which is loaded afterwards."""
     weights = recipe.model.weights
-    return "none" if weights.endswith(SUFFIX) else weights
+    return "none" if is_trained(weights) else weights
 
 
 def trainable_layers(recipe: Recipe, model: nn.Module) -> list[str]:
-    """The trainable layers, by `train.freeze` or `model.train_only`; none means all of them.
+    """The trainable layers, from `train.freeze` or `model.train_only`; an empty list means all.
 
     Raises:
         ValueError: see `layers_after`.
@@ -81,7 +82,7 @@ def trainable_layers(recipe: Recipe, model: nn.Module) -> list[str]:
 
 
 def context(info: DataInfo) -> dict[str, Any]:
-    """What tasks and losses may take before `/`."""
+    """The values that tasks and losses may take before `/`."""
     return {
         "num_classes": info.num_classes,
         "ignore_index": info.ignore_index,
@@ -91,9 +92,7 @@ def context(info: DataInfo) -> dict[str, Any]:
 
 
 def alternatives(recipe: Recipe, info: DataInfo) -> Iterator[tuple[str, nn.Module]]:
-    """The models that other values of at most two settings would make, without memory, and these settings;
-    those of one setting first.
-    """
+    """Models with other values of one or two settings (one first), as overrides and a model on the meta device."""
     fields = recipe.components["model"].schema.model_fields
     choices = {key: values for key, field in fields.items() if (values := _choices(field.annotation))}
     changes = [
@@ -103,34 +102,34 @@ def alternatives(recipe: Recipe, info: DataInfo) -> Iterator[tuple[str, nn.Modul
     for changed in sorted(changes, key=len):
         if not 1 <= len(changed) <= MAX_CHANGED:
             continue
-        with suppress(ValueError):  # values that don't go together
+        with suppress(ValueError):  # an invalid combination
             with torch.device("meta"):
                 model = build_model(recipe, info, **(changed | {"weights": "none"}))
             yield " ".join(f"model.{key}={_as_written(value)}" for key, value in changed.items()), model
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The values of a setting that has a few."""
+    """The values of a setting that has only a few."""
     return (False, True) if annotation is bool else get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _as_written(value: Any) -> str:
-    """A value as a recipe has it."""
+    """A value as written in a recipe."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def place(task: Task[Any], recipe: Recipe, device: torch.device, uniform: bool) -> nn.Module:
-    """Moves model and loss to the device, in the recipe's precision and memory layout, and has cuDNN search kernels
-    where that pays.
+def to_device(task: Task[Any], recipe: Recipe, device: torch.device, uniform: bool) -> nn.Module:
+    """Moves model and loss to the device, in the recipe's precision and memory format, and lets cuDNN search for the
+    fastest kernels if that pays off.
 
     Args:
-        task: owns both.
-        recipe: see above.
+        task: owns model and loss.
+        recipe: of the run.
         device: also `meta`.
         uniform: whether all images have one size before augmentation.
 
     Returns:
-        The model, which is the same object.
+        The same model object.
     """
     task.loss.to(device)
     model = task.model.to(device)
@@ -138,7 +137,7 @@ def place(task: Task[Any], recipe: Recipe, device: torch.device, uniform: bool) 
         model.double()
     if recipe.train.channels_last:
         model.to(memory_format=torch.channels_last)
-    # Two searches may end with different kernels, so with different bits.
+    # Two searches may choose different kernels, so with different bits.
     torch.backends.cudnn.benchmark = (
         shapes_are_fixed(recipe, task, uniform) and not torch.are_deterministic_algorithms_enabled()
     )
@@ -146,11 +145,11 @@ def place(task: Task[Any], recipe: Recipe, device: torch.device, uniform: bool) 
 
 
 def shapes_are_fixed(recipe: Recipe, task: Task[Any], uniform: bool) -> bool:
-    """Whether all training steps see the same shapes: cuDNN searches its fastest kernels anew for every other one.
+    """Whether all training steps have the same shapes; cuDNN searches for the fastest kernels again for each new shape.
 
     Args:
-        recipe: an augmentation of it may cut everything to one size.
-        task: its network may resize images by itself.
+        recipe: its augmentations may crop all images to one size.
+        task: its model may resize images internally.
         uniform: whether all images have one size before augmentation, e.g. by `data.resize`.
     """
     return task.fixed_shapes and (

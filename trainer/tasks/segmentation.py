@@ -30,7 +30,7 @@ IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 # The name of each metric's mean over the classes.
 MEANS = {"iou": "miou", "class_accuracy": "class_accuracy", "ap": "map"}
-# Shares of the pixels: a model that predicts one class for more than the first has not learnt the others, if less than
+# Shares of the pixels: a model that predicts one class for more than the first has not learned the others, if less than
 # the second are of that class.
 EVERYWHERE, NEARLY_ALL = 0.999, 0.99
 
@@ -54,6 +54,7 @@ class Segmentation(Task[Tensor]):
         ValueError: `exclude` names no class.
     """
 
+    pipeline_tag = "image-segmentation"
     panels = ("image", "ground truth", "prediction")
 
     def __init__(

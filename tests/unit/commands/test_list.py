@@ -49,9 +49,11 @@ def test_without_an_argument_all_kinds_are_listed_with_their_numbers_and_names(
 
 
 def test_each_component_is_one_line_with_its_interface(capsys: pytest.CaptureFixture[str]) -> None:
-    assert said(capsys, "list", "losses").splitlines()[0].split(maxsplit=3)[:3] == ["cross_entropy", "dense,", "labels"]
+    rows = [line.split(maxsplit=3)[:3] for line in said(capsys, "list", "losses").splitlines()]
+    assert ["cross_entropy", "dense,", "labels"] in rows
     assert "dense needs image, mask Semantic segmentation of" in " ".join(said(capsys, "list", "tasks").split())
-    assert len(said(capsys, "list", "schedules").splitlines()) == 5
+    names = {line.split()[0] for line in said(capsys, "list", "schedules").splitlines()}
+    assert names >= {"constant", "cosine", "one_cycle", "plateau", "polynomial"}
     assert said(capsys, "list", "dataset") == said(capsys, "list", "datasets")
 
 
@@ -102,8 +104,8 @@ def test_recipes_are_found_beside_the_package_and_those_of_the_working_folder_co
     monkeypatch.setattr(describe, "recipe_folders", lambda: [tmp_path / "none"])
     assert main(["list", "recipes"]) == 2
     assert capsys.readouterr().err == (
-        f"error: no recipes (*.yaml) in {tmp_path / 'none'}; run this in a folder that has some, e.g. in a checkout "
-        "of the repository\n"
+        f"error: no recipes (*.yaml) in {tmp_path / 'none'}; run this in a folder that has some, e.g. in a checkout of "
+        "the repository\n"
     )
     assert "no recipes" in said(capsys, "list")
 

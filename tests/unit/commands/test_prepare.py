@@ -32,7 +32,7 @@ def call(*words: str) -> int:
     return command.run(parsed(*words))
 
 
-def test_the_command_prepares_tells_and_verifies(
+def test_the_command_prepares_reports_and_verifies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
@@ -62,14 +62,14 @@ def test_the_command_names_the_nearest_data_set() -> None:
             ["cifar10", "num_colours=1", "category=3"],
             r"(?s)command line: category: .*command line: num_colours: must be greater than or equal to 2",
         ),
-        (["cifar10", "ship"], r"command line: an override is key\.path=value"),
+        (["cifar10", "ship"], r"command line: an override must be key\.path=value"),
         (["shapes", "batch_size=3"], "command line: batch_size: unknown key; there are none"),
         (["hub", "image=a", "mask=b"], "command line: path: this key is required"),
         (["cifar10_horses", "num_colours=16"], "cifar10_horses: the course has 24 colour centres, not 16"),
         (
             ["shapes", "--name", "mine"],
-            "--name belongs to `trainer prepare folder` or `trainer prepare yolo` or `trainer prepare coco`, not to "
-            "shapes",
+            "--name is an option of `trainer prepare folder` or `trainer prepare yolo` or `trainer prepare coco`, not "
+            "of shapes",
         ),
         (["folder", "set=mine"], "trainer prepare folder --name NAME --images DIR"),
     ],
@@ -109,7 +109,7 @@ def test_the_command_prepares_what_its_keys_say(
     ],
     ids=" ".join,
 )
-def test_options_and_keys_stand_in_any_order_before_and_after_the_name(words: tuple[str, ...]) -> None:
+def test_options_and_keys_may_be_in_any_order_before_and_after_the_name(words: tuple[str, ...]) -> None:
     args = parsed(*words)
     assert (args.dataset, args.archives, args.verify) == ("cifar10", Path("there"), True)
     assert args.settings == ["category=ship", "num_colours=3"]
@@ -124,13 +124,16 @@ def test_a_folder_that_is_called_like_a_data_set_is_not_taken_for_one() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--masks", "m", "yolo", "--name", "x"], "--masks belongs to `trainer prepare folder`, not to yolo"),
-        (["coco", "--labels=l"], "--labels belongs to `trainer prepare yolo`, not to coco"),
-        (["shapes", "--archive", "x", "--images", "i"], "--images belongs to `trainer prepare folder` or `trainer"),
-        (["folder", "--imges", "x"], "--imges is no option of `trainer prepare folder`; did you mean '--images'?"),
-        (["shapes", "--verfy"], "--verfy is no option of `trainer prepare shapes`; did you mean '--verify'?"),
+        (["--masks", "m", "yolo", "--name", "x"], "--masks is an option of `trainer prepare folder`, not of yolo"),
+        (["coco", "--labels=l"], "--labels is an option of `trainer prepare yolo`, not of coco"),
+        (
+            ["shapes", "--archive", "x", "--images", "i"],
+            "--images is an option of `trainer prepare folder` or `trainer",
+        ),
+        (["folder", "--imges", "x"], "`trainer prepare folder` has no option --imges; did you mean '--images'?"),
+        (["shapes", "--verfy"], "`trainer prepare shapes` has no option --verfy; did you mean '--verify'?"),
         (["--archives", "x", "flower17"], "unknown data set 'flower17'; did you mean 'flowers17'?"),
-        (["yolo", "--name", "x"], "--images, --labels, --classes are missing: trainer prepare yolo --name NAME "),
+        (["yolo", "--name", "x"], "missing --images, --labels, --classes; usage: trainer prepare yolo --name NAME "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -166,9 +169,9 @@ def test_help_lists_the_options_of_one_data_set_alone_with_an_example(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["prepare", kind, "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert ended.value.code == 0 and f"trainer prepare {kind} " in said
-    assert all(each in said for each in own) and not any(each in said for each in foreign)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and f"trainer prepare {kind} " in printed
+    assert all(each in printed for each in own) and not any(each in printed for each in foreign)
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -61,7 +61,7 @@ def test_no_cache_of_the_whole_set_is_made_for_it(recipe: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("out.jpg", "name a .png file, and one recipe"),
+        ("out.jpg", "give a .png file and only one recipe"),
         ("missing/out.png", "can't be written: No such file"),
         ("folder.png", "can't be written"),
     ],
@@ -87,4 +87,4 @@ def test_a_set_that_is_not_prepared_is_refused_with_the_command_that_does(
 ) -> None:
     recipe = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"
     assert main(["check", str(recipe), "--show-samples", str(tmp_path / "out.png")]) == 2
-    assert "shapes holds no prepared data set; `trainer prepare shapes` makes it" in capsys.readouterr().err
+    assert "shapes contains no prepared data set; run `trainer prepare shapes` to prepare it" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Where runs stand, as `trainer status` says it."""
+"""The state of runs, as `trainer status` reports it."""
 
 from __future__ import annotations
 
@@ -32,37 +32,34 @@ def make_run(runs: Path, name: str, status: str | None, *checkpoints: int) -> Pa
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "said"),
+    ("status", "code", "printed"),
     [
         ("finished", 0, "r  finished  step 30 of 100  miou 0.7500  12 s  see {folder}"),
-        ("stopped", 75, "r  stopped  step 30 of 100  miou 0.7500  12 s  the same command resumes from step 30"),
+        ("stopped", 75, "r  stopped  step 30 of 100  miou 0.7500  12 s  rerun to resume from step 30"),
         (
             "failed",
             3,
-            "r  failed  step 30 of 100  miou 0.7500  12 s  see its log; fix this, and the same command resumes from "
-            "step 30",
+            "r  failed  step 30 of 100  miou 0.7500  12 s  see its log; fix this and rerun to resume from step 30",
         ),
-        ("running", 75, "r  interrupted  step 30 of 100  miou 0.7500  12 s  the same command resumes from step 30"),
-        (None, 75, "r  interrupted  step 30  the same command resumes from step 30"),
+        ("running", 75, "r  interrupted  step 30 of 100  miou 0.7500  12 s  rerun to resume from step 30"),
+        (None, 75, "r  interrupted  step 30  rerun to resume from step 30"),
     ],
 )
-def test_a_line_says_where_a_run_stands_and_what_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str | None, code: int, said: str
+def test_a_line_reports_the_state_of_a_run_and_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str | None, code: int, printed: str
 ) -> None:
     folder = make_run(tmp_path / "runs", "r", status, 10, 30, 20)
     for run in ("r", str(folder)):
         assert main(["status", run]) == code
-        assert capsys.readouterr().out == said.format(folder=folder) + "\n"
+        assert capsys.readouterr().out == printed.format(folder=folder) + "\n"
 
 
-def test_a_failed_run_says_what_went_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_run_reports_what_went_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "runs", "r", "failed", 30)
     summary = json.loads((folder / "summary.json").read_text()) | {"error": "data/tiny is damaged"}
     (folder / "summary.json").write_text(json.dumps(summary))
     assert main(["status", "r"]) == 3
-    assert capsys.readouterr().out.endswith(
-        "12 s  data/tiny is damaged; fix this, and the same command resumes from step 30\n"
-    )
+    assert capsys.readouterr().out.endswith("12 s  data/tiny is damaged; fix this and rerun to resume from step 30\n")
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_the_beginning(
@@ -70,7 +67,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_the_begin
 ) -> None:
     make_run(tmp_path / "runs", "r", None)
     assert main(["status", "r"]) == 75
-    assert capsys.readouterr().out == "r  interrupted  the same command starts from scratch\n"
+    assert capsys.readouterr().out == "r  interrupted  rerun to start from scratch\n"
 
 
 def test_a_run_that_a_process_has_is_running_until_that_process_ends(
@@ -94,9 +91,7 @@ def test_several_runs_are_an_aligned_table_and_the_worst_gives_the_exit_code(
         make_run(tmp_path / "runs", name, status, 30)
     assert main(["status", "a", "longer"]) == 75
     first, second = capsys.readouterr().out.splitlines()
-    assert first.index("finished") == second.index("stopped") and first.index("see ") == second.index(
-        "the same command"
-    )
+    assert first.index("finished") == second.index("stopped") and first.index("see ") == second.index("rerun")
     assert main(["status", "a", "b", "longer"]) == 3
 
 
@@ -110,7 +105,7 @@ def test_a_recipe_stands_for_its_run_whatever_was_overridden(
     assert main(["status", str(tmp_path / "child.yaml"), "optimizer.lr=1"]) == 0
     assert main(["status", str(tmp_path / "child.yaml"), "optimizer.lr=1", "name=other"]) == 3
     assert main(["status", str(tmp_path / "child.yaml"), "name=third"]) == 75
-    assert capsys.readouterr().out.splitlines()[-1] == "third  not started  nothing was computed yet"
+    assert capsys.readouterr().out.splitlines()[-1] == "third  not started  no training step done yet"
     assert main(["status", str(tmp_path / "chlid.yaml")]) == 2
     assert "did you mean" in capsys.readouterr().err
 
@@ -129,7 +124,7 @@ def test_json_has_everything_for_scripts(tmp_path: Path, capsys: pytest.CaptureF
         "name": "r",
         "status": "stopped",
         "code": 75,
-        "note": "the same command resumes from step 30",
+        "note": "rerun to resume from step 30",
         "step": 30,
         "total_steps": 100,
         "checkpoint": 30,

@@ -125,17 +125,17 @@ def test_a_sweep_that_is_none_is_a_mistake(sweep: str, capsys: pytest.CaptureFix
     assert "must be key=a,b,c" in capsys.readouterr().err
 
 
-def test_what_slurm_says_of_a_refused_job_is_passed_on(sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slurms_message_about_a_refused_job_is_shown(sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sbatch.write_text(
         "#!/bin/sh\necho 'sbatch: error: invalid partition specified: nowhere' >&2\nexit 1\n", encoding="utf-8"
     )
     assert main(["submit", "mine.yaml", "--partition", "nowhere"]) == 2
-    assert "SLURM refuses the job: sbatch: error: invalid partition specified: nowhere" in capsys.readouterr().err
+    assert "SLURM rejected the job: sbatch: error: invalid partition specified: nowhere" in capsys.readouterr().err
 
 
-def test_without_slurm_it_says_so_and_what_still_works(
+def test_without_slurm_the_message_names_what_still_works(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["submit", "mine.yaml"]) == 2
-    assert "there is no sbatch here" in (wrong := capsys.readouterr().err) and "--dry-run shows the script" in wrong
+    assert "sbatch not found" in (wrong := capsys.readouterr().err) and "--dry-run prints the job script" in wrong

@@ -99,7 +99,7 @@ def test_lines_pictures_recipe_and_summary_arrive_in_one_run_and_a_second_time_c
     lost = sent.files.pop(shown[0])  # an upload that was cut off
 
     assert main(["sync", str(run.path)]) == 0
-    assert capfd.readouterr() == (f"{run.path}: all 6 lines were there already, nothing was added\n", "")
+    assert capfd.readouterr() == (f"{run.path}: nothing to send, W&B already has all 6 lines\n", "")
     assert list(server.runs.values()) == [sent] and rows(sent) == lines(run)
     assert {file for file in sent.files if file.startswith("media")} == set(shown) and sent.files[shown[0]] == lost
     assert contents(run) == before
@@ -209,7 +209,7 @@ def test_a_server_that_does_not_take_a_run_is_one_message_and_the_run_folder_sta
     before = contents(run)
     assert main(["sync", str(run.path)]) == 2
     out, said = capfd.readouterr()
-    assert out == "" and said.startswith(f"error: {run.path}") and said.count("\n") == 1 and "the same command" in said
+    assert out == "" and said.startswith(f"error: {run.path}") and said.count("\n") == 1 and "rerun" in said
     after = contents(run)
     assert after.pop(run.path / "tracking.json") and after == before, (
         "but for the id, which has to be known before anything is sent"
@@ -222,7 +222,7 @@ def test_a_run_that_is_being_trained_is_left_alone(
     lock = lock_run(run.path)
     assert main(["sync", str(run.path)]) == 2
     assert (
-        capsys.readouterr().err == f"error: {run.path} is being trained; sync it when that has ended\n"
+        capsys.readouterr().err == f"error: {run.path} is being trained; sync it after training has ended\n"
         and not server.runs
     )
     lock.release()
@@ -241,7 +241,7 @@ def test_offline_one_run_is_written_to_the_run_folder(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert main(["sync", str(run.path)]) == 0
-    assert f"`wandb sync` sends what is in {run.path / 'wandb'}" in capsys.readouterr().out
+    assert f"written offline to {run.path / 'wandb'}; upload them with `wandb sync`" in capsys.readouterr().out
     assert [row["step"] for row in history(run)] == [1, 2, 2, 3, 4, 4]
     assert len(list(run.path.glob("wandb/offline-run-*"))) == 1
 
@@ -251,4 +251,4 @@ def test_disabled_says_that_nothing_is_sent(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert main(["sync", str(run.path)]) == 2
-    assert capsys.readouterr().err == "error: WANDB_MODE=disabled: nothing is sent; unset it\n"
+    assert capsys.readouterr().err == "error: WANDB_MODE=disabled prevents uploads: unset it\n"

@@ -269,7 +269,7 @@ def test_a_stop_is_noticed_between_members(tmp_path: Path, monkeypatch: pytest.M
             next(found)
 
 
-def test_of_two_downloads_of_an_archive_one_waits_and_says_so(tmp_path: Path) -> None:
+def test_of_two_downloads_of_an_archive_one_waits_and_logs_it(tmp_path: Path) -> None:
     (tmp_path / "downloads").mkdir()
     lock = FileLock(tmp_path / "downloads" / ".set.tgz.lock")
     lock.acquire()
@@ -284,7 +284,7 @@ def test_of_two_downloads_of_an_archive_one_waits_and_says_so(tmp_path: Path) ->
     assert (
         locate([Archive("set.tgz", (published(tmp_path),))], tmp_path, None, say)["set.tgz"].read_bytes() == b"official"
     )
-    assert said == ["waiting for another process that downloads set.tgz"]
+    assert said == ["waiting for another process to download set.tgz"]
 
 
 def test_a_connection_that_breaks_leaves_no_archive(tmp_path: Path) -> None:
@@ -311,5 +311,5 @@ def test_a_generated_set_needs_no_archives_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no folder .*gone"):
+    with pytest.raises(UserError, match=r"gone is not a folder"):
         locate([Archive("set.tgz")], tmp_path, tmp_path / "gone")

@@ -69,16 +69,16 @@ def test_a_batch_holds_the_arrays_of_its_samples_in_their_shape(tmp_path: Path, 
 
 def test_they_train_and_evaluate_and_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, RECIPE)
-    run_processes(2, train, recipe, ("name=whole",))
+    run_processes(2, train, recipe, ("name=uninterrupted",))
     for stop_after in (11, None):
         run_processes(2, train, recipe, ("name=parts",), stop_after)
-    runs = [tmp_path / "runs" / name for name in ("whole", "parts")]
+    runs = [tmp_path / "runs" / name for name in ("uninterrupted", "parts")]
     assert lines(runs[0]) == lines(runs[1]) and weights(runs[0]) == weights(runs[1])
     last = lines(runs[0], "validation")[-1]
     assert last["step"] == 30 and last["accuracy"] > 0.9
 
 
-def test_check_tells_what_they_are_trained_on_and_refuses_what_only_images_have(
+def test_check_reports_what_they_are_trained_on_and_refuses_what_only_images_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(vectors(), data_dir(), None, lambda line: None)
@@ -87,22 +87,22 @@ def test_check_tells_what_they_are_trained_on_and_refuses_what_only_images_have(
     assert "ok; vectors: train 60, validation 13 rows; 30 steps" in capsys.readouterr().err
     assert main(["check", recipe, "data.resize=[8,8]", "data.augment=[horizontal_flip]"]) == 2
     error = capsys.readouterr().err
-    assert "data.resize: samples of vectors are no images: leave it out" in error
-    assert "data.augment: samples of vectors are no images: leave it out" in error
+    assert "data.resize: samples of vectors aren't images: remove this key" in error
+    assert "data.augment: samples of vectors aren't images: remove this key" in error
     assert main(["check", recipe, "--show-samples", str(tmp_path / "out.png")]) == 2
     assert "the samples of vectors have no `image`" in capsys.readouterr().err
     assert main(["summary", recipe]) == 2
-    assert "vectors has no images, and `trainer summary` counts per image" in capsys.readouterr().err
+    assert "vectors has no images, but `trainer summary` counts per image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("value", "what"),
     [
-        ([1.0, 2.0], r"numbers is an array of shape \(2,\) instead of \(2, 3\)"),
-        ([[1.0, 2.0, 3.0], [4.0, 5.0, float("nan")]], "numbers is an array that holds nan or infinity"),
-        (np.full((2, 3), 1e39), "numbers is an array that holds nan or infinity"),
-        ([["a"] * 3] * 2, "numbers is no array of numbers"),
-        (None, r"numbers is an array of shape \(\) instead of \(2, 3\)"),
+        ([1.0, 2.0], r"numbers has shape \(2,\) instead of \(2, 3\)"),
+        ([[1.0, 2.0, 3.0], [4.0, 5.0, float("nan")]], "numbers contains nan or infinity"),
+        (np.full((2, 3), 1e39), "numbers contains nan or infinity"),
+        ([["a"] * 3] * 2, "numbers is not an array of numbers"),
+        (None, r"numbers has shape \(\) instead of \(2, 3\)"),
     ],
 )
 def test_numbers_that_arent_such_an_array_are_refused_and_named(value: Any, what: str) -> None:
@@ -110,7 +110,7 @@ def test_numbers_that_arent_such_an_array_are_refused_and_named(value: Any, what
         yield "train", {"numbers": np.zeros((2, 3)), "label": 0}
         yield "train", {"numbers": value, "label": 0}
 
-    with pytest.raises(UserError, match=rf"vectors, train sample 1: {what}.*; replace the archive it comes from"):
+    with pytest.raises(UserError, match=rf"vectors, train sample 1: {what}.*; replace the archive that contains it"):
         prepare(replace(vectors(), rows=rows), data_dir(), None, lambda line: None)
     assert not (data_dir() / "vectors").exists()
 

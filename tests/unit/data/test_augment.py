@@ -43,7 +43,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 
 def sample(height: int, width: int, seed: int) -> dict[str, Tensor]:
-    """A mask of random squares, and an image that shows each label in a colour of its own: a corner of the RGB cube."""
+    """A mask of random squares, and an image that shows each label in its own colour, a corner of the RGB cube."""
     random = np.random.default_rng(seed)
     squares = random.integers(0, len(LABELS), (-(-height // BLOCK), -(-width // BLOCK)))
     index = torch.from_numpy(np.kron(squares, np.ones((BLOCK, BLOCK), np.int64))[:height, :width])
@@ -55,7 +55,7 @@ def sample(height: int, width: int, seed: int) -> dict[str, Tensor]:
 
 
 def check(transform: Callable[[Any], Any], before: dict[str, Tensor], ignore_index: int | None) -> int:
-    """Asserts that mask and image belong together afterwards; returns how many pixels could tell.
+    """Asserts that mask and image belong together afterwards; returns how many pixels it could compare.
 
     Those are the ones of a colour that somewhere fills a square of 3 x 3: only these are no mixtures, since the colours
     of the labels are corners. If the mask moved with the image, each colour still has one label, and each label one
@@ -80,7 +80,7 @@ def check(transform: Callable[[Any], Any], before: dict[str, Tensor], ignore_ind
 def chosen(data: st.DataObject, component: Component) -> Any:
     """The augmentation with settings that a recipe may have."""
     lacking = component.schema.model_fields.keys() - VALUES.keys()
-    assert not lacking, f"say in VALUES to what {lacking} of {component.name} can be set"
+    assert not lacking, f"add to VALUES the values of {lacking} of {component.name}"
     given = {key: data.draw(VALUES[key], label=key) for key in component.schema.model_fields}
     return component.schema(**given)
 
@@ -128,7 +128,7 @@ def test_most_pixels_can_tell() -> None:
 
 
 class ImageOnly(v2.Transform):
-    """Mirrors the image, forgets the mask."""
+    """Mirrors the image, but not the mask."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return inpt if isinstance(inpt, tv_tensors.Mask) else functional.horizontal_flip(inpt)
@@ -184,7 +184,7 @@ def test_impossible_values_are_mistakes_of_the_recipe(name: str, wrong: dict[str
         AUGMENTATIONS[name].schema(**wrong)
 
 
-def test_a_crop_keeps_the_size_of_data_resize_unless_it_says_another() -> None:
+def test_a_crop_has_the_size_of_data_resize_by_default() -> None:
     component, image = AUGMENTATIONS["random_resized_crop"], tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8))
     assert build(component, component.schema(), resize=[20, 30])(image).shape == (3, 20, 30)
     assert build(component, component.schema(size=[8, 9]), resize=[20, 30])(image).shape == (3, 8, 9)

@@ -1,4 +1,4 @@
-"""What a recipe says under `data:` is what its batches are like."""
+"""The batches of a recipe follow its section `data:`."""
 
 from __future__ import annotations
 

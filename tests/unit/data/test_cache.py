@@ -1,4 +1,4 @@
-"""A sample of the cache is whole or not there, whatever moment another process looks or a kill comes."""
+"""A cached sample is complete or absent, at whatever moment another process reads it or a process is killed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_whoever_is_told_that_a_sample_is_there_finds_all_of_its_pixels(tmp_path: Path) -> None:
+def test_a_sample_marked_as_present_has_all_of_its_pixels(tmp_path: Path) -> None:
     writer, reader = (PixelCache(tmp_path, {"image": 3, "mask": 1}, SIZES) for _ in range(2))
     seen: list[bool] = []
 
@@ -44,7 +44,7 @@ def test_whoever_is_told_that_a_sample_is_there_finds_all_of_its_pixels(tmp_path
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_samples_of_different_sizes_lie_beside_each_other(tmp_path: Path, order: tuple[int, ...]) -> None:
+def test_samples_of_different_sizes_do_not_overlap(tmp_path: Path, order: tuple[int, ...]) -> None:
     cache = PixelCache(tmp_path, {"image": 3, "mask": 1}, SIZES)
     for index in order:
         cache.write(index, sample(index))

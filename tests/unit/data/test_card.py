@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.card import Card, Shard, Split, sha256
+from trainer.data.card import Card, DataFile, Split, sha256
 from trainer.data.source import DataInfo
 from trainer.errors import UserError
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
         for i, content in enumerate(contents):
             path = folder / split / f"{i:05d}.parquet"
             path.write_bytes(content)
-            shards.append(Shard(f"{split}/{path.name}", sha256(path), len(content), (16, 4)))
+            shards.append(DataFile(f"{split}/{path.name}", sha256(path), len(content), (16, 4)))
         splits[split] = Split(20 * len(shards), tuple(shards))
     Card(
         "toy", ("no", "yes"), 255, {"image": "image", "mask": "mask"}, splits, {"a.tgz": "00"}, ("split by hand",)
@@ -63,22 +63,22 @@ def test_a_card_of_another_format_is_an_error(folder: Path) -> None:
 
 
 def test_a_folder_without_card_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no prepared data set; `trainer prepare toy`"):
+    with pytest.raises(UserError, match="no prepared data set; run `trainer prepare toy`"):
         Card.load(tmp_path / "toy")
 
 
-def test_advice_says_the_command_where_it_is_known(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no prepared data set; `trainer prepare toy size=3` makes it"):
+def test_advice_has_the_command_if_it_is_known(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no prepared data set; run `trainer prepare toy size=3` to prepare it"):
         Card.load(tmp_path / "nothing", "toy size=3")
     replace(Card.load(folder), command="toy size=4").save(folder)
     (folder / "train/00001.parquet").write_bytes(b"tWo" * 20)
     with pytest.raises(
         UserError,
-        match=r"has changed since it was prepared; delete .*toy, then `trainer prepare toy size=4` makes it again",
+        match=r"changed since it was prepared; delete .*toy, then run `trainer prepare toy size=4` to prepare it again",
     ):
         Card.load(folder).verify(folder)
     (folder / "train/00001.parquet").unlink()
-    with pytest.raises(UserError, match=r"is missing; `trainer prepare toy size=4` makes it again"):
+    with pytest.raises(UserError, match=r"is missing; run `trainer prepare toy size=4` to prepare it again"):
         Card.load(folder, "toy size=3")
 
 
@@ -173,7 +173,7 @@ def test_a_card_has_two_splits_or_three(folder: Path) -> None:
     card = Card.load(folder)
     (folder / "test").mkdir()
     (folder / "test/00000.parquet").write_bytes(b"four" * 20)
-    shard = Shard("test/00000.parquet", sha256(folder / "test/00000.parquet"), 80, (16, 4))
+    shard = DataFile("test/00000.parquet", sha256(folder / "test/00000.parquet"), 80, (16, 4))
     third = replace(card, splits=card.splits | {"test": Split(20, (shard,))})
     third.save(folder)
     assert Card.load(folder) == third and third.row_groups("test") == [16, 4]

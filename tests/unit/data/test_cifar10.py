@@ -96,10 +96,10 @@ def test_of_two_centres_equally_near_the_first_is_taken() -> None:
     assert nearest_centre(np.full((1, 1, 3), 128, np.uint8), np.array([[0.25] * 3, [0.75] * 3])).tolist() == [[0]]
 
 
-def test_a_batch_that_is_none_is_an_error_that_names_it(archive: Path) -> None:
+def test_an_invalid_batch_is_an_error_that_names_it(archive: Path) -> None:
     pack(archive / "cifar-10-python.tar.gz", {"cifar-10-batches-py/data_batch_1": b"half a pickle"}, "w:gz")
     with pytest.raises(
-        UserError, match=r"cifar-10-python\.tar\.gz: cifar-10-batches-py/data_batch_1: no batch of CIFAR-10"
+        UserError, match=r"cifar-10-python\.tar\.gz: cifar-10-batches-py/data_batch_1: not a batch of CIFAR-10"
     ):
         rows(cifar10(num_colours=4, category="dog"), archive)
 
@@ -162,12 +162,12 @@ def saved(array: np.ndarray) -> bytes:
         (b"no array", "can't be read"),
         (objects(), "can't be read: .*allow_pickle=False"),
         (saved(np.full((24, 3), "red")), "can't be read"),
-        (saved(np.zeros((24, 4))), r"holds an array of shape \(24, 4\), not \(24, 3\)"),
-        (saved(np.full((24, 3), np.nan)), "holds numbers that aren't finite"),
+        (saved(np.zeros((24, 4))), r"contains an array of shape \(24, 4\), not \(24, 3\)"),
+        (saved(np.full((24, 3), np.nan)), "contains non-finite numbers"),
     ],
     ids=["text", "pickle", "words", "shape", "nan"],
 )
-def test_a_file_of_centres_that_is_none_is_an_error_and_runs_nothing(horses: Path, content: bytes, why: str) -> None:
+def test_an_invalid_file_of_centres_is_an_error_and_runs_nothing(horses: Path, content: bytes, why: str) -> None:
     (horses / "colour_kmeans24_cat7.npy").write_bytes(content)
     with pytest.raises(UserError, match=rf"colour_kmeans24_cat7\.npy {why}.*; replace it, or set data\.centres=kmeans"):
         rows(cifar10_horses(), horses)

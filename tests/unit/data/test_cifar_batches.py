@@ -58,6 +58,6 @@ def test_a_batch_that_asks_for_anything_else_runs_nothing(tmp_path: Path) -> Non
             return os.mkdir, (str(tmp_path / "sentinel"),)
 
     for data in (pickle.dumps(Bomb()), pickle.dumps({b"data": Bomb(), b"labels": [1]}), b"cos\nsystem\n", b"", b"half"):
-        with pytest.raises(ValueError, match="no batch of CIFAR-10"):
+        with pytest.raises(ValueError, match="not a batch of CIFAR-10"):
             read_batch(data)
     assert not (tmp_path / "sentinel").exists()

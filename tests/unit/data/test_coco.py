@@ -101,7 +101,7 @@ def test_polygons_and_both_kinds_ofrun_lengths_become_masks(files: Path, capsys:
 
 
 @pytest.mark.parametrize("segmentation", [None, []], ids=str)
-def test_where_an_annotation_has_no_mask_the_set_has_boxes_only_and_says_so(
+def test_if_an_annotation_has_no_mask_the_set_has_boxes_only_and_reports_it(
     files: Path, segmentation: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = content()
@@ -156,12 +156,12 @@ def test_each_split_has_its_file_and_may_have_its_folder(files: Path, elsewhere:
     [
         (
             {"validation_images": "photos"},
-            "--validation-images photos holds the images of a COCO file; name it by --validation FILE",
+            "--validation-images photos requires the COCO file of its images: --validation FILE",
         ),
-        ({"test_images": "photos"}, "--test-images photos holds the images of a COCO file; name it by --test FILE"),
-        ({"test": "0.1"}, "--test 0.1: only the validation split can be a share; name the files of the test split"),
+        ({"test_images": "photos"}, "--test-images photos requires the COCO file of its images: --test FILE"),
+        ({"test": "0.1"}, "--test 0.1: only the validation split can be a share; give the files of the test split"),
         ({"test": "nothing.json"}, "nothing.json can't be read: No such file"),
-        ({"test_masks": "masks"}, "--test-masks belongs to `trainer prepare folder`, not to coco"),
+        ({"test_masks": "masks"}, "--test-masks is an option of `trainer prepare folder`, not of coco"),
     ],
     ids=str,
 )
@@ -184,7 +184,7 @@ def test_all_files_have_the_same_categories(files: Path, capsys: pytest.CaptureF
     other["categories"].reverse()
     save(files / "test.json", json.dumps(other))
     assert prepare(files, content(range(11)), test=files / "test.json") == 2
-    assert "instances.json and " in (said := capsys.readouterr().err) and "test.json list other categories" in said
+    assert "instances.json and " in (said := capsys.readouterr().err) and "test.json list different categories" in said
 
 
 @pytest.mark.parametrize("listed", [range(12), range(11, 13)], ids=["the same file", "one image of two"])
@@ -218,8 +218,8 @@ def test_a_set_of_another_kind_is_not_replaced(files: Path, capsys: pytest.Captu
     assert prepare(files, content()) == 2
     said, folder = capsys.readouterr().err, data_dir() / "mine"
     assert said.startswith(f"error: {folder} was made by `trainer prepare yolo --name mine --images ")
-    assert "which `trainer prepare coco --name mine --images " in said and said.endswith(
-        f"would replace; choose another name, or delete {folder}\n"
+    assert "would be replaced by `trainer prepare coco --name mine --images " in said and said.endswith(
+        f"; choose another name, or delete {folder}\n"
     )
     assert Card.load(folder) == card
 
@@ -228,7 +228,7 @@ def test_files_are_found_by_the_end_of_their_path(files: Path, capsys: pytest.Ca
     save(files / "photos/b/00.jpg", picture(60))
     assert prepare(files, content()) == 2
     assert (
-        "must hold, once; of 1 this is not so:\n  00.jpg matches photos/a/00.jpg and photos/b/00.jpg"
+        "exactly once; 1 are missing or ambiguous:\n  00.jpg matches photos/a/00.jpg and photos/b/00.jpg"
         in capsys.readouterr().err
     )
     found = content()
@@ -240,7 +240,7 @@ def test_files_are_found_by_the_end_of_their_path(files: Path, capsys: pytest.Ca
 
 
 BAD: dict[str, dict[str, Any]] = {
-    "00.jpg, object 1: its box (3, 2, 3, 5) has no area; correct it": {"bbox": [3, 2, 0, 3]},
+    "00.jpg, object 1: its box (3, 2, 3, 5) has no area; correct or remove it": {"bbox": [3, 2, 0, 3]},
     "00.jpg, object 1: its box (3, 2, 9, 20) is not within the image, 12 x 8": {"bbox": [3, 2, 6, 18]},
     "00.jpg, object 1: its box (nan, 2, nan, 5) isn't finite": {"bbox": [float("nan"), 2, 6, 3]},
     "00.jpg, object 1: its label -1 is no class; classes are 0 to 1": {"category_id": 8},
@@ -253,7 +253,7 @@ BAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("expected", "changed"), BAD.items(), ids=BAD)
-def test_an_object_that_cannot_be_so_is_refused_or_dropped(
+def test_an_invalid_object_is_refused_or_dropped(
     files: Path, expected: str, changed: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = content()
@@ -306,12 +306,12 @@ def another_size(found: dict[str, Any]) -> None:
         (two_of_a_name, "instances.json: two categories have the same name"),
         (two_of_an_id, "instances.json: two images have the same id"),
         (unlisted, "instances.json: annotations.3.image_id: no image has the id 99"),
-        (no_images, "instances.json is no COCO file of instances: images: Field required"),
-        (three_numbers, "instances.json is no COCO file of instances: annotations.3.bbox.3: Field required"),
-        (another_size, "photos/a/00.jpg is 12 x 8, but listed with 13 x 8"),
+        (no_images, "instances.json is not a COCO instance file: images: Field required"),
+        (three_numbers, "instances.json is not a COCO instance file: annotations.3.bbox.3: Field required"),
+        (another_size, "photos/a/00.jpg is 12 x 8, but listed as 13 x 8"),
     ],
 )
-def test_a_file_that_cannot_be_so_is_a_mistake(
+def test_an_invalid_file_is_a_mistake(
     files: Path, damage: Any, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = content()
@@ -325,10 +325,10 @@ def test_both_files_have_the_same_categories(files: Path, capsys: pytest.Capture
     other["categories"].reverse()
     save(files / "held out.json", json.dumps(other))
     assert prepare(files, content(range(9)), validation=files / "held out.json") == 2
-    assert "list other categories" in capsys.readouterr().err
+    assert "list different categories" in capsys.readouterr().err
     save(files / "held out.json", "{")
     assert prepare(files, content(range(9)), validation=files / "held out.json") == 2
-    assert "held out.json is no COCO file of instances: : Invalid JSON" in capsys.readouterr().err
+    assert "held out.json is not a COCO instance file: : Invalid JSON" in capsys.readouterr().err
 
 
 def test_without_pycocotools_masks_are_refused_with_the_remedy(

@@ -67,7 +67,8 @@ def test_coco8_has_its_own_split(tmp_path: Path) -> None:
 def test_a_damaged_label_file_is_named(tmp_path: Path) -> None:
     files = {"images/train/0.jpg": picture(0), "images/val/1.jpg": picture(1), "labels/val/1.txt": b"0 0.5 0.5\n"}
     with pytest.raises(
-        UserError, match=r"coco8/labels/val/1\.txt:1: a line is .*; replace \S+coco8\.zip by the official archive"
+        UserError,
+        match=r"coco8/labels/val/1\.txt:1: a line must be .*; replace \S+coco8\.zip with the official archive",
     ):
         prepared("coco8", pack(tmp_path, "coco8", files))
 

@@ -147,7 +147,7 @@ def test_a_folder_can_validate(files: Path) -> None:
     assert len(rows("train")) == 24 and sorted(rows("validation")) == ["0", "1", "2"]
 
 
-def test_so_can_the_folders_beside_where_images_and_masks_are_called_alike(files: Path) -> None:
+def test_so_can_sibling_folders_if_images_and_masks_share_a_name(files: Path) -> None:
     for i, split in enumerate(("train", "val", "test")):
         save(files / f"images/{split}/{split}.png", pixels(i))
         save(files / f"labels/{split}/{split}.png", labels(i))
@@ -245,18 +245,24 @@ def test_an_image_of_the_test_split_is_in_no_other(
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"validation": "val"}, "--validation val and --validation-images exclude each other; give one of them"),
+        (
+            {"validation": "val"},
+            "--validation val and --validation-images are mutually exclusive; give only one of them",
+        ),
         (
             {"validation": "0.3", "validation_images": None},
-            "--validation 0.3 and --validation-masks exclude each other; give one of them",
+            "--validation 0.3 and --validation-masks are mutually exclusive; give only one of them",
         ),
-        ({"validation_masks": None}, "--validation-images needs --validation-masks beside it"),
-        ({"validation_images": None}, "--validation-masks needs --validation-images beside it"),
-        ({"test_images": "test"}, "--test-images needs --test-masks beside it"),
-        ({"test": "x", "test_masks": "test"}, "--test x and --test-masks exclude each other; give one of them"),
-        ({"test": "0.1"}, "--test 0.1: only the validation split can be a share; name the files of the test split"),
-        ({"test": "nowhere"}, "no folder nowhere/train, which should hold images"),
-        ({"validation_labels": "val"}, "--validation-labels belongs to `trainer prepare yolo`, not to folder"),
+        ({"validation_masks": None}, "--validation-images requires --validation-masks"),
+        ({"validation_images": None}, "--validation-masks requires --validation-images"),
+        ({"test_images": "test"}, "--test-images requires --test-masks"),
+        (
+            {"test": "x", "test_masks": "test"},
+            "--test x and --test-masks are mutually exclusive; give only one of them",
+        ),
+        ({"test": "0.1"}, "--test 0.1: only the validation split can be a share; give the files of the test split"),
+        ({"test": "nowhere"}, "nowhere/train is not a folder; it should contain images"),
+        ({"validation_labels": "val"}, "--validation-labels is an option of `trainer prepare yolo`, not of folder"),
     ],
     ids=str,
 )
@@ -312,7 +318,7 @@ def test_only_files_of_equal_size_are_read_to_compare_them(files: Path, monkeypa
     assert from_files(**arguments, validation=str(files / "held out")).name == "mine"
 
 
-def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_prepared_again_only_when_files_change(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options(files)) == 0
     capsys.readouterr()
     assert main(options(files)) == 0
@@ -320,15 +326,18 @@ def test_it_is_made_again_when_files_changed_and_only_then(files: Path, capsys: 
     save(files / "masks/town 0/00.png", labels(50))
     assert main(options(files)) == 0
     assert (
-        f"{data_dir() / 'mine'} is prepared again: the name, size or time of a file has changed\n"
+        f"{data_dir() / 'mine'} must be prepared again: the name, size or time of a file has changed\n"
         in capsys.readouterr().out
     )
     assert np.array_equal(read_indices((rows("train") | rows("validation"))["00"]["mask"]["bytes"]), labels(50))
     assert main(options(files, validation=0.4)) == 0
-    assert f"{data_dir() / 'mine'} is prepared again: --validation was 0.2 and is now 0.4\n" in capsys.readouterr().out
+    assert (
+        f"{data_dir() / 'mine'} must be prepared again: --validation was 0.2 and is now 0.4\n"
+        in capsys.readouterr().out
+    )
 
 
-def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
+def test_the_card_has_the_command_that_prepares_it_again(files: Path) -> None:
     assert main(options(files, validation=0.5)) == 0
     card = prepared()
     (data_dir() / "mine/card.json").unlink()
@@ -402,20 +411,20 @@ def no_name(folder: Path) -> None:
     [
         (missing_mask, "photos/town 0/00.jpg has no mask"),
         (missing_image, "masks/town 1/01.png has no image"),
-        (two_alike, "photos/town 0/00.png are called alike"),
+        (two_alike, "photos/town 0/00.png differ only in their suffix"),
         (another_size, "masks/town 0/00.png: sizes differ: image 12 x 8, mask 12 x 7; correct it"),
         (
             unknown_label,
-            "masks/town 0/00.png: this mask holds the labels 3; classes are 0 to 2, and 255 is ignored; correct it",
+            "masks/town 0/00.png: this mask contains the labels 3; classes are 0 to 2, and 255 is ignored; correct it",
         ),
         (coloured_mask, "masks/town 0/00.png: this mask can't be decoded (a mask has one channel"),
         (cut_image, "photos/town 1/01.PNG: this image can't be decoded"),
         (no_image, "photos/town 0/00.jpg: this image can't be decoded"),
-        (sixteen_bits, "photos/town 0/00.tif: this image can't be decoded (it has mode I;16, not 8 bits a channel)"),
-        (no_masks, "masks holds no masks (index or palette PNG)"),
+        (sixteen_bits, "photos/town 0/00.tif: this image can't be decoded (it has mode I;16, not 8 bits per channel)"),
+        (no_masks, "masks contains no masks (index or palette PNG)"),
         (a_program, "photos/town 0/00.jpg: this image can't be decoded (a PostScript file is a program)"),
-        (two_names, "classes.txt: a line for each class, with its name, all different"),
-        (no_name, "classes.txt: a line for each class, with its name, all different"),
+        (two_names, "lines, each with the name of a class, all different"),
+        (no_name, "lines, each with the name of a class, all different"),
     ],
 )
 def test_a_bad_file_is_named_and_nothing_half_written_stays(
@@ -429,8 +438,8 @@ def test_a_bad_file_is_named_and_nothing_half_written_stays(
 def test_a_label_that_is_no_class_may_be_one_to_ignore(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, options(files, ignore=None))
     assert (
-        "this mask holds the labels 255; classes are 0 to 2, and none is ignored; if 255 marks pixels that don't "
-        "count, pass --ignore 255; otherwise" in said
+        "this mask contains the labels 255; classes are 0 to 2, and none is ignored; if 255 marks pixels to ignore, "
+        "pass --ignore 255; otherwise" in said
     )
 
 
@@ -445,24 +454,24 @@ def test_a_bad_file_leaves_the_set_that_was_there(files: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"name": "flowers17"}, "--name flowers17: there is a data set of that name already"),
-        ({"name": "../mine"}, "--name ../mine: a set's name is made of letters"),
-        ({"name": "downloads"}, "--name downloads: a set's name"),
-        ({"images": "nowhere"}, "no folder nowhere, which should hold images"),
+        ({"name": "flowers17"}, "--name flowers17: the catalogue has a data set of this name"),
+        ({"name": "../mine"}, "--name ../mine: must consist of letters"),
+        ({"name": "downloads"}, "--name downloads: must consist of letters, digits and . _ -, and not be downloads"),
+        ({"images": "nowhere"}, "nowhere is not a folder; it should contain images"),
         ({"classes": "nothing.txt"}, "--classes nothing.txt can't be read"),
         ({"ignore": 256}, "--ignore 256: labels are 0 to 255"),
-        ({"validation": "1.5"}, "--validation 1.5: a share is between 0 and 1"),
-        ({"validation": "0.0001"}, "--validation 0.0001: of 24 images all or none were drawn"),
-        ({"validation": "held out"}, "no folder held out/photos, which should hold images"),
+        ({"validation": "1.5"}, "--validation 1.5: a share must be between 0 and 1"),
+        ({"validation": "0.0001"}, "--validation 0.0001: all or none of 24 images were drawn"),
+        ({"validation": "held out"}, "held out/photos is not a folder; it should contain images"),
         (
             {"masks": None},
-            "--masks is missing: trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE [--ignore "
-            "LABEL] [--validation SHARE|DIR ",
+            "missing --masks; usage: trainer prepare folder --name NAME --images DIR --masks DIR --classes FILE "
+            "[--ignore LABEL] [--validation SHARE|DIR ",
         ),
     ],
     ids=str,
 )
-def test_an_option_that_cannot_be_so_is_a_mistake(
+def test_an_invalid_option_is_a_mistake(
     files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in refused(capsys, options(files, **changed))
@@ -494,7 +503,7 @@ def test_where_it_is_not_prepared_a_recipe_that_names_it_is_one_mistake(tmp_path
         load_recipe(write_recipe(tmp_path, RECIPE), (), TASK_CHECKS)
     (problem,) = raised.value.problems
     assert "run.yaml:3:" in problem.place and problem.path == ("data", "set")
-    assert "`trainer prepare folder --name mine --images DIR --masks DIR --classes FILE` makes it" in problem.what
+    assert "`trainer prepare folder --name mine --images DIR --masks DIR --classes FILE` to prepare it" in problem.what
 
 
 def test_a_recipe_never_makes_it_again(files: Path, tmp_path: Path) -> None:
@@ -508,14 +517,14 @@ def test_a_recipe_never_makes_it_again(files: Path, tmp_path: Path) -> None:
     (data_dir() / "mine/train/00000.parquet").unlink()
     with pytest.raises(
         RecipeError,
-        match=r"data\.set: .*00000\.parquet is missing; `trainer prepare folder --name mine --images \S+photos ",
+        match=r"data\.set: .*00000\.parquet is missing; run `trainer prepare folder --name mine --images \S+photos ",
     ):
         load_recipe(write_recipe(tmp_path, RECIPE), (), TASK_CHECKS)
 
 
 def test_a_path_is_no_set(files: Path, tmp_path: Path) -> None:
     assert main(options(files)) == 0
-    with pytest.raises(RecipeError, match=r"data\.set: '\.\./data/mine' is no name of a set"):
+    with pytest.raises(RecipeError, match=r"data\.set: '\.\./data/mine' is not a valid name of a set"):
         load_recipe(write_recipe(tmp_path, RECIPE), ["data.set=../data/mine"])
 
 

@@ -194,7 +194,7 @@ def test_a_mosaic_is_the_same_wherever_training_begins_and_whoever_loads_it(prep
         return list(islice(Batches(found, Slices(4, 1, 0, 1, first), workers), 10 - first))
 
     reference = batches(0, 0)
-    assert any(len(batch["labels"]) > 8 for batch in reference)  # more than four samples by themselves have
+    assert any(len(batch["labels"]) > 8 for batch in reference)  # more than four samples have without a mosaic
     for found, first in ((batches(2, 0), 0), (batches(0, 6), 6), (batches(0, 0, cache=False), 0)):
         for a, b in zip(found, reference[first:], strict=True):
             assert all(torch.equal(a[key], b[key]) for key in a)

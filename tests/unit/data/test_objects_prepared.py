@@ -63,7 +63,7 @@ def prepared(*objects: Instance, **options: Any) -> list[dict[str, Any]]:
     return row["objects"]
 
 
-def test_objects_are_stored_as_structs_beside_their_images_size() -> None:
+def test_objects_are_stored_as_structs_next_to_their_images_size() -> None:
     crowd = Instance((0.5, 0, 12, 8), 2, counts(~MASK), crowd=True)
     objects = prepared(GOOD, crowd)
     assert objects == [
@@ -131,7 +131,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize(("problem", "bad"), [(problem, bad) for problem, bad in INVALID.items()], ids=INVALID)
-def test_an_object_that_cannot_be_so_is_named_and_nothing_half_written_stays(problem: str, bad: Instance) -> None:
+def test_an_invalid_object_is_named_and_nothing_half_written_stays(problem: str, bad: Instance) -> None:
     with pytest.raises(UserError) as raised:
         prepared(GOOD, bad)
     assert str(raised.value).startswith(f"photos/train.jpg, object 2: {problem}") and str(raised.value).endswith(
@@ -140,7 +140,7 @@ def test_an_object_that_cannot_be_so_is_named_and_nothing_half_written_stays(pro
     assert not [path for path in data_dir().iterdir() if path.is_dir()]
 
 
-def test_where_the_set_asks_for_it_such_objects_are_left_out_and_the_card_says_which() -> None:
+def test_if_the_set_asks_for_it_such_objects_are_left_out_and_the_card_lists_them() -> None:
     card = prepare(source([*INVALID.values(), GOOD], invalid="drop"), data_dir(), None)
     (row,) = stored("toy", "train")
     assert [each["box"] for each in row["objects"]] == [[*BOX]]

@@ -108,7 +108,7 @@ def test_a_position_needs_no_history() -> None:
 
 
 def test_the_order_of_this_version_is_that_of_every_later_one() -> None:
-    """Runs of an older version must go on exactly: if this fails, resumed runs change."""
+    """Runs of an older version must resume exactly: if this fails, resumed runs change."""
     order = Order(GROUPS, 0, 2)
     assert [order.sample(p) for p in range(2 * order.size)] == [
         (epoch, sample) for epoch in (0, 1) for sample in EXPECTED[epoch]

@@ -68,7 +68,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path, files: dict[str, by
     mask = files.pop(f"PedMasks/{NAMES[7]}_mask.png")
     with pytest.raises(
         UserError,
-        match=r"PennFudanPed\.zip holds images without masks, or masks without image: \['FudanPed00008'\]; replace it",
+        match=r"PennFudanPed\.zip contains images without masks, or masks without images: \['FudanPed00008'\]; replace",
     ):
         prepared(tmp_path, files)
     with pytest.raises(UserError, match=r"PedMasks/FudanPed00008_mask\.png can't be read as a mask"):

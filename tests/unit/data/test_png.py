@@ -15,7 +15,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 WHOLE = encode_png(PIXELS)
 
 
-def test_a_whole_file_and_other_formats_pass() -> None:
+def test_an_intact_file_and_other_formats_pass() -> None:
     jpeg = io.BytesIO()
     Image.fromarray(PIXELS).save(jpeg, "JPEG")
     for data in (WHOLE, WHOLE + b"what some programs write behind the end", jpeg.getvalue(), b""):

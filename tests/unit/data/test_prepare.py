@@ -53,7 +53,7 @@ def test_the_notes_on_a_card_are_what_the_set_states_and_no_docstring(tmp_path: 
     assert prepare(dataclasses.replace(stated, notes=()), tmp_path / "other", None).notes == ()
 
 
-def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_set_whose_card_has_no_counts_is_prepared_again_which_is_logged_in_one_line(tmp_path: Path) -> None:
     card = prepare(source(), tmp_path, None)
     tree = json.loads((tmp_path / "toy/card.json").read_text())
     del tree["statistics"], tree["command"], tree["version"]  # as it was written before there were any
@@ -61,18 +61,18 @@ def test_a_card_without_counts_is_made_again_which_is_said_in_one_line(tmp_path:
     said: list[str] = []
     assert ensure_prepared(source(), tmp_path, None, said.append) == card
     assert said == [
-        f"{tmp_path / 'toy'} is prepared again: its card has no class frequencies",
+        f"{tmp_path / 'toy'} must be prepared again: its card has no class frequencies",
         f"preparing toy in {tmp_path / 'toy'}",
     ]
 
 
-def test_a_set_of_files_in_another_version_is_made_again(tmp_path: Path) -> None:
+def test_a_set_of_files_in_another_version_is_prepared_again(tmp_path: Path) -> None:
     prepare(dataclasses.replace(source(), version="1"), tmp_path, None)
     said: list[str] = []
     card = ensure_prepared(dataclasses.replace(source(), version="2"), tmp_path, None, said.append)
     assert (
         card.version == "2"
-        and said[0] == f"{tmp_path / 'toy'} is prepared again: the name, size or time of a file has changed"
+        and said[0] == f"{tmp_path / 'toy'} must be prepared again: the name, size or time of a file has changed"
     )
     assert ensure_prepared(dataclasses.replace(source(refuse), version="2"), tmp_path, None) == card
 
@@ -138,7 +138,7 @@ def test_a_damaged_set_is_prepared_again(tmp_path: Path, damage: Callable[[Path]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_set_that_is_described_otherwise_is_prepared_again_and_the_command_says_what_changed(
+def test_a_set_whose_description_changed_is_prepared_again_and_the_command_logs_what_changed(
     tmp_path: Path, changed: dict[str, Any], reason: str
 ) -> None:
     def three() -> Iterator[tuple[str, Row]]:
@@ -151,7 +151,7 @@ def test_a_set_that_is_described_otherwise_is_prepared_again_and_the_command_say
     prepare(before, tmp_path, None)
     said: list[str] = []
     card = ensure_prepared(after, tmp_path, None, said.append)
-    assert said == [f"{tmp_path / 'toy'} is prepared again: {reason}", f"preparing toy in {tmp_path / 'toy'}"]
+    assert said == [f"{tmp_path / 'toy'} must be prepared again: {reason}", f"preparing toy in {tmp_path / 'toy'}"]
     assert (card.info, card.columns, tuple(card.splits), card.version) == (
         after.info,
         after.columns,
@@ -170,8 +170,8 @@ def test_a_set_that_another_kind_of_command_made_of_files_is_left_alone(tmp_path
         with pytest.raises(UserError) as raised:
             ensure_prepared(dataclasses.replace(source(refuse), **other), tmp_path, None)
         assert str(raised.value) == (
-            f"{tmp_path / 'toy'} was made by `trainer prepare yolo --name toy`, which `trainer prepare "
-            f"{other['command'] or 'toy'}` would replace; "
+            f"{tmp_path / 'toy'} was made by `trainer prepare yolo --name toy` and would be replaced by "
+            f"`trainer prepare {other['command'] or 'toy'}`; "
             f"choose another name, or delete {tmp_path / 'toy'}"
         )
     assert Card.load(tmp_path / "toy") == card
@@ -188,7 +188,7 @@ def test_a_catalogue_set_that_an_earlier_version_made_without_noting_the_command
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="isn't a prepared data set; move it away"):
+    with pytest.raises(UserError, match="isn't a prepared data set; move it elsewhere"):
         prepare(source(), tmp_path, None)
     assert (tmp_path / "toy" / "thesis.txt").read_text() == "mine"
 
@@ -223,7 +223,7 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".toy.lock"]
 
 
-def test_of_two_processes_one_prepares_and_the_other_says_that_it_waits(tmp_path: Path) -> None:
+def test_of_two_processes_one_prepares_and_the_other_logs_that_it_waits(tmp_path: Path) -> None:
     started, waits = threading.Event(), threading.Event()
 
     def slow() -> Iterator[tuple[str, Row]]:
@@ -341,7 +341,7 @@ def test_a_disk_that_fills_up_is_one_error_and_nothing_half_written_stays(disk: 
 
     with pytest.raises(
         UserError,
-        match=rf"toy can't be written to {disk}: No space left on device \([0-4] MiB free\); make room, or set "
+        match=rf"toy can't be written to {disk}: No space left on device \([0-4] MiB free\); free space, or set "
         r"TRAINER_DATA",
     ):
         prepare(source(large), disk, None)
@@ -383,7 +383,7 @@ def test_a_file_that_changed_after_it_was_prepared_is_refused_when_training_star
     for _ in range(2):
         with pytest.raises(
             UserError,
-            match=r"train/00000\.parquet has changed since it was prepared; delete .*toy, then `trainer prepare toy`",
+            match=r"00000\.parquet has changed since it was prepared; delete .*toy, then run `trainer prepare toy`",
         ):
             ensure_prepared(source(refuse), tmp_path, None)
 
@@ -397,7 +397,7 @@ def test_a_full_disk_is_an_error_that_says_where_and_how_much_is_free(
     monkeypatch.setattr(parquet.SplitWriter, "_write_group", full)
     with pytest.raises(
         UserError,
-        match=rf"toy can't be written to {tmp_path}: No space left on device \(\d+ MiB free\); make room, or set "
+        match=rf"toy can't be written to {tmp_path}: No space left on device \(\d+ MiB free\); free space, or set "
         r"TRAINER_DATA",
     ):
         prepare(source(), tmp_path, None)

@@ -55,7 +55,7 @@ def test_the_files_carry_the_features_that_datasets_reads(tmp_path: Path) -> Non
     assert read(tmp_path / "toy")[0]["label"] == 7
 
 
-def test_a_photograph_that_says_it_is_rotated_is_stored_upright(tmp_path: Path) -> None:
+def test_a_photograph_marked_as_rotated_is_stored_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
     row = prepared_row(tmp_path, {"image": picture(1, "PNG", exif=exif), "mask": mask(1, (4, 6))})
@@ -103,7 +103,7 @@ def test_images_of_16_bits_are_stored_with_8_or_refused_but_never_cut_off(tmp_pa
     Image.fromarray(np.full((4, 6), 4000, np.uint16)).save(grey, "PNG")
     with pytest.raises(
         UserError,
-        match=r"set/deep\.png: this image can't be decoded \(it has mode I;16, not 8 bits a channel\); replace the "
+        match=r"set/deep\.png: this image can't be decoded \(it has mode I;16, not 8 bits per channel\); replace the "
         r"archive",
     ):
         prepare(one({"image": Member("set/deep.png", grey.getvalue()), "mask": mask(1)}), tmp_path / "other", None)
@@ -145,7 +145,7 @@ def test_where_sizes_differ_every_file_of_the_sample_is_named(tmp_path: Path) ->
 
 
 def test_a_mask_without_a_file_is_not_reported_as_the_file_of_its_image(tmp_path: Path) -> None:
-    wrong = {"can't be decoded": picture(1), "holds the labels 7": encode_png(np.full((4, 6), 7, np.uint8))}
+    wrong = {"can't be decoded": picture(1), "contains the labels 7": encode_png(np.full((4, 6), 7, np.uint8))}
     for problem, data in wrong.items():
         with pytest.raises(UserError, match=rf"^toy, train sample 0: this mask {problem}"):
             prepare(one({"image": Member("a.png", picture(1)), "mask": data}), tmp_path, None)
@@ -173,7 +173,7 @@ def test_the_card_counts_the_pixels_of_each_class_in_training_but_for_ignored_on
     assert Card.load(tmp_path / "toy").info.statistics == {"class_pixels": [3, 1]}
 
 
-def test_counts_stand_beside_what_the_set_measures(tmp_path: Path) -> None:
+def test_counts_are_stored_next_to_what_the_set_measures(tmp_path: Path) -> None:
     measured = dataclasses.replace(source(masks([0, 1], [1, 1])), statistics=lambda paths: {"mean": 0.5})
     assert prepare(measured, tmp_path, None).statistics == {"mean": 0.5, "class_pixels": [1, 1]}
 
@@ -192,13 +192,13 @@ def test_a_label_that_is_no_class_is_an_error_that_names_the_file(tmp_path: Path
 
     with pytest.raises(
         UserError,
-        match=r"set/m\.png: this mask holds the labels 2; classes are 0 to 1, and 255 is ignored; replace the archive",
+        match=r"set/m\.png: this mask contains the labels 2; classes are 0 to 1, and 255 is ignored; replace the ",
     ):
         prepare(source(make), tmp_path, None)
     unignored = dataclasses.replace(source(masks([0, 255], [0, 0])), info=DataInfo(("no", "yes")))
     with pytest.raises(
         UserError,
-        match="toy, train sample 0: this mask holds the labels 255; classes are 0 to 1, and none is ignored; replace",
+        match="train sample 0: this mask contains the labels 255; classes are 0 to 1, and none is ignored; replace",
     ):
         prepare(unignored, tmp_path, None)
 
@@ -215,9 +215,7 @@ def test_the_message_about_a_label_that_is_no_class_says_how_to_ignore_it(
     with pytest.raises(UserError) as raised:
         prepare(dataclasses.replace(described, info=DataInfo(("no", "yes"))), tmp_path, None)
     advice = (
-        f"if {hinted} marks pixels that don't count, pass --ignore {hinted}; otherwise correct it"
-        if hinted
-        else "correct it"
+        f"if {hinted} marks pixels to ignore, pass --ignore {hinted}; otherwise correct it" if hinted else "correct it"
     )
     assert str(raised.value).endswith(f"classes are 0 to 1, and none is ignored; {advice}")
     with pytest.raises(UserError, match="classes are 0 to 1, and 9 is ignored; correct it"):

@@ -113,7 +113,7 @@ def test_an_image_without_labels_or_labels_without_image_are_an_error(
     del files[absent]
     with pytest.raises(
         UserError,
-        match=r"iccv09Data\.tar\.gz holds images without labels, or labels without image: \['0000060'\]; replace it",
+        match=r"iccv09Data\.tar\.gz contains images without labels, or labels without images: \['0000060'\]; replace",
     ):
         rows(tmp_path, files)
 

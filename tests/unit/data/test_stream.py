@@ -133,7 +133,7 @@ def test_masks_move_with_their_images_and_are_never_interpolated(prepared: tuple
             assert set(mask.unique().tolist()) <= set(red.reshape(-1).tolist())
 
 
-def test_augmentation_draws_anew_at_every_position_of_every_epoch_and_only_the_position_counts(
+def test_augmentation_differs_at_every_position_of_every_epoch_and_depends_on_the_position_only(
     prepared: tuple[Path, Card],
 ) -> None:
     """What an augmentation draws is compared with generators that are seeded here."""
@@ -215,7 +215,7 @@ def test_evaluation_is_in_order_without_augmentation(prepared: tuple[Path, Card]
     assert next(iter(batches))["image"].shape == (2, 3, 20, 24)
 
 
-def test_a_full_disk_turns_the_cache_off_with_a_line(
+def test_a_full_disk_disables_the_cache_with_a_line(
     prepared: tuple[Path, Card], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
@@ -223,14 +223,14 @@ def test_a_full_disk_turns_the_cache_off_with_a_line(
 
     monkeypatch.setattr("trainer.data.cache._allocate", full)
     assert samples(prepared).reader.pixels.cache is None
-    assert "data.cache is off" in capsys.readouterr().err
+    assert "data.cache is disabled" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- samples that can't be read
 
 
 def damage(prepared: tuple[Path, Card], *sample_ids: int) -> None:
-    """Overwrites the ends of training images in their Parquet file, whose row groups stay whole."""
+    """Overwrites the ends of training images in their Parquet file, whose row groups stay intact."""
     path = prepared[1].files(prepared[0], "train")[0]
     content = path.read_bytes()
     for sample_id in sample_ids:
@@ -359,7 +359,7 @@ def test_a_file_that_is_lost_before_its_sizes_are_read_is_one_line_that_names_it
     path.write_bytes(bytes(1000))
     with pytest.raises(
         UserError,
-        match=r"train/00000\.parquet can't be read: .*; delete .*paired, then `trainer prepare paired` makes it again",
+        match=r"train/00000\.parquet can't be read: .*; delete .*paired, then run `trainer prepare paired` to prepare ",
     ):
         samples(prepared)
 
@@ -394,7 +394,7 @@ def test_an_error_in_a_loader_worker_is_the_same_one_line_error(prepared: tuple[
     )
 
 
-def test_a_signal_to_the_whole_group_leaves_the_workers_alive(prepared: tuple[Path, Card]) -> None:
+def test_a_signal_to_the_process_group_leaves_the_workers_alive(prepared: tuple[Path, Card]) -> None:
     of_others = multiprocessing.active_children()  # loaders that were not collected yet
     batches = iter(Batches(samples(prepared), Slices(6, 1, 0, 1, 0), 2))
     next(batches)
@@ -406,12 +406,12 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alive(prepared: tuple[Pa
     assert all(child.is_alive() for child in children)
 
 
-def test_the_cache_leaves_room_on_the_disk(
+def test_the_cache_leaves_space_on_the_disk(
     prepared: tuple[Path, Card], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("trainer.data.cache.SPARE_BYTES", 2**60)
     assert samples(prepared).reader.pixels.cache is None
-    assert "too little room" in capsys.readouterr().err
+    assert "too little space" in capsys.readouterr().err
 
 
 def test_what_the_model_sees_is_moved_to_its_device_and_ids_stay_on_the_cpu(prepared: tuple[Path, Card]) -> None:

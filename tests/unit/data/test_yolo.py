@@ -68,7 +68,7 @@ def test_rows_of_shares_become_boxes_in_pixels(files: Path, capsys: pytest.Captu
     assert "12 rows" in said and "training objects, of 2 of 2 classes" in said and "Split: 10% validate" in said
 
 
-def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
+def test_the_card_has_the_command_that_prepares_it_again(files: Path) -> None:
     assert main(options(files, validation=0.1, invalid="drop")) == 0
     card = Card.load(data_dir() / "mine")
     (data_dir() / "mine").rename(data_dir().parent / "away")
@@ -76,7 +76,7 @@ def test_the_card_says_the_command_that_makes_it_again(files: Path) -> None:
     assert Card.load(data_dir() / "mine") == card
 
 
-def test_it_is_made_again_when_files_or_options_changed_and_only_then(
+def test_it_is_prepared_again_only_when_files_or_options_change(
     files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(options(files, validation=0.1)) == 0
@@ -86,11 +86,14 @@ def test_it_is_made_again_when_files_or_options_changed_and_only_then(
     save(files / "texts/town 2/02.txt", "0 0.5 0.5 0.5 0.5")
     assert main(options(files, validation=0.1)) == 0
     assert (
-        "is prepared again: the name, size or time of a file has changed" in capsys.readouterr().out
+        "must be prepared again: the name, size or time of a file has changed" in capsys.readouterr().out
         and len(objects()["02"]) == 1
     )
     assert main(options(files, validation=0.1, invalid="drop")) == 0
-    assert f"{data_dir() / 'mine'} is prepared again: --invalid was refuse and is now drop\n" in capsys.readouterr().out
+    assert (
+        f"{data_dir() / 'mine'} must be prepared again: --invalid was refuse and is now drop\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_folder_can_validate(files: Path) -> None:
@@ -100,7 +103,7 @@ def test_a_folder_can_validate(files: Path) -> None:
     assert len(by_image("mine", "train")) == 12 and by_image("mine", "validation")["a"][0]["box"] == [0, 0, 12, 8]
 
 
-def test_so_can_the_folders_beside_where_images_and_labels_are_called_alike(files: Path) -> None:
+def test_so_can_sibling_folders_if_images_and_labels_share_a_name(files: Path) -> None:
     for split in ("train", "val", "test"):
         save(files / f"images/{split}/{split}.jpg", picture(len(split)))
         save(files / f"labels/{split}/{split}.txt", "1 0.5 0.5 1 1")
@@ -140,7 +143,7 @@ def test_an_image_on_both_sides_of_the_split_is_refused_by_name(
     assert "1 images are in more than one split" in said and said.endswith(f"\n  {file} (train), {file} (validation)\n")
 
 
-LINE = "texts/town 0/00.txt:1: a line is `class x y width height` or `class x1 y1 x2 y2 x3 y3 …`"
+LINE = "texts/town 0/00.txt:1: a line must be `class x y width height` or `class x1 y1 x2 y2 x3 y3 …`"
 
 
 @pytest.mark.parametrize(
@@ -150,11 +153,11 @@ LINE = "texts/town 0/00.txt:1: a line is `class x y width height` or `class x1 y
         ("0 0.5 0.5 0.5 0.5 0.9", f"{LINE} (it has 6 words)"),
         ("car 0.5 0.5 0.5 0.5", f"{LINE} (invalid literal for int() with base 10: 'car')"),
         ("0 0.5 x 0.5 0.5", f"{LINE} (could not convert string to float: 'x')"),
-        ("\n0 0.5 0.5 0.5 0.5\n1", "texts/town 0/00.txt:3: a line is"),
+        ("\n0 0.5 0.5 0.5 0.5\n1", "texts/town 0/00.txt:3: a line must be"),
         (
             "0 0.5 0.5 0.5 0.5\n2 0.5 0.5 0.5 0.5",
-            "photos/town 0/00.jpg, object 2: its label 2 is no class; classes are 0 to 1; correct it or take it away; "
-            "`--invalid drop`",
+            "photos/town 0/00.jpg, object 2: its label 2 is no class; classes are 0 to 1; correct or remove it, or "
+            "drop invalid objects with `--invalid drop`",
         ),
         ("0 0.5 0.5 0 0.5", "photos/town 0/00.jpg, object 1: its box (6, 2, 6, 6) has no area"),
         (
@@ -164,14 +167,12 @@ LINE = "texts/town 0/00.txt:1: a line is `class x y width height` or `class x1 y
         ("0 nan 0.5 0.5 0.5", "photos/town 0/00.jpg, object 1: its box (nan, 2, nan, 6) isn't finite"),
     ],
 )
-def test_what_cannot_be_so_is_named(
-    files: Path, content: str, expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_labels_are_named(files: Path, content: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     save(files / "texts/town 0/00.txt", content)
     assert expected in refused(capsys, options(files))
 
 
-def test_objects_that_cannot_be_so_are_dropped_on_demand(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_objects_are_dropped_on_demand(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(files / "texts/town 0/00.txt", "0 0.5 0.5 0 0.5\n1 0.5 0.5 0.5 0.5\n7 0.5 0.5 0.5 0.5")
     assert main(options(files, validation=0.1, invalid="drop")) == 0
     assert [each["label"] for each in objects()["00"]] == [1]
@@ -183,7 +184,7 @@ def test_objects_that_cannot_be_so_are_dropped_on_demand(files: Path, capsys: py
 
 def test_labels_without_an_image_and_damaged_images_are_named(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "photos/town 0/03.jpg").rename(files / "photos/town 0/04.jpg")
-    assert re.search(r"1 files are alone:\n  \S+/texts/town 0/03.txt has no image", refused(capsys, options(files)))
+    assert re.search(r"1 files have no match:\n  \S+/texts/town 0/03.txt has no image", refused(capsys, options(files)))
     (files / "texts/town 0/03.txt").unlink()
     save(files / "photos/town 0/00.jpg", "words")
     assert "photos/town 0/00.jpg: this image can't be decoded" in refused(capsys, options(files))
@@ -194,17 +195,17 @@ def test_labels_without_an_image_and_damaged_images_are_named(files: Path, capsy
     [
         (
             {"labels": None},
-            "--labels is missing: trainer prepare yolo --name NAME --images DIR --labels DIR --classes FILE "
+            "missing --labels; usage: trainer prepare yolo --name NAME --images DIR --labels DIR --classes FILE "
             "[--validation SHARE|DIR ",
         ),
-        ({"labels": "nowhere"}, "no folder nowhere, which should hold label files (.txt)"),
-        ({"validation_labels": "texts"}, "--validation-labels needs --validation-images beside it"),
-        ({"masks": "masks"}, "--masks belongs to `trainer prepare folder`, not to yolo"),
-        ({"name": "coco128"}, "--name coco128: there is a data set of that name already"),
+        ({"labels": "nowhere"}, "nowhere is not a folder; it should contain label files (.txt)"),
+        ({"validation_labels": "texts"}, "--validation-labels requires --validation-images"),
+        ({"masks": "masks"}, "--masks is an option of `trainer prepare folder`, not of yolo"),
+        ({"name": "coco128"}, "--name coco128: the catalogue has a data set of this name"),
     ],
     ids=str,
 )
-def test_an_option_that_cannot_be_so_is_a_mistake(
+def test_an_invalid_option_is_a_mistake(
     files: Path, changed: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in refused(capsys, options(files, **changed))
@@ -213,12 +214,12 @@ def test_an_option_that_cannot_be_so_is_a_mistake(
 def test_a_recipe_reads_the_set_and_one_without_objects_is_a_mistake(files: Path) -> None:
     component = catalogue("dataset")["yolo"]
     with pytest.raises(
-        ValueError, match="`trainer prepare yolo --name mine --images DIR --labels DIR --classes FILE` makes it"
+        ValueError, match="`trainer prepare yolo --name mine --images DIR --labels DIR --classes FILE` to prepare it"
     ):
         component.schema(set="mine")
     assert main(options(files, validation=0.1)) == 0
     source = component.build({"set": "mine"})
     assert component.schema(set="mine") and ensure_prepared(source, data_dir(), None) == Card.load(data_dir() / "mine")
     assert component.fields == ("image", "boxes") and source.columns["objects"] == "boxes"
-    with pytest.raises(ValueError, match=r"mine has no mask: `trainer prepare yolo --name mine"):
+    with pytest.raises(ValueError, match=r"mine has no mask: it was made by `trainer prepare yolo --name mine"):
         catalogue("dataset")["folder"].schema(set="mine")

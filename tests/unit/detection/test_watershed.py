@@ -1,4 +1,4 @@
-"""Deep watershed: from instances to what is learnt, and from what is learnt back to instances."""
+"""Deep watershed: from instances to training targets, and from predictions back to instances."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def certain(masks: Tensor, labels: Tensor, num_classes: int = 2, certainty: floa
 
 
 def found(*masks: Tensor, labels: list[int] | None = None, min_pixels: int = 20) -> Detections:
-    """What is recovered from the true maps of these instances."""
-    truth, classes = torch.stack(masks), torch.tensor(labels or [0] * len(masks))
-    return instances(certain(truth, classes), boundary_distance(truth).amax(0), min_pixels=min_pixels)
+    """What is recovered from the ground-truth maps of these instances."""
+    true_masks, classes = torch.stack(masks), torch.tensor(labels or [0] * len(masks))
+    return instances(certain(true_masks, classes), boundary_distance(true_masks).amax(0), min_pixels=min_pixels)
 
 
 def test_depth_is_counted_from_the_boundary_up_to_the_limit() -> None:
@@ -107,7 +107,7 @@ def test_the_instance_that_is_most_surely_foreground_comes_first() -> None:
     assert result.scores.tolist() == pytest.approx([0.8, 0.6]) and result.boxes[0].tolist() == [25, 25, 45, 45]
 
 
-def test_an_instance_with_a_narrow_neck_stays_whole() -> None:
+def test_an_instance_with_a_narrow_neck_is_not_split() -> None:
     # Body, neck, head: the head is deep enough.
     neck = rectangle(5, 5, 25, 30) | rectangle(14, 30, 17, 36) | rectangle(12, 36, 19, 43)
     result = found(neck, min_pixels=40)

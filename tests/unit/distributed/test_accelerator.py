@@ -1,4 +1,4 @@
-"""What a run asks of PyTorch's backends and of a GPU; where there is none, one that is made up."""
+"""What a run asks of PyTorch's backends and of a GPU; if there is none, one that is simulated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.distributed.launch import Launch
 from trainer.errors import TrainingFailed, UserError
 from trainer.recipe.load import load_recipe
 from trainer.recipe.recipe import Recipe
-from trainer.tasks.build import build_task, place
+from trainer.tasks.build import build_task, to_device
 
 INFO = DataInfo(("background", "square"), 255)
 LOSSES = {"cross_entropy": RECIPE, "focal": RECIPE, "soft_iou": RECIPE, "dice": RECIPE, **RECIPES}
@@ -81,7 +81,9 @@ def test_tf32_is_on_for_products_and_convolutions_alike_or_off_for_both(
     # Raises where PyTorch's two interfaces were mixed.
     assert torch.get_float32_matmul_precision() == ("high" if expected else "highest")
     assert (
-        place(build_task(recipe, INFO), recipe, torch.device("meta"), uniform=True).state_dict()["head.weight"].dtype
+        to_device(build_task(recipe, INFO), recipe, torch.device("meta"), uniform=True)
+        .state_dict()["head.weight"]
+        .dtype
         == torch.float32
     )
 
@@ -105,7 +107,7 @@ def test_the_plain_loop_is_measured_with_the_settings_of_fp32(tmp_path: Path, mo
 
 def framework(recipe: Recipe) -> None:
     accelerator.configure_backends(recipe)
-    place(build_task(recipe, INFO), recipe, torch.device("meta"), uniform=True)
+    to_device(build_task(recipe, INFO), recipe, torch.device("meta"), uniform=True)
 
 
 # ------------------------------------------------------------ placement
@@ -118,7 +120,7 @@ def test_model_and_loss_are_moved_to_one_device(tmp_path: Path, loss: str, preci
     options = (f"loss={loss}",) if is_dense else ()
     recipe = recipe_of(tmp_path, LOSSES[loss], f"train.precision={precision}", *options)
     task = build_task(recipe, INFO if is_dense else DataInfo(("square", "disc", "nothing"), None))
-    assert place(task, recipe, torch.device("meta"), uniform=True) is task.model
+    assert to_device(task, recipe, torch.device("meta"), uniform=True) is task.model
     tensors = [*task.model.state_dict().values(), *task.loss.parameters(), *task.loss.buffers()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     weight = next(
@@ -138,7 +140,7 @@ CASES = {
     "images of different sizes": (RECIPE, ("data.augment=[horizontal_flip]",), False, False),
     "a crop": (RECIPE, ("data.augment=[{name: random_crop, size: [16, 16]}, horizontal_flip]",), False, True),
     "mosaics": (RECIPES["detection"], ("data.augment=[{name: mosaic, size: [64, 64]}]",), False, True),
-    "a network that resizes by itself": (RECIPES["mask_rcnn"], (), True, False),
+    "a network that resizes its images": (RECIPES["mask_rcnn"], (), True, False),
     "deterministic kernels": (RECIPE, ("train.deterministic=true",), True, False),
 }
 
@@ -152,7 +154,7 @@ def test_kernels_are_searched_only_where_each_step_has_the_same_shapes_and_bits_
     recipe = recipe_of(tmp_path, text, *overrides)
     accelerator.configure_backends(recipe)
     torch.backends.cudnn.benchmark = not expected
-    place(
+    to_device(
         build_task(recipe, INFO if text == RECIPE else DataInfo(("square", "disc"), None)),
         recipe,
         torch.device("meta"),
@@ -167,7 +169,7 @@ def test_kernels_are_searched_only_where_each_step_has_the_same_shapes_and_bits_
 @pytest.mark.parametrize(
     ("device", "deterministic", "expected"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
 )
-def test_a_run_resumed_on_a_gpu_is_told_what_makes_its_bits_equal(
+def test_a_run_resumed_on_a_gpu_logs_what_makes_its_bits_equal(
     device: str, deterministic: bool, expected: bool
 ) -> None:
     torch.use_deterministic_algorithms(deterministic)
@@ -175,14 +177,14 @@ def test_a_run_resumed_on_a_gpu_is_told_what_makes_its_bits_equal(
     reasons = list(accelerator.why_bits_may_differ(saved, 1, torch.device(device)))
     assert len(reasons) == expected and all("train.deterministic=true" in reason for reason in reasons)
     reasons = list(accelerator.why_bits_may_differ(saved, 2, torch.device(device)))
-    assert "saved by 1 processes" in reasons[0] and len(reasons) == 1 + expected
+    assert "saved with 1 processes" in reasons[0] and len(reasons) == 1 + expected
 
 
 # ------------------------------------------------------------ several processes
 
 
 @pytest.mark.parametrize("minutes", [0.1, 10, 600])
-def test_a_collective_gives_up_soon_after_the_time_that_a_rank_may_stand_still(
+def test_a_collective_times_out_soon_after_the_time_that_a_rank_may_stall(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float
 ) -> None:
     asked: list[timedelta] = []

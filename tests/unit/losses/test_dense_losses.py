@@ -244,7 +244,7 @@ def test_soft_iou_of_a_class_that_is_neither_there_nor_predicted_is_zero() -> No
     assert logits.grad.isfinite().all()
 
 
-def test_soft_iou_of_a_class_the_data_has_not_says_which_there_are() -> None:
+def test_soft_iou_of_a_class_that_the_data_lacks_names_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"loss.channel must be 0 to 2, as the data set has 3 classes \(got 3\)"):
         SoftIoU(3, IGNORED, channel=3)
 

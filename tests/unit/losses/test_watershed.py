@@ -21,7 +21,7 @@ def outputs(batch: int = 3, dtype: torch.dtype = torch.float64, scale: float = 1
     return WatershedOutput(semantic.to(dtype).requires_grad_(), distance.to(dtype).requires_grad_())
 
 
-def truth(batch: int = 3) -> WatershedTargets:
+def sample_targets(batch: int = 3) -> WatershedTargets:
     """Random targets; the last rows of the first image don't count."""
     generator = torch.Generator().manual_seed(1)
     semantic = torch.randint(0, CLASSES + 1, (batch, 8, 12), generator=generator)
@@ -34,7 +34,7 @@ def terms(loss: WatershedLoss, predicted: WatershedOutput, targets: WatershedTar
 
 
 def test_what_is_known_for_sure_costs_nothing() -> None:
-    targets = truth()
+    targets = sample_targets()
     semantic = (
         100 * F.one_hot(targets.semantic.where(targets.semantic != IGNORE, 0), CLASSES + 1).movedim(-1, 1).double()
     )
@@ -50,7 +50,7 @@ def test_the_terms_are_means_over_pixels_by_hand() -> None:
 
 
 def test_padding_and_crowds_change_neither_loss_nor_gradient() -> None:
-    loss, predicted, targets = WatershedLoss(CLASSES), outputs(), truth()
+    loss, predicted, targets = WatershedLoss(CLASSES), outputs(), sample_targets()
     padded = WatershedOutput(*(F.pad(field, (0, 5, 0, 3), value=7.0) for field in predicted))
     around = WatershedTargets(
         F.pad(targets.semantic, (0, 5, 0, 3), value=IGNORE), F.pad(targets.distance, (0, 5, 0, 3))
@@ -61,7 +61,7 @@ def test_padding_and_crowds_change_neither_loss_nor_gradient() -> None:
 
 
 def test_parts_of_a_batch_on_several_processes_have_the_loss_and_gradient_of_the_whole() -> None:
-    loss, predicted, targets = WatershedLoss(CLASSES), outputs(), truth()
+    loss, predicted, targets = WatershedLoss(CLASSES), outputs(), sample_targets()
     whole = loss.combine(loss(predicted, targets))["loss"]
     gradients = torch.autograd.grad(whole, predicted)
     parts = [slice(0, 1), slice(1, 3)]
@@ -79,7 +79,7 @@ def test_parts_of_a_batch_on_several_processes_have_the_loss_and_gradient_of_the
 
 @pytest.mark.parametrize(
     "targets",
-    [WatershedTargets(torch.full((3, 8, 12), IGNORE), torch.zeros(3, 8, 12)), truth(0)],
+    [WatershedTargets(torch.full((3, 8, 12), IGNORE), torch.zeros(3, 8, 12)), sample_targets(0)],
     ids=["ignored", "no image"],
 )
 def test_without_a_pixel_that_counts_the_loss_is_zero(targets: WatershedTargets) -> None:
@@ -93,7 +93,7 @@ def test_without_a_pixel_that_counts_the_loss_is_zero(targets: WatershedTargets)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_large_outputs_of_any_precision_keep_loss_and_gradient_finite(dtype: torch.dtype) -> None:
     loss, predicted = WatershedLoss(CLASSES), outputs(dtype=dtype, scale=1e2)
-    sums = loss(predicted, truth())
+    sums = loss(predicted, sample_targets())
     assert {value.dtype for value in sums.values()} == {torch.float64}
     result = loss.combine(sums)["loss"]
     assert result.isfinite() and all(gradient.isfinite().all() for gradient in torch.autograd.grad(result, predicted))

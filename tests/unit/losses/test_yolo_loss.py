@@ -50,7 +50,7 @@ def value(loss: YoloLoss, levels: list[Level], targets: Targets) -> Tensor:
 
 
 def part(targets: Targets, images: range) -> Targets:
-    """The boxes of some of the images, which are counted anew."""
+    """The boxes of some of the images, numbered from 0 again."""
     here = torch.tensor([int(i) in images for i in targets.image_index])
     return Targets(targets.boxes[here], targets.labels[here], targets.image_index[here] - images.start)
 
@@ -302,7 +302,7 @@ def test_the_objectness_target_is_made_without_what_cuda_has_no_deterministic_ve
 
 
 def test_gradient_of_objectness_and_classes_is_that_of_finite_differences() -> None:
-    """In a random direction in which no box moves: what the objectness learns is a constant in the backward pass."""
+    """In a random direction in which no box moves: the target of the objectness is a constant in the backward pass."""
     loss, levels, targets = YoloLoss(CLASSES, label_smoothing=0.1, obj_pw=1.5, cls_pw=2.0), outputs(), sample()
     generator = torch.Generator().manual_seed(1)
     directions = [torch.randn(level.logits.shape, generator=generator, dtype=torch.float64) for level in levels]
@@ -387,13 +387,13 @@ def test_a_single_class_has_no_class_term() -> None:
         assert gradient[..., :5].any() and not gradient[..., 5:].any()
 
 
-def test_objectness_learns_the_complete_iou_and_nothing_else_learns_from_it() -> None:
+def test_the_target_of_objectness_is_the_complete_iou_and_nothing_else_is_trained_by_it() -> None:
     loss, levels = YoloLoss(CLASSES, box_gain=0.0, cls_gain=0.0), outputs()
     for gradient in torch.autograd.grad(value(loss, levels, sample()), [level.logits for level in levels]):
         assert gradient[..., 4].all() and not gradient[..., :4].any() and not gradient[..., 5:].any()
 
 
-def test_a_prediction_that_answers_for_two_boxes_learns_the_larger_complete_iou() -> None:
+def test_the_target_of_a_prediction_assigned_to_two_boxes_is_the_larger_complete_iou() -> None:
     loss, levels, targets = YoloLoss(CLASSES), outputs(), sample()
     twice = Targets(*(torch.cat([field, field]) for field in targets))
     once, again = (loss.combine(loss(levels, each)) for each in (targets, twice))

@@ -16,23 +16,23 @@ ABSENT = 3  # predicted here and there, and never true
 
 
 def sample(seed: int, height: int = 20, spread: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Logits that lean towards the true class, as a trained model's do, and the truth with ignored pixels."""
+    """Logits that lean towards the true class, as a trained model's do, and the ground truth with ignored pixels."""
     generator = torch.Generator().manual_seed(seed)
-    truth = torch.multinomial(
+    targets = torch.multinomial(
         torch.tensor([0.6, 0.25, 0.1, 0.0, 0.05]), 4 * height * 30, replacement=True, generator=generator
     ).view(4, height, 30)
     logits = torch.randn(4, CLASSES, height, 30, generator=generator) * spread
-    logits += 1.5 * spread * torch.nn.functional.one_hot(truth, CLASSES).movedim(-1, 1)
-    truth[torch.rand(truth.shape, generator=generator) < 0.2] = IGNORED
-    return logits, truth.to(torch.uint8)
+    logits += 1.5 * spread * torch.nn.functional.one_hot(targets, CLASSES).movedim(-1, 1)
+    targets[torch.rand(targets.shape, generator=generator) < 0.2] = IGNORED
+    return logits, targets.to(torch.uint8)
 
 
-def by_scikit_learn(scores: Tensor, truth: Tensor) -> list[float]:
+def by_scikit_learn(scores: Tensor, targets: Tensor) -> list[float]:
     """AP of each class that is there."""
-    valid = truth != IGNORED
+    valid = targets != IGNORED
     columns = scores.double().movedim(1, 0)[:, valid].numpy()
     return [
-        average_precision_score(truth[valid] == index, columns[index]) for index in range(CLASSES) if index != ABSENT
+        average_precision_score(targets[valid] == index, columns[index]) for index in range(CLASSES) if index != ABSENT
     ]
 
 
@@ -44,30 +44,31 @@ def present(values: Tensor) -> list[float]:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of the second many pixels have equal scores
 def test_it_is_scikit_learns_on_the_rounded_scores(seed: int, dtype: torch.dtype) -> None:
-    logits, truth = sample(seed)
+    logits, targets = sample(seed)
     logits = logits.to(dtype)
     scores = log_odds(logits).half()
     assert dtype == torch.float32 or len(scores.unique()) < scores.numel() / 2
-    assert present(average_precision(score_counts(logits, truth, IGNORED))) == pytest.approx(
-        by_scikit_learn(scores, truth), abs=1e-9
+    assert present(average_precision(score_counts(logits, targets, IGNORED))) == pytest.approx(
+        by_scikit_learn(scores, targets), abs=1e-9
     )
 
 
 @pytest.mark.parametrize("spread", [1.0, 3.0, 10.0])
 def test_rounding_moves_it_by_less_than_a_ten_thousandth(spread: float) -> None:
-    logits, truth = sample(1, height=200, spread=spread)
-    assert present(average_precision(score_counts(logits, truth, IGNORED))) == pytest.approx(
-        by_scikit_learn(log_odds(logits), truth), abs=1e-4
+    logits, targets = sample(1, height=200, spread=spread)
+    assert present(average_precision(score_counts(logits, targets, IGNORED))) == pytest.approx(
+        by_scikit_learn(log_odds(logits), targets), abs=1e-4
     )
 
 
 def test_counts_of_parts_add_up_to_those_of_the_whole_in_the_same_memory() -> None:
-    logits, truth = sample(5)
-    whole = score_counts(logits, truth, IGNORED)
+    logits, targets = sample(5)
+    whole = score_counts(logits, targets, IGNORED)
     assert whole.dtype == torch.int64 and whole.shape == (CLASSES, 2, 2**16)
-    assert whole.sum() == CLASSES * (truth != IGNORED).sum() and whole[:, 1].sum() == (truth != IGNORED).sum()
+    assert whole.sum() == CLASSES * (targets != IGNORED).sum() and whole[:, 1].sum() == (targets != IGNORED).sum()
     assert torch.equal(
-        sum(score_counts(logits[part], truth[part], IGNORED) for part in (slice(0, 1), slice(1, 4), slice(4, 4))), whole
+        sum(score_counts(logits[part], targets[part], IGNORED) for part in (slice(0, 1), slice(1, 4), slice(4, 4))),
+        whole,
     )
 
 
@@ -97,12 +98,14 @@ def test_scores_are_counted_in_their_order_with_one_place_for_both_zeros() -> No
 
 
 def test_a_score_that_knows_nothing_has_the_share_of_the_class() -> None:
-    truth = torch.tensor([0, 0, 0, 1]).view(1, 1, 4)
-    assert average_precision(score_counts(torch.zeros(1, 2, 1, 4), truth, None)).tolist() == [0.75, 0.25]
+    targets = torch.tensor([0, 0, 0, 1]).view(1, 1, 4)
+    assert average_precision(score_counts(torch.zeros(1, 2, 1, 4), targets, None)).tolist() == [0.75, 0.25]
 
 
 def test_a_perfect_order_has_1_and_ignored_pixels_do_not_disturb_it() -> None:
     logits = torch.tensor([[4.0, 3.0, 9.0, -1.0, -2.0]]).view(1, 1, 1, 5)
-    truth = torch.tensor([1, 1, IGNORED, 0, 0]).view(1, 1, 5)
-    assert average_precision(score_counts(torch.cat([-logits, logits], 1), truth, IGNORED)).tolist() == [1.0, 1.0]
-    assert average_precision(score_counts(torch.cat([-logits, logits], 1), truth * 0 + IGNORED, IGNORED)).isnan().all()
+    targets = torch.tensor([1, 1, IGNORED, 0, 0]).view(1, 1, 5)
+    assert average_precision(score_counts(torch.cat([-logits, logits], 1), targets, IGNORED)).tolist() == [1.0, 1.0]
+    assert (
+        average_precision(score_counts(torch.cat([-logits, logits], 1), targets * 0 + IGNORED, IGNORED)).isnan().all()
+    )

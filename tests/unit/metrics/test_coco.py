@@ -55,8 +55,8 @@ def found(index: int) -> Detections:
 
 
 def independently(kind: str, folder: Path) -> COCOeval:
-    """pycocotools as its manual says: an annotation file, a result file."""
-    truth: dict[str, Any] = {
+    """pycocotools as its manual describes: an annotation file, a result file."""
+    ground_truth: dict[str, Any] = {
         "info": {},
         "images": [],
         "annotations": [],
@@ -65,11 +65,11 @@ def independently(kind: str, folder: Path) -> COCOeval:
     results = []
     for index in range(VALIDATION):
         image, masks, labels, crowds = scene(TRAIN + index)
-        truth["images"].append({"id": index, "height": image.shape[0], "width": image.shape[1]})
+        ground_truth["images"].append({"id": index, "height": image.shape[0], "width": image.shape[1]})
         for mask, label, crowd in zip(masks, labels, crowds, strict=True):
             left, top, right, bottom = box(mask)
             entry = {
-                "id": len(truth["annotations"]) + 1,
+                "id": len(ground_truth["annotations"]) + 1,
                 "image_id": index,
                 "category_id": label + 1,
                 "iscrowd": int(crowd),
@@ -80,7 +80,7 @@ def independently(kind: str, folder: Path) -> COCOeval:
                 "area": float(mask.sum()),
                 "segmentation": {"size": list(mask.shape), "counts": counts},
             }
-            truth["annotations"].append(entry)
+            ground_truth["annotations"].append(entry)
         for each_box, score, label, mask in zip(*found(index), strict=True):
             left, top, right, bottom = each_box.tolist()
             result = {"image_id": index, "category_id": int(label) + 1, "score": float(score)}
@@ -93,9 +93,9 @@ def independently(kind: str, folder: Path) -> COCOeval:
                     else {"segmentation": segmentation}
                 )
             )
-    (folder / "truth.json").write_text(json.dumps(truth))
+    (folder / "ground_truth.json").write_text(json.dumps(ground_truth))
     (folder / "results.json").write_text(json.dumps(results))
-    annotations = COCO(folder / "truth.json")
+    annotations = COCO(folder / "ground_truth.json")
     evaluation = COCOeval(annotations, annotations.loadRes(str(folder / "results.json")), kind)
     evaluation.evaluate()
     evaluation.accumulate()
@@ -110,9 +110,9 @@ def joined() -> coco.Rows:
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_it_is_what_pycocotools_says_of_exported_files(tmp_path: Path, kind: Any) -> None:
-    truth, results = coco.as_coco(joined(), CLASSES)
-    precision = coco.average_precision(truth, results, kind)
+def test_it_is_what_pycocotools_computes_from_exported_files(tmp_path: Path, kind: Any) -> None:
+    ground_truth, results = coco.as_coco(joined(), CLASSES)
+    precision = coco.average_precision(ground_truth, results, kind)
     expected = independently(kind, tmp_path)
     assert [precision.mean, precision.at_50, precision.at_75] == pytest.approx(expected.stats[:3].tolist(), abs=1e-6)
     assert 0.02 < precision.mean < precision.at_50 < 1

@@ -45,7 +45,7 @@ def test_the_decoder_sees_every_level_with_skips_and_the_coarsest_alone_without(
     seen: list[int] = []
     assert isinstance(model, BaseConv)
     for i, level in enumerate(model.encoder):
-        # The output of each level goes on to the next one without a gradient, so what is left came through a skip.
+        # The output of each level is passed to the next one without a gradient, so what is left came through a skip.
         level.register_forward_pre_hook(lambda module, inputs: inputs[0].detach())
         level.register_forward_hook(
             lambda module, inputs, output, i=i: output.register_hook(lambda gradient: seen.append(i)) and None

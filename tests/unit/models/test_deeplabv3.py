@@ -43,7 +43,7 @@ def test_from_scratch_the_batch_norms_of_mobilenet_follow_the_data_within_a_shor
     assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
 
 
-def test_coco_weights_are_all_kept_but_for_a_new_last_layer(checkpoints: Path) -> None:
+def test_coco_weights_are_all_kept_except_a_new_last_layer(checkpoints: Path) -> None:
     torch.manual_seed(0)
     published = segmentation.deeplabv3_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=21, aux_loss=True

@@ -25,7 +25,7 @@ def training(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if module.training and not list(module.children())}
 
 
-def test_no_layers_leave_everything_learning() -> None:
+def test_no_layers_leave_everything_trainable() -> None:
     model = net().eval()
     train_only(model, [])
     set_train_mode(model)
@@ -33,26 +33,26 @@ def test_no_layers_leave_everything_learning() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_only_what_is_below_the_named_layers_learns() -> None:
+def test_only_what_is_below_the_named_layers_is_trainable() -> None:
     model = net()
     train_only(model, ["head.3", "trunk.2"])
     assert learning(model) == {"head.3.weight", "head.3.bias", "trunk.2.weight", "trunk.2.bias"}
 
 
-def test_a_layer_is_a_whole_path_and_not_the_beginning_of_a_name() -> None:
+def test_a_layer_is_a_full_path_and_not_the_beginning_of_a_name() -> None:
     model = nn.ModuleDict({"head": nn.Linear(1, 1), "head2": nn.Linear(1, 1)})
     train_only(model, ["head"])
     assert learning(model) == {"head.weight", "head.bias"}
 
 
-def test_batch_norms_and_dropouts_outside_the_learning_layers_are_in_evaluation_mode() -> None:
+def test_batch_norms_and_dropouts_outside_the_trainable_layers_are_in_evaluation_mode() -> None:
     model = net()
     train_only(model, ["head.2", "head.3"])
     set_train_mode(model)
     assert training(model) == {"head.2", "head.3"}
 
 
-def test_everything_inside_a_learning_layer_is_in_training_mode() -> None:
+def test_everything_inside_a_trainable_layer_is_in_training_mode() -> None:
     model = net()
     train_only(model, ["head"])
     set_train_mode(model)

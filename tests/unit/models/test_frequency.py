@@ -88,8 +88,8 @@ def test_where_every_pixel_was_ignored_all_classes_are_as_likely() -> None:
     torch.testing.assert_close(probabilities[0, :, 0, 0], torch.full((CLASSES,), 1 / CLASSES))
 
 
-def test_a_class_that_was_never_anything_else_goes_on_being_counted() -> None:
-    """Its probability is nearly 1, and the gradient that tells of it nearly 0."""
+def test_a_class_that_was_never_anything_else_continues_to_be_counted() -> None:
+    """Its probability is nearly 1, and its gradient nearly 0."""
     masks = sample(images=5000)
     assert fit(CrossEntropy(CLASSES, IGNORED, {}), masks, batch_size=50).counts[:, 0, 1].tolist() == [0, 0, 5000]
 

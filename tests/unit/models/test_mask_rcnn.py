@@ -53,7 +53,7 @@ def sample() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 
 @pytest.mark.parametrize("backbone", TORCHVISION)
-def test_tensors_are_torchvisions_and_from_scratch_all_learn(backbone: str) -> None:
+def test_tensors_are_torchvisions_and_from_scratch_all_are_trainable(backbone: str) -> None:
     with torch.device("meta"):
         ours = mask_rcnn(4, backbone=backbone)  # type: ignore[arg-type]
         theirs = TORCHVISION[backbone][0](weights=None, weights_backbone=None, num_classes=5).state_dict()
@@ -65,7 +65,7 @@ def test_tensors_are_torchvisions_and_from_scratch_all_learn(backbone: str) -> N
 
 
 @pytest.mark.parametrize("backbone", TORCHVISION)
-def test_coco_weights_are_all_kept_but_for_new_predictors_and_the_first_layers_do_not_learn(
+def test_coco_weights_are_all_kept_except_new_predictors_and_the_first_layers_are_frozen(
     backbone: str, checkpoints: Path
 ) -> None:
     expected = published(backbone)
@@ -107,7 +107,7 @@ def test_the_small_one_is_small_and_says_what_it_lacks() -> None:
         mask_rcnn(1, backbone="resnet50_v2", frozen_norm=True)
 
 
-def test_every_parameter_learns_also_from_images_of_different_sizes_and_without_objects() -> None:
+def test_every_parameter_is_trained_also_by_images_of_different_sizes_and_without_objects() -> None:
     model = small()
     losses = model(*sample())
     assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
@@ -131,7 +131,7 @@ def test_frozen_layers_do_not_change_what_the_rest_returns_in_training() -> None
     assert len(model(*sample())) == 5
 
 
-def test_what_is_found_has_masks_at_the_size_of_each_image() -> None:
+def test_detections_have_masks_at_the_size_of_each_image() -> None:
     model, (images, _) = small().eval(), sample()
     model.roi_heads.score_thresh = 0.0  # an untrained net finds nothing with certainty
     with torch.no_grad():

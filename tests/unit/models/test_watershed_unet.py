@@ -19,7 +19,7 @@ def test_the_default_has_two_million_parameters() -> None:
         assert sum(parameter.numel() for parameter in watershed_unet(1).parameters()) == 1_942_611
 
 
-def test_both_heads_learn_and_every_parameter_gets_a_gradient() -> None:
+def test_both_heads_are_trained_and_every_parameter_gets_a_gradient() -> None:
     model = watershed_unet(1, width=4, depth=3)
     output = model(torch.randn(2, 3, 16, 16))
     (output.semantic.square().mean() + output.distance.square().mean()).backward()

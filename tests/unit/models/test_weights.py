@@ -175,5 +175,5 @@ def test_a_recipe_may_say_a_published_name_none_or_an_existing_file(file: Path) 
             r"\[",
         ):
             schema.validate_python(wrong, strict=True)
-    with pytest.raises(ValidationError, match=r"existing .safetensors file, and there is no such file"):
+    with pytest.raises(ValidationError, match=r"existing .safetensors file; no such file"):
         schema.validate_python("absent.safetensors", strict=True)

@@ -65,7 +65,7 @@ def test_every_layer_is_of_the_published_kind_and_takes_what_the_published_layer
 
 
 def test_what_went_through_the_bottlenecks_comes_before_what_went_past_them_and_wider_maxima_come_last() -> None:
-    """Shapes don't tell the order in which channels are joined, but weights depend on it."""
+    """Shapes don't reveal the order in which channels are concatenated, but weights depend on it."""
     block, pooling = C3(4, 8, depth=2).eval(), SPPF(8).eval()
     joined: list[Tensor] = []
     for layer in (block.cv3, pooling.cv2):

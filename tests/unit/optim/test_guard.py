@@ -75,7 +75,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("optimizer", "fused", "on_device"), KINDS)
-def test_with_fp16_no_later_step_changes_the_weights_that_the_message_says_are_unchanged(
+def test_with_fp16_no_later_step_changes_the_weights_that_the_message_reports_as_unchanged(
     optimizer: Any, fused: bool, on_device: bool
 ) -> None:
     run = Scaled(optimizer, fused, skip=False, on_device=on_device)
@@ -153,7 +153,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("on_device", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
-def test_keeping_and_putting_back_buffers_takes_as_many_calls_for_100_as_for_2(on_device: bool, fails: bool) -> None:
+def test_keeping_and_restoring_buffers_takes_as_many_calls_for_100_as_for_2(on_device: bool, fails: bool) -> None:
     calls = []
     for number in (2, 100):
         weight = nn.Parameter(torch.ones(3))

@@ -55,4 +55,4 @@ def test_minutes_follow_the_clock_and_not_the_steps() -> None:
 def test_progress_is_the_middle_of_a_step() -> None:
     clock = Clock(Span.parse("4 steps"), 1, 1)
     assert [clock.progress(step, 0) for step in range(4)] == [0.125, 0.375, 0.625, 0.875]
-    assert clock.count(Span.parse("3 steps"), 1, 0) == Fraction(1, 3)
+    assert clock.elapsed(Span.parse("3 steps"), 1, 0) == Fraction(1, 3)

@@ -63,12 +63,12 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ("optimizer: {lr: .nan}", "r.yaml:2:13: optimizer.lr: must be a finite number (got nan)"),
         (
             f"train: {{seed: {2**63}}}",
-            "r.yaml:2:15: train.seed: too large for a whole number (got '9223372036854775808')",
+            "r.yaml:2:15: train.seed: must fit in a 64-bit integer (got '9223372036854775808')",
         ),
         ("train: {seed: !!bool maybe}", "r.yaml:2:15: train.seed: not a plain value (got 'maybe')"),
         ("model: {name: deeplabv3, weights: 'a\0b.safetensors'}", "not valid YAML"),
-        ('model: {name: deeplabv3, weights: "a\\0b.safetensors"}', "there is no such file"),
-        (f"model: {{name: deeplabv3, weights: {'x' * 300}.safetensors}}", "there is no such file"),
+        ('model: {name: deeplabv3, weights: "a\\0b.safetensors"}', "no such file"),
+        (f"model: {{name: deeplabv3, weights: {'x' * 300}.safetensors}}", "no such file"),
         ("plugins: ['']", "plugins[0]: can't be imported: Empty module name (got '')"),
         ("plugins: [..]", "plugins[0]: can't be imported: "),
         ("optimizer: {lr: true}", "r.yaml:2:13: optimizer.lr: must be a valid number (got True)"),
@@ -78,8 +78,7 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ("track: wandb", "r.yaml:2:1: track: must be a list; known: tensorboard, wandb (got 'wandb')"),
         (
             "name: ../up",
-            "r.yaml:2:1: name: a run's name is made of letters, digits and . _ - + = , (it names a folder) (got "
-            "'../up')",
+            "r.yaml:2:1: name: must consist of letters, digits and . _ - + = , (it names a folder) (got '../up')",
         ),
         (
             "data: {augment: [{name: horizontal_flip, p: 3}]}",
@@ -89,13 +88,13 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ("evaluate: {best: map}", "unknown metric; known: loss, miou, pixel_accuracy, class_accuracy (got map)"),
         (
             "train: {duration: 3 parsecs}",
-            "a duration is a number and a unit: '500 steps', '2 epochs', '10%' or '30 minutes' (got '3 parsecs')",
+            "must be a number and a unit: '500 steps', '2 epochs', '10%' or '30 minutes' (got '3 parsecs')",
         ),
         (
             "schedule: {name: cosine, warmup: 20 epochs}",
             "schedule.warmup: is longer than the training (train.duration 10 epochs) (got 20 epochs)",
         ),
-        ("schedule: {name: cosine, warmup: 3 minutes}", "give both in minutes, or this one in %"),
+        ("schedule: {name: cosine, warmup: 3 minutes}", "use minutes for both, or % here"),
         (
             "model: {train_only: [haed]}",
             "model.train_only: the model has no layer 'haed'; did you mean head? (got ['haed'])",
@@ -107,7 +106,7 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ("model: {reset_layers: [haed]}", "model.reset_layers: the model has no layer 'haed'; did you mean head?"),
         (
             "model: {name: deeplabv3, weights: none.safetensors}",
-            "must be coco, none or an existing .safetensors file, and there is no such file",
+            "must be coco, none or an existing .safetensors file; no such file",
         ),
         ("loss: {name: soft_iou, channel: 9}", "r.yaml:2:1: loss: "),
         (
@@ -122,19 +121,19 @@ def problems(folder: Path, text: str, *overrides: str, launch: Launch = ALONE) -
         ("data: {resize_mode: letterbox}", "data.resize_mode: needs data.resize, the size to pad to (got letterbox)"),
         (
             "data: {resize: [64, 64], resize_mode: letterbox}",
-            "data.resize_mode: is for sets of boxes: what it pads with has no class (got letterbox)",
+            "data.resize_mode: can't be used with class masks: padding has no class (got letterbox)",
         ),
         (
             "data: {resize: [64, 64], augment: [horizontal_flip, mosaic]}",
-            "data.augment.1: must be the first augmentation: those after it see the mosaic",
+            "data.augment.1: must come first: the other augmentations apply to the mosaic",
         ),
         ("data: {augment: [mosaic]}", "data.augment.0: mosaic needs a size: set its size=[H,W], or data.resize"),
         ("data: {overfit: 0}", "data.overfit: must be greater than 0 (got 0)"),
-        ("train: {seed: 1, seed: 2}", "r.yaml:2:18: train.seed: duplicate key; it stands on line 2 already"),
+        ("train: {seed: 1, seed: 2}", "r.yaml:2:18: train.seed: duplicate key; first defined on line 2"),
         ("loss: [unclosed", "r.yaml:3:1: not valid YAML"),
         (
             "loss: !!python/object/apply:os.system [ls]",
-            "r.yaml:2:7: loss: tags are refused: a recipe holds plain values",
+            "r.yaml:2:7: loss: YAML tags aren't allowed: a recipe holds plain values",
         ),
         ("plugins: [no_such_module]", "plugins[0]: can't be imported: No module named 'no_such_module'"),
     ],
@@ -170,9 +169,7 @@ def test_a_mistake_in_the_parent_is_reported_in_the_parent(tmp_path: Path) -> No
 def test_missing_and_circular_parents(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("inherit: b.yaml\n")
     (tmp_path / "b.yaml").write_text("inherit: a.yaml\n")
-    with pytest.raises(
-        RecipeError, match=r"b.yaml:1:1: inherit: recipes inherit in a circle: a.yaml -> b.yaml -> .*a.yaml"
-    ):
+    with pytest.raises(RecipeError, match=r"b.yaml:1:1: inherit: circular inheritance: a.yaml -> b.yaml -> .*a.yaml"):
         load_recipe(tmp_path / "a.yaml")
     (tmp_path / "c.yaml").write_text("inherit: d.yaml\n")
     with pytest.raises(RecipeError, match=r"c.yaml:1:1: inherit: the parent recipe doesn't exist"):
@@ -187,7 +184,7 @@ def test_missing_and_circular_parents(tmp_path: Path) -> None:
         ("folder.yaml", "can't be read: it is not a file"),
         ("/dev/zero", "can't be read: it is not a file"),
         ("pipe.yaml", "can't be read: it is not a file"),
-        ("large.yaml", "can't be read: it has more than 128 KiB"),
+        ("large.yaml", "can't be read: it is larger than 128 KiB"),
         ('"a\\0b"', "can't be read: embedded null byte"),
         ("x" * 300, "can't be read: [Errno 36] File name too long"),
         ("binary.yaml", "can't be read: 'utf-8' codec can't decode"),
@@ -296,7 +293,7 @@ def test_where_data_changes_the_keys_of_every_set_stay_and_those_of_the_old_one_
     assert inherit(tmp_path, "data: {name: cifar10, batch_size: 6}").data.category == "ship"
 
 
-def test_where_the_model_changes_what_it_starts_from_and_what_learns_stays(tmp_path: Path) -> None:
+def test_where_the_model_changes_its_weights_and_trainable_layers_stay(tmp_path: Path) -> None:
     model = inherit(tmp_path, "model: {name: deeplabv3, weights: coco}").model
     assert (model.weights, model.reset_layers, model.train_only, model.backbone) == (
         "coco",
@@ -341,7 +338,7 @@ def test_task_loss_and_schedule_have_no_key_that_outlives_a_change_of_name(tmp_p
     )
 
 
-def test_lists_of_components_are_replaced_whole(tmp_path: Path) -> None:
+def test_lists_of_components_are_replaced_as_a_whole(tmp_path: Path) -> None:
     recipe = inherit(tmp_path, "data: {name: shapes, augment: [vertical_flip]}\ntrack: [wandb]")
     assert [chosen.name for _, chosen in recipe.augmentations] == ["vertical_flip"]
     assert (
@@ -375,7 +372,7 @@ def test_published_values_hold_for_their_data_only(tmp_path: Path) -> None:
     assert inherit(tmp_path, "data: shapes\nreference: {loss: 2}").reference == {"loss": 2}
 
 
-def test_a_mistake_beside_a_change_of_name_is_reported_where_it_stands(tmp_path: Path) -> None:
+def test_a_mistake_beside_a_change_of_name_is_reported_where_it_is(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"parent.yaml:12:3: data.overfit: must be greater than 0 \(got 0\)"):
         inherit(tmp_path, "", "data.name=flowers17", "data=shapes", parent=PARENT.replace("overfit: 24", "overfit: 0"))
     with pytest.raises(RecipeError, match=r"r.yaml:2:1: loss.name: unknown loss"):
@@ -421,8 +418,8 @@ def test_check_lists_what_a_change_of_name_drops(tmp_path: Path, capsys: pytest.
     [
         (None, "inherit: the parent recipe doesn't exist"),
         ("loss: [unclosed", "not valid YAML"),
-        ("- a list", "a recipe is a mapping of sections"),
-        ("inherit: r.yaml", "recipes inherit in a circle"),
+        ("- a list", "must be a mapping of sections"),
+        ("inherit: r.yaml", "circular inheritance"),
         ("inherit: absent.yaml\nmodel: unet", "the parent recipe doesn't exist"),
     ],
 )
@@ -441,7 +438,7 @@ def test_a_parent_that_cant_be_read_causes_no_other_problems_and_unknown_keys_ar
     others = [line.removeprefix(f"{tmp_path}/") for line in found if expected not in line]
     assert others == [
         "r.yaml:3:1: modle: unknown key; did you mean 'model'? (got 'unet')",
-        "r.yaml:4:19: data.window: duplicate key; it stands on line 4 already",
+        "r.yaml:4:19: data.window: duplicate key; first defined on line 4",
     ]
 
 
@@ -464,7 +461,7 @@ def test_of_two_overrides_of_a_key_the_last_counts(tmp_path: Path) -> None:
     assert check(tmp_path, "", "loss=dice", "loss={name: soft_iou, channel: 2}").loss.channel == 2
 
 
-def test_the_name_is_the_files_unless_the_recipe_says_one(tmp_path: Path) -> None:
+def test_the_name_is_the_files_unless_the_recipe_sets_one(tmp_path: Path) -> None:
     assert check(tmp_path, "").name == "r"
     assert check(tmp_path, "", "optimizer.lr=1").name == "r"
     assert check(tmp_path, "name: mine").name == "mine"
@@ -516,7 +513,7 @@ def test_an_alias_that_holds_itself_is_refused(tmp_path: Path) -> None:
     assert any("nested too deeply" in line for line in problems(tmp_path, "train: &a [*a]"))
 
 
-def test_a_plugin_that_failed_once_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+def test_a_plugin_that_failed_once_is_not_taken_for_a_loaded_one(tmp_path: Path) -> None:
     (tmp_path / "half.py").write_text("from trainer.components import nothing\n")
     for _ in range(2):
         assert any(
@@ -569,7 +566,7 @@ built = []
 
 
 @dataset(fields=("image", "mask"))
-def mine(*, broken: bool = False):
+def breakable_shapes(*, broken: bool = False):
     built.append(broken)
     if broken:
         raise ValueError("this set is broken")
@@ -579,8 +576,9 @@ def mine(*, broken: bool = False):
 
 def test_a_data_set_is_built_once_and_one_that_cannot_be_is_one_mistake(tmp_path: Path) -> None:
     (tmp_path / "my_set.py").write_text(SETS)
-    recipe = check(tmp_path, "plugins: [my_set.py]\ndata: {name: mine}")
+    recipe = check(tmp_path, "plugins: [my_set.py]\ndata: {name: breakable_shapes}")
     assert recipe.source.name == "shapes"
     assert sys.modules["trainer_plugin_my_set"].built == [False]
-    text = "plugins: [my_set.py]\ndata: {name: mine, broken: true}\nmodel: {train_only: [haed]}\nevaluate: {best: x}"
+    text = "plugins: [my_set.py]\ndata: {name: breakable_shapes, broken: true}\nmodel: {train_only: [haed]}"
+    text += "\nevaluate: {best: x}"
     assert problems(tmp_path, text) == ["r.yaml:3:1: data: this set is broken"]

@@ -112,13 +112,13 @@ def test_enlarged_samples_have_the_colours_of_the_small_ones_and_no_others(tmp_p
 def test_a_sheet_says_what_its_panels_and_colours_are(tmp_path: Path) -> None:
     sample = torch.full((2, 3, 128, 128), 200, dtype=torch.uint8)
     plain = sheet([sample], tmp_path / "plain.png")
-    named = sheet([sample], tmp_path / "named.png", ("image", "truth"))
+    named = sheet([sample], tmp_path / "named.png", ("image", "mask"))
     above = len(named) - len(plain)
     assert above > 0 and (named[above:] == plain).all()
     left, right = named[:above, : plain.shape[1] // 2], named[:above, plain.shape[1] // 2 :]
     assert left.min() < 64 and right.min() < 64 and (left != right).any()
     colors = {f"class {index}": (index, 255 - index, 7) for index in range(9)}
-    explained = sheet([sample], tmp_path / "explained.png", ("image", "truth"), colors)
+    explained = sheet([sample], tmp_path / "explained.png", ("image", "mask"), colors)
     assert explained.shape[1] == plain.shape[1] and (explained[: len(named)] == named).all()
     below = explained[len(named) :].reshape(-1, 3)
     assert all((below == color).all(1).sum() > 100 for color in colors.values())

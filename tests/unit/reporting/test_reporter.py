@@ -1,4 +1,4 @@
-"""What people read while a run goes on."""
+"""What people read during a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADVICE = "everything is a flower: lower optimizer.lr"
 def reported(
     folder: Path, capsys: pytest.CaptureFixture[str], *advice: str | None, status: str | None = None
 ) -> list[str]:
-    """Lines printed for a run with one evaluation for each advice, that ends with this status, or goes on."""
+    """Lines printed for a run with one evaluation for each advice, that ends with this status, or continues."""
     (folder / "runs" / "run").mkdir(parents=True)
     reporter = Reporter(
         RunFolder(folder / "runs" / "run"), load_recipe(write_recipe(folder), ["track=[]"]), enabled=True

@@ -187,8 +187,8 @@ def test_wandb_offline_holds_config_history_pictures_and_summary_under_one_id(
     train(mirror, folder, range(1, 6))
     validate(mirror, folder, 5)
     mirror.finish(SUMMARY)
-    said = capsys.readouterr()
-    assert said.err == "" and said.out.count("\n") == 1 and f"trainer sync {folder.path}" in said.out
+    printed = capsys.readouterr()
+    assert printed.err == "" and printed.out.count("\n") == 1 and f"trainer sync {folder.path}" in printed.out
 
     (run,) = [record.run for record in records(folder) if record.HasField("run")][:1]
     assert (run.display_name, run.project, list(run.tags)) == ("demo", "trainer", ["night"])
@@ -235,8 +235,12 @@ def test_an_unreachable_server_delays_nothing_and_the_run_is_kept_offline(
     train(mirror, folder, range(1, 21))
     mirror.finish(SUMMARY)
     assert [row["step"] for row in history(folder)] == list(range(1, 21))
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("wandb: CommError: ") and f"trainer sync {folder.path}" in said
+    printed = capsys.readouterr().err
+    assert (
+        printed.count("\n") == 1
+        and printed.startswith("wandb: CommError: ")
+        and f"trainer sync {folder.path}" in printed
+    )
     assert not [file for file in folder.path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
 
 
@@ -294,7 +298,7 @@ def test_a_key_is_found_in_the_environment_or_in_netrc_for_that_server_only(
 
 
 @pytest.mark.parametrize("trouble", ["answers 500", "never answers", "is gone"])
-def test_a_server_that_fails_in_mid_run_delays_nothing_and_one_line_says_how_to_send_it_later(
+def test_a_server_that_fails_in_mid_run_delays_nothing_and_one_line_explains_how_to_upload_it_later(
     folder: RunFolder,
     server: WandbServer,
     monkeypatch: pytest.MonkeyPatch,
@@ -313,8 +317,8 @@ def test_a_server_that_fails_in_mid_run_delays_nothing_and_one_line_says_how_to_
     mirror.finish(SUMMARY)
     assert time.perf_counter() - start < trackers.FINISH_TIMEOUT_S
     assert len(folder.read_metrics()) == 199
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1 and f"trainer sync {folder.path}" in said
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == 1 and f"trainer sync {folder.path}" in printed
 
 
 def test_rows_that_a_killed_run_left_unsent_are_sent_when_it_resumes_and_none_is_sent_twice(

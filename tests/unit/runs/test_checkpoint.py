@@ -73,10 +73,10 @@ def test_the_best_outlives_its_own_folder(tmp_path: Path) -> None:
 def test_a_kill_between_saving_and_pointing_to_the_best_is_made_good(tmp_path: Path) -> None:
     CheckpointStore(tmp_path).save(make(1), keep=2, best=True)
     CheckpointStore(tmp_path).save(make(2), keep=2, best=False)  # it was the best, but the link wasn't moved
-    CheckpointStore(tmp_path).restore_best(2)
+    CheckpointStore(tmp_path).link_best(2)
     assert Checkpoint.load(tmp_path / "best").step == 2
-    CheckpointStore(tmp_path).restore_best(2)
-    CheckpointStore(tmp_path).restore_best(None)
+    CheckpointStore(tmp_path).link_best(2)
+    CheckpointStore(tmp_path).link_best(None)
     assert Checkpoint.load(tmp_path / "best").step == 2
 
 

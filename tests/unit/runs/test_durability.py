@@ -31,7 +31,7 @@ class Event(NamedTuple):
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
-    """What the operating system is asked for, in order; files are known by their inodes, which a rename keeps."""
+    """Calls of the operating system, in order; files are identified by their inodes, which a rename keeps."""
     found: list[Event] = []
     fsync = os.fsync
 

@@ -64,12 +64,12 @@ def test_the_summary_of_a_resumed_run_is_that_of_an_uninterrupted_one_to_the_byt
         if not (run is interrupted and step == 4 and evaluation_pending):
             run.log({"step": step, "epoch": step / 10, "split": "validation", "miou": miou, "loss": miou / 3})
 
-    interrupted, whole = (RunFolder(tmp_path / "runs" / name) for name in ("interrupted", "whole"))
+    interrupted, uninterrupted = (RunFolder(tmp_path / "runs" / name) for name in ("interrupted", "uninterrupted"))
     values = [0.1 + 0.2, 0.7, 0.2, 0.1, 1 / 3, 0.6]
-    for run in (interrupted, whole):
+    for run in (interrupted, uninterrupted):
         open_run(run, recipe, "auto", print)
     for step, miou in enumerate(values, start=1):
-        log(whole, step, miou)
+        log(uninterrupted, step, miou)
         log(interrupted, step, miou if step <= 4 else 0.9)
         if step == 4:
             state = make(step)
@@ -82,10 +82,10 @@ def test_the_summary_of_a_resumed_run_is_that_of_an_uninterrupted_one_to_the_byt
         interrupted.log({"step": 4, "epoch": 0.4, "split": "validation", "miou": values[3], "loss": values[3] / 3})
     for step, miou in enumerate(values[4:], start=5):
         log(interrupted, step, miou)
-    for run in (interrupted, whole):
+    for run in (interrupted, uninterrupted):
         run.write_summary("finished", step=6)
-    assert (interrupted.path / "summary.json").read_bytes() == (whole.path / "summary.json").read_bytes()
-    assert whole.read_summary()["best"]["miou"] == {"value": 0.7, "step": 2}
+    assert (interrupted.path / "summary.json").read_bytes() == (uninterrupted.path / "summary.json").read_bytes()
+    assert uninterrupted.read_summary()["best"]["miou"] == {"value": 0.7, "step": 2}
 
 
 def test_a_damaged_one_is_named_and_the_one_before_taken(
@@ -250,7 +250,7 @@ def test_a_checkpoint_that_was_unreadable_for_a_moment_never_comes_back(
     improve(run, 5, None)
     assert open_run(run, recipe, "auto", print) == run.checkpoints.folder(5)
     assert len(list(run.checkpoints.path.glob(".invalid-*"))) == 2
-    improve(run, 7, None)  # what it has trained past is of no use any more
+    improve(run, 7, None)  # what it has trained past is no longer of use
     assert [path.name for path in run.checkpoints.path.glob(".invalid-*")] == [".invalid-step_00000008"]
 
 

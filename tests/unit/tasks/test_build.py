@@ -196,7 +196,7 @@ def test_a_file_of_another_size_or_backbone_names_the_settings_that_it_fits(
     )
 
 
-def test_the_check_of_a_file_and_training_say_the_same(tmp_path: Path) -> None:
+def test_the_check_of_a_file_and_training_report_the_same(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     wrong = {"a": torch.zeros(1)}
     for write in (lambda: save_file(wrong, file), lambda: torch.save(wrong, file), lambda: file.write_bytes(b"1234")):
@@ -252,8 +252,8 @@ def test_sides_that_the_model_cannot_take_are_a_mistake_in_the_recipe(
 ) -> None:
     monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
     advice = ": resize, pad or crop them to such a size"
-    said = expected.format("the model takes images whose sides are divisible by 32, and those of the") + advice
-    assert mistakes(tmp_path, RECIPES["detection"], *overrides) == ([said] if expected else [])
+    printed = expected.format("the model takes images whose sides are divisible by 32, and those of the") + advice
+    assert mistakes(tmp_path, RECIPES["detection"], *overrides) == ([printed] if expected else [])
 
 
 def test_sizes_that_are_known_once_a_set_is_prepared_are_checked_at_the_start_of_training_too(

@@ -1,4 +1,4 @@
-"""Groups of objects that can't be told apart are never learnt."""
+"""Groups of objects that can't be told apart are never trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user sees of detection and instance segmentation: which recipes fit, what is drawn, which layers learn."""
+"""What a user sees of detection and instance segmentation: which recipes fit, what is drawn, what is trained."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def problems(folder: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_freeze_names_the_layers_that_learn(tmp_path: Path) -> None:
+def test_freeze_names_the_trainable_layers(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE, encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml", ["train.freeze=10"], TASK_CHECKS)
     assert trainable_layers(recipe, build_untrained(recipe)) == [f"model.{index}" for index in range(10, 25)]
@@ -54,7 +54,7 @@ def test_a_freeze_that_leaves_nothing_or_contradicts_is_refused(tmp_path: Path) 
     assert "train.freeze: the model has 25 layers, so at most 24 can be frozen (got 25)" in problems(
         tmp_path, "train.freeze=25"
     )
-    assert "train.freeze: chooses the trainable layers, and so does model.train_only" in problems(
+    assert "train.freeze: conflicts with model.train_only" in problems(
         tmp_path, "train.freeze=3", "model.train_only=[model.24]"
     )
 
@@ -83,7 +83,7 @@ def test_a_set_of_ones_own_without_masks_doesnt_fit_a_task_that_needs_them(
         component.__dict__, "factory", lambda: replace(source, columns={"image": "image", "objects": "boxes"})
     )
     found = problems(tmp_path, "task=watershed", "model=watershed_unet", "loss=watershed", "evaluate.best=mask_map")
-    assert "data: task watershed needs masks, and this set has only boxes (got scenes)" in found
+    assert "data: task watershed needs masks, but this data set has only boxes (got scenes)" in found
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -163,9 +163,11 @@ def test_check_compares_anchors_and_draws_samples(
     prepare(scenes(), tmp_path / "data", None, lambda line: None)
     (tmp_path / "r.yaml").write_text(RECIPE, encoding="utf-8")
     assert main(["check", str(tmp_path / "r.yaml"), "--anchors", "--show-samples", str(tmp_path / "samples.png")]) == 0
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "the model's anchors fit" in said and "re-estimated anchors fit 100.00%" in said and "model.anchors=[[[" in said
+        "the model's anchors fit" in printed
+        and "re-estimated anchors fit 100.00%" in printed
+        and "model.anchors=[[[" in printed
     )
     assert (tmp_path / "samples.png").stat().st_size > 10_000
     replaced = {
@@ -179,4 +181,4 @@ def test_check_compares_anchors_and_draws_samples(
         text = text.replace(before, after)
     (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
     assert main(["check", str(tmp_path / "s.yaml"), "--anchors"]) == 2
-    assert "has no model with anchors" in capsys.readouterr().err
+    assert "doesn't train a detection model with anchors" in capsys.readouterr().err

@@ -107,7 +107,7 @@ def test_metrics_of_a_known_answer() -> None:
 
 
 @torch.no_grad()
-def test_average_precision_and_means_without_some_classes_are_measured_where_asked_for() -> None:
+def test_average_precision_and_means_without_some_classes_are_measured_on_request() -> None:
     task = Segmentation(
         Oracle(),
         CrossEntropy(3, IGNORED, {}),

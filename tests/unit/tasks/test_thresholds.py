@@ -1,4 +1,4 @@
-"""What `task:` says of a detector's boxes is what happens to them."""
+"""The settings of a detector's boxes under `task:` do what they say."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The data sets; each module registers one and says how its archives become rows."""
+"""The catalogue of data sets: each module registers some and defines how to read their rows."""

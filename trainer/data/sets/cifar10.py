@@ -1,8 +1,8 @@
-"""CIFAR-10 for colourisation: images of one class, and for each pixel the nearest of a few colours.
+"""CIFAR-10 for colourisation: images of one class, each pixel labelled with the nearest of a few colours.
 
-A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The labels are made once, when a set is
-prepared: made on the fly they took 34 ms of each training step of 637 ms (a batch of 100 on one busy CPU core), reading
-them takes 0.4 ms.
+A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. The labels are computed once, when the
+set is prepared: on the fly they took 34 ms of each training step of 637 ms (a batch of 100 on one busy CPU core);
+reading them takes 0.4 ms.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OFFICIAL = Archive(
 )
 HORSES = Archive("cifar10_horses.tar")  # the class as JPEG files, train/horse/0000.jpg …
 COURSE_CENTRES = Archive("colour_kmeans24_cat7.npy")  # float64 (24, 3), RGB in [0, 1)
-SCALE = 256  # the course divides pixels by it, not by 255
+SCALE = 256  # the course divides pixels by 256, not by 255
 KMEANS_PIXELS = 200_000
 NOTES = (
     "The official split: 5000 training images, 1000 test images for validation.",
@@ -47,7 +47,7 @@ NumColours = Annotated[int, Field(ge=2, le=255)]
 
 @dataset(fields=("image", "mask", "colour_centres"))
 def cifar10_horses(*, centres: Literal["course", "kmeans"] = "course", num_colours: NumColours = 24) -> Source:
-    """The horses as JPEG files, with the course's 24 colour centres or `num_colours` of their own.
+    """The horses as JPEG files, with the course's 24 colour centres or `num_colours` by k-means.
 
     Args:
         centres: the course's, or those that k-means finds in the training set.
@@ -62,7 +62,7 @@ def cifar10_horses(*, centres: Literal["course", "kmeans"] = "course", num_colou
 
 @dataset(fields=("image", "mask", "colour_centres"))
 def cifar10(*, category: Literal[CLASSES] = "horse", num_colours: NumColours = 24) -> Source:  # type: ignore[valid-type]
-    """One class of the official archive, with `num_colours` colour centres of its own.
+    """One class of the official archive, with `num_colours` colour centres by k-means.
 
     Args:
         category: the class of the photographs.
@@ -108,7 +108,7 @@ def _images(archives: Mapping[str, Path], category: str) -> Iterator[tuple[Split
             images, labels = read_batch(batch.data)
         except ValueError as error:
             raise UserError(
-                f"{archives[OFFICIAL.name]}: {batch.name}: {error}; replace it by the official archive"
+                f"{archives[OFFICIAL.name]}: {batch.name}: {error}; replace it with the official archive"
             ) from error
         for index in np.flatnonzero(np.array(labels) == CLASSES.index(category)):
             yield (
@@ -130,11 +130,11 @@ def _centres(archives: tuple[tuple[str, Path], ...], num_colours: int, category:
             raise UserError(f"{path} can't be read: {error}; replace it, or set data.centres=kmeans") from error
         if centres.shape != (num_colours, 3) or not np.isfinite(centres).all():
             problem = (
-                "numbers that aren't finite"
+                "non-finite numbers"
                 if centres.shape == (num_colours, 3)
                 else f"an array of shape {centres.shape}, not ({num_colours}, 3)"
             )
-            raise UserError(f"{path} holds {problem}; replace it, or set data.centres=kmeans")
+            raise UserError(f"{path} contains {problem}; replace it, or set data.centres=kmeans")
         return centres
     pixels = np.concatenate(
         [_decode(name, data).reshape(-1, 3) for split, name, data in _images(paths, category) if split == "train"]
@@ -147,7 +147,7 @@ def _kmeans(pixels: Pixels, num_colours: int) -> npt.NDArray[np.float64]:
     try:
         from sklearn.cluster import KMeans
     except ImportError:
-        raise UserError("colour centres by k-means need scikit-learn: pip install scikit-learn") from None
+        raise UserError("colour centres by k-means require scikit-learn: pip install scikit-learn") from None
     chosen = np.random.default_rng(0).choice(len(pixels), min(KMEANS_PIXELS, len(pixels)), replace=False)
     return np.asarray(
         KMeans(num_colours, n_init=4, random_state=0).fit(pixels[chosen] / SCALE).cluster_centers_, np.float64
@@ -167,4 +167,4 @@ def _decode(name: str, data: bytes) -> Pixels:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # decoders raise all kinds of errors on damaged data
-        raise UserError(f"{name} can't be decoded ({error}); replace the archive it comes from") from error
+        raise UserError(f"{name} can't be decoded ({error}); replace the archive that contains it") from error

@@ -1,4 +1,4 @@
-"""Images and a COCO file of instances of your own: `trainer prepare coco` makes a set of them, and recipes name it.
+"""Your own images with a COCO instance file: `trainer prepare coco` makes a set that recipes can use.
 
 data: {name: coco, set: my_cells, batch_size: 4}
 """
@@ -17,24 +17,24 @@ from trainer.data.files import File, image_files, refuse, size_of
 from trainer.data.options import IMAGES, INVALID, NAME, VALIDATION, FilesCommand, Option, flag
 from trainer.data.own_sets import REMEDY_OF_OBJECTS, names_a_set, prepared_set, source_of_files
 from trainer.data.source import DataInfo, Instance, Role, Row, Source
-from trainer.data.splits import Sample, share_of
+from trainer.data.splits import LabelledImage, share_of
 from trainer.errors import UserError
 
 COMMAND = FilesCommand(
     "coco",
-    "images, and a COCO file of instances",
+    "images, and a COCO instance file",
     {
         "name": NAME,
         "images": IMAGES,
-        "annotations": Option("FILE", "a COCO file of instances (JSON)", Path, required=True),
+        "annotations": Option("FILE", "COCO instance file (JSON)", Path, required=True),
         "validation": Option(
             "SHARE|FILE",
-            f"share of the images that validate (default: {VALIDATION}), or a COCO file of those that do",
+            f"share of the images for validation (default: {VALIDATION}), or a COCO file of the validation images",
             default=VALIDATION,
         ),
-        "validation_images": Option("DIR", "holds the images of --validation FILE, where --images doesn't", Path),
-        "test": Option("FILE", "a COCO file of a third split, which no training reads"),
-        "test_images": Option("DIR", "holds the images of --test FILE, where --images doesn't", Path),
+        "validation_images": Option("DIR", "folder of the images of --validation FILE, if not --images", Path),
+        "test": Option("FILE", "COCO file of a third split, which training never reads"),
+        "test_images": Option("DIR", "folder of the images of --test FILE, if not --images", Path),
         "invalid": INVALID,
     },
     "[--validation SHARE | --validation FILE [--validation-images DIR]] [--test FILE [--test-images DIR]] "
@@ -42,15 +42,15 @@ COMMAND = FilesCommand(
     "trainer prepare coco --name my_cells --images photos --annotations instances.json",
     "data: {name: coco, set: my_cells, batch_size: 4}",
 )
-UNKNOWN = -1  # label of a category that the file doesn't list
+UNKNOWN = -1  # label of an annotation whose category isn't listed
 
 Described = tuple[ListedImage, list[Annotation]]
-"""An image as the file lists it, and its annotations."""
+"""An image as listed in the file, and its annotations."""
 
 
 @dataset(fields=("image", "boxes", "masks"))
 def coco(*, set: Annotated[str, names_a_set(COMMAND, "objects")]) -> Source:
-    """What `trainer prepare coco --name SET` made, as its card describes it; a recipe can't make it again.
+    """The set made by `trainer prepare coco --name SET`; a recipe can't prepare it again.
 
     Args:
         set: its name, the SET of that command.
@@ -68,31 +68,27 @@ def from_coco(
     test_images: Path | None = None,
     invalid: Literal["refuse", "drop"] = "refuse",
 ) -> Source:
-    """The set of the images that a COCO file lists, with masks where each of its annotations has one, else with boxes
-    only.
+    """The set of the images in a COCO file, with masks if all annotations have one, otherwise with boxes only.
 
     Args:
         name: of the set.
-        images: holds them, in this folder and below; a file is one that the COCO file lists where its path ends in
-            `file_name`.
-        annotations: the COCO file; the order of its categories is that of the classes.
-        validation: the share of the images that validate; or a COCO file of those that do, with the same categories.
-        validation_images: holds the images of that file, where `images` doesn't.
+        images: folder of the images, including subfolders; an image is the file whose path ends in its `file_name`.
+        annotations: the COCO file; its categories are the classes, in the same order.
+        validation: the share of the images for validation, or a COCO file of them with the same categories.
+        validation_images: folder of the images of that file, if not `images`.
         test: a COCO file of the test split, with the same categories.
-        test_images: holds the images of that file, where `images` doesn't.
-        invalid: what becomes of invalid objects.
+        test_images: folder of the images of that file, if not `images`.
+        invalid: how to handle invalid objects.
 
     Raises:
-        UserError: one of these is invalid, an image isn't there, or is in more than one split.
+        UserError: an argument is invalid, or an image is missing or in more than one split.
     """
     files, folders = {"train": annotations}, {"train": images}
     for split, value, folder in (("validation", validation, validation_images), ("test", test, test_images)):
         if value is not None and share_of(value, split) is None:
             files[split], folders[split] = Path(value).resolve(), folder or images
         elif folder:
-            raise UserError(
-                f"{flag(f'{split}_images')} {folder} holds the images of a COCO file; name it by --{split} FILE"
-            )
+            raise UserError(f"{flag(f'{split}_images')} {folder} requires the COCO file of its images: --{split} FILE")
     contents = {split: read_coco(file) for split, file in files.items()}
     categories = _categories(files, contents)
     has_mask = [bool(each.segmentation) for content in contents.values() for each in content.annotations]
@@ -127,12 +123,12 @@ def from_coco(
 
 
 def _categories(files: Mapping[str, Path], contents: Mapping[str, Content]) -> list[Category]:
-    """The categories, which are those of every split."""
+    """The categories, which must be the same in every split."""
     categories = contents["train"].categories
     for split, content in contents.items():
         if content.categories != categories:
             raise UserError(
-                f"{files['train']} and {files[split]} list other categories; they must be the same, in the same order"
+                f"{files['train']} and {files[split]} list different categories; make them equal, order included"
             )
     if not categories:
         raise UserError(f"{files['train']} lists no categories")
@@ -143,14 +139,16 @@ def _row(labels: Mapping[Id, int], has_masks: bool, image: Member, described: De
     listed, annotations = described
     if (size := size_of(image, REMEDY_OF_OBJECTS)) != (listed.width, listed.height):
         raise UserError(
-            f"{image.name} is {size[0]} x {size[1]}, but listed with {listed.width} x {listed.height}; correct it or "
-            "take it away"
+            f"{image.name} is {size[0]} x {size[1]}, but listed as {listed.width} x {listed.height}; correct or "
+            "remove it"
         )
     return {"image": image, "objects": [_instance(each, labels, size, has_masks) for each in annotations]}
 
 
-def _samples(split: str, file: Path, content: Content, images: Path, below: Iterable[File]) -> list[Sample[Described]]:
-    """The images that a file lists, each with its annotations."""
+def _samples(
+    split: str, file: Path, content: Content, images: Path, below: Iterable[File]
+) -> list[LabelledImage[Described]]:
+    """The images listed in a file, each with its annotations."""
     if not content.images:
         raise UserError(f"{file} lists no images")
     annotations: dict[Id, list[Annotation]] = {image.id: [] for image in content.images}
@@ -161,19 +159,22 @@ def _samples(split: str, file: Path, content: Content, images: Path, below: Iter
             )
         annotations[annotation.image_id].append(annotation)
     by_name: dict[str, list[File]] = {}
-    for found in below:
-        by_name.setdefault(found.path.name, []).append(found)
+    for candidate in below:
+        by_name.setdefault(candidate.path.name, []).append(candidate)
     samples, problems = [], []
     for image in content.images:
         path = PurePosixPath(image.file_name.replace("\\", "/"))
-        matching = [found for found in by_name.get(path.name, []) if f"/{found.name}".endswith(f"/{path}")]
+        matching = [each for each in by_name.get(path.name, []) if f"/{each.name}".endswith(f"/{path}")]
         if len(matching) == 1:
-            samples.append(Sample(split, matching[0], (image, annotations[image.id])))
+            samples.append(LabelledImage(split, matching[0], (image, annotations[image.id])))
         else:
             problems.append(
-                f"{path} {'matches ' + ' and '.join(found.name for found in matching) if matching else 'is missing'}"
+                f"{path} {'matches ' + ' and '.join(each.name for each in matching) if matching else 'is missing'}"
             )
-    refuse(f"{file} lists images that {images} must hold, once; of {len(problems)} this is not so:", problems)
+    refuse(
+        f"{images} must contain each image listed in {file} exactly once; {len(problems)} are missing or ambiguous:",
+        problems,
+    )
     return samples
 
 

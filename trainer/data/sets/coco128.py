@@ -1,4 +1,4 @@
-"""The first 128 and the first 8 images of COCO with their boxes, as Ultralytics packs them to try a detector out.
+"""The first 128 and the first 8 images of COCO with their boxes, as packaged by Ultralytics to try out a detector.
 
 T.-Y. Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014.
 """
@@ -27,7 +27,7 @@ hair drier, toothbrush
 CLASSES = tuple(name.strip() for name in NAMES.split(","))
 NOTES_OF_128 = (
     "Split: none. The set's own description, coco128.yaml, has all 128 images train and validate: what is measured is",
-    "how well they are learnt by heart. An image without a label file has no objects.",
+    "how well they are memorised. An image without a label file has no objects.",
 )
 COLUMNS: dict[str, Role] = {"image": "image", "objects": "boxes"}
 
@@ -70,6 +70,6 @@ def _samples(archive: Path) -> Iterator[tuple[str, Row]]:
             key[0],
             {
                 "image": images[key],
-                "objects": read_objects(labels.get(key), images[key], f"replace {archive} by the official archive"),
+                "objects": read_objects(labels.get(key), images[key], f"replace {archive} with the official archive"),
             },
         )

@@ -26,13 +26,13 @@ NOTES = (
     "Split: fixed and seeded, 80 % train and 20 % validation of each of the 17 species.",
     "Photographs that are in the set twice (found by a perceptual hash) are on one side.",
 )
-IMAGES_A_SPECIES = 80  # image numbers run through the 17 species in order
+IMAGES_A_SPECIES = 80  # images are numbered species by species
 VALIDATION_SHARE = 0.2
-# The same photograph twice (the hash finds these too): in one split, or the model has memorised what validates.
+# Pairs of one photograph (the hash finds these too): kept in one split, so that validation measures generalisation.
 DUPLICATES = ((1214, 1245), (1226, 1248))
 HASH_SIDE = 16
-# Bits of 256 in which two hashes may differ. Measured: 48 pairs of re-encoded photographs differ in 0 to 24, no others
-# in less than 62.
+# Of 256 bits, how many two hashes of one photograph may differ in. Measured: 48 pairs of re-encoded photographs differ
+# in 0 to 24 bits, all other pairs in at least 62.
 HASH_DISTANCE = 32
 
 # Trimap index -> class: 1 flower; 2 leaves and grass, 3 background, 4 sky are background; 0 (unlabelled) and strays are
@@ -56,17 +56,17 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
     absent = sorted(set(trimaps) - set(images))
     if absent:
         raise UserError(
-            f"{archives[IMAGES]} lacks images that have a trimap: {absent[:10]}; replace it by the official archive"
+            f"{archives[IMAGES]} lacks images that have a trimap: {absent[:10]}; replace it with the official archive"
         )
     hashes = {number: _perceptual_hash(images[number]) for number in sorted(images)}
     validation = choose_validation(group_duplicates(hashes))
-    for number in sorted(images, key=_draw):  # species mixed, so that neighbours in a file are not alike
+    for number in sorted(images, key=_draw):  # shuffled, since neighbours in a file are of one species
         name, data = trimaps[number]
         try:
             mask = CLASS_OF_INDEX[read_indices(data)]
         except Exception as error:  # decoders raise all kinds of errors on damaged data
             raise UserError(
-                f"{archives[TRIMAPS]}: {name} can't be read as a trimap ({error}); replace it by the official archive"
+                f"{archives[TRIMAPS]}: {name} can't be read as a trimap ({error}); replace it with the official archive"
             ) from error
         yield (
             "validation" if number in validation else "train",
@@ -75,50 +75,55 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
 
 
 def _trimaps(archive: Path) -> dict[int, Member]:
-    """The trimaps by image number: those that `imlist.txt` lists, or all where there is none."""
-    found = list(members(archive, (".png", "imlist.txt")))
-    trimaps = dict(_numbered(found))
-    listed = [member for member in found if member.name.endswith(".txt")]
+    """The trimaps by image number: those listed in `imlist.txt`, or all if it is missing."""
+    files = list(members(archive, (".png", "imlist.txt")))
+    trimaps = dict(_numbered(files))
+    listed = [member for member in files if member.name.endswith(".txt")]
     if not listed:
         return trimaps
     try:
         numbers = [int(word) for word in listed[0].data.split()]
         return {number: trimaps[number] for number in numbers}
     except ValueError as error:
-        raise UserError(f"{archive}: {listed[0].name} must hold image numbers ({error})") from error
+        raise UserError(
+            f"{archive}: {listed[0].name} must contain image numbers ({error}); replace it with the official archive"
+        ) from error
     except KeyError as error:
         raise UserError(
-            f"{archive}: {listed[0].name} lists image {error}, which has no trimap; replace it by the official archive"
+            f"{archive}: {listed[0].name} lists image {error}, which has no trimap; replace it with the official "
+            "archive"
         ) from error
 
 
-def _numbered(found: Iterable[Member]) -> Iterator[tuple[int, Member]]:
-    """Image numbers from names such as `jpg/image_0001.jpg`; other files are left out."""
-    for member in found:
+def _numbered(files: Iterable[Member]) -> Iterator[tuple[int, Member]]:
+    """Image numbers from names such as `jpg/image_0001.jpg`; skips other files."""
+    for member in files:
         match = re.fullmatch(r"image_(\d{4})\.\w+", PurePosixPath(member.name).name)
         if match:
             yield int(match[1]), member
 
 
 def _perceptual_hash(image: Member) -> np.ndarray:
-    """Whether brightness rises from each pixel of a 17 x 16 thumbnail to its right neighbour: bool (256,), little
-    changed by re-encoding.
+    """Whether brightness increases from each pixel of a 17 x 16 thumbnail to its right neighbour: bool (256,), robust
+    to re-encoding.
 
     Source: N. Krawetz, "Kind of Like That" (difference hash), 2013.
     """
     try:
         with Image.open(io.BytesIO(image.data)) as picture:
-            # JPEG decodes to a fraction of its size at a fraction of the time.
+            # Decoding a JPEG at reduced size takes a fraction of the time.
             picture.draft("L", (4 * HASH_SIDE, 4 * HASH_SIDE))
             small = picture.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
     except Exception as error:  # decoders raise all kinds of errors on damaged data
-        raise UserError(f"{image.name} can't be decoded ({error}); replace {IMAGES} by the official archive") from error
+        raise UserError(
+            f"{image.name} can't be decoded ({error}); replace {IMAGES} with the official archive"
+        ) from error
     brightness = np.asarray(small, np.int16)
     return (np.diff(brightness, axis=1) > 0).ravel()
 
 
 def group_duplicates(hashes: Mapping[int, np.ndarray]) -> list[list[int]]:
-    """Groups image numbers: those of the same photograph together, all others alone; each group is sorted."""
+    """Groups the numbers of images of the same photograph; other images are groups of one. Groups are sorted."""
     group_of = {number: [number] for number in hashes}
 
     def join(first: int, second: int) -> None:
@@ -140,7 +145,7 @@ def group_duplicates(hashes: Mapping[int, np.ndarray]) -> list[list[int]]:
 
 
 def choose_validation(groups: Iterable[list[int]]) -> set[int]:
-    """A fifth of each species: groups in a fixed random order, as long as they fit."""
+    """About a fifth of each species: groups in a fixed pseudo-random order, as long as they fit."""
     species: dict[int, list[list[int]]] = {}
     for group in groups:
         species.setdefault((group[0] - 1) // IMAGES_A_SPECIES, []).append(group)
@@ -155,5 +160,5 @@ def choose_validation(groups: Iterable[list[int]]) -> set[int]:
 
 
 def _draw(number: int) -> bytes:
-    """A random key that is the same for ever, on any machine and version."""
+    """A pseudo-random key that never changes, on any machine and in any version."""
     return hashlib.sha256(f"flowers17 image {number}".encode()).digest()

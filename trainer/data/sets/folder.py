@@ -1,4 +1,4 @@
-"""Image and mask files of your own: `trainer prepare folder` makes a set of them, and recipes name it.
+"""Your own image and mask files: `trainer prepare folder` makes a set that recipes can use.
 
 data: {name: folder, set: my_streets, batch_size: 16}
 """
@@ -13,18 +13,20 @@ from trainer.data.files import File, class_names, files_below, image_files, refu
 from trainer.data.options import CLASSES, IMAGES, NAME, FilesCommand, Option, split_options
 from trainer.data.own_sets import names_a_set, prepared_set, source_of_files
 from trainer.data.source import DataInfo, Source
-from trainer.data.splits import Sample, split_folders
+from trainer.data.splits import LabelledImage, split_folders
 from trainer.errors import UserError
 
 COMMAND = FilesCommand(
     "folder",
-    "images, and a mask for each",
+    "images with a mask each",
     {
         "name": NAME,
         "images": IMAGES,
-        "masks": Option("DIR", "an index or palette PNG for each image, of the same name", Path, required=True),
+        "masks": Option(
+            "DIR", "folder with an index or palette PNG for each image, of the same name", Path, required=True
+        ),
         "classes": CLASSES,
-        "ignore": Option("LABEL", "the label that counts nowhere (default: none)", int),
+        "ignore": Option("LABEL", "label ignored in loss and metrics (default: none)", int),
         **split_options("masks"),
     },
     "[--ignore LABEL] [--validation SHARE|DIR | --validation-images DIR --validation-masks DIR] "
@@ -37,7 +39,7 @@ MAX_LABELS = 256  # a mask has 8 bits
 
 @dataset(fields=("image", "mask"))
 def folder(*, set: Annotated[str, names_a_set(COMMAND, "mask")]) -> Source:
-    """What `trainer prepare folder --name SET` made, as its card describes it; a recipe can't make it again.
+    """The set made by `trainer prepare folder --name SET`; a recipe can't prepare it again.
 
     Args:
         set: its name, the SET of that command.
@@ -58,25 +60,23 @@ def from_files(
     test_images: Path | None = None,
     test_masks: Path | None = None,
 ) -> Source:
-    """The set of the images in a folder and all below it, and of the masks of the same names in another.
+    """The set of the images in a folder and its subfolders, with the masks of the same names in another folder.
 
     Args:
         name: of the set.
-        images: holds images in any format that Pillow reads, e.g. `a/b.jpg`.
-        masks: holds an index or palette PNG for each, e.g. `a/b.png`.
-        classes: a text file with the name of a class in each line, in the order of their index.
-        ignore: the label that counts nowhere, or None.
-        validation: the share of the images that validate, 0.2 unless something says otherwise; or the folders that do,
-            see `split_folders`.
-        validation_images: images that validate.
-        validation_masks: their masks.
+        images: folder of images in any format that Pillow reads, e.g. `a/b.jpg`.
+        masks: folder with an index or palette PNG for each, e.g. `a/b.png`.
+        classes: a text file with one class name per line, in the order of their index.
+        ignore: the label ignored in loss and metrics, or None.
+        validation: the share of the images for validation, 0.2 by default, or their folders, see `split_folders`.
+        validation_images: folder of the validation images.
+        validation_masks: folder of their masks.
         test: the folders of the test split, see `split_folders`.
-        test_images: images of the test split.
-        test_masks: their masks.
+        test_images: folder of the test images.
+        test_masks: folder of their masks.
 
     Raises:
-        UserError: one of these is invalid, an image has no mask, a mask no image, or an image is in more than one
-            split.
+        UserError: an argument is invalid, an image has no mask, a mask no image, or an image is in more than one split.
     """
     if ignore is not None and not 0 <= ignore < MAX_LABELS:
         raise UserError(f"--ignore {ignore}: labels are 0 to {MAX_LABELS - 1}")
@@ -94,14 +94,17 @@ def from_files(
         samples,
         lambda image, mask: {"image": image, "mask": mask.read()},
         read=[file for sample in samples for file in (sample.image, sample.labels)],
-        remedy="correct it, or take image and mask away",
+        remedy="correct it, or remove image and mask",
         ignore_option="--ignore {}",
     )
 
 
-def _pairs(split: str, images: Path, masks: Path) -> list[Sample[File]]:
+def _pairs(split: str, images: Path, masks: Path) -> list[LabelledImage[File]]:
     of_images, of_masks = image_files(images), files_below(masks, "masks (index or palette PNG)", {".png"})
     alone = [f"{of_images[key].path} has no mask {masks / key}.png" for key in of_images.keys() - of_masks.keys()]
     alone += [f"{of_masks[key].path} has no image {images / key}" for key in of_masks.keys() - of_images.keys()]
-    refuse(f"an image and its mask have the same name, but for its ending; {len(alone)} files are alone:", alone)
-    return [Sample(split, image, of_masks[key]) for key, image in of_images.items()]
+    refuse(
+        f"an image and its mask must have the same name, except for the suffix; {len(alone)} files have no match:",
+        alone,
+    )
+    return [LabelledImage(split, image, of_masks[key]) for key, image in of_images.items()]

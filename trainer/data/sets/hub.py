@@ -1,8 +1,8 @@
-"""A data set in Parquet on the Hugging Face Hub, read once and kept as training reads it.
+"""A data set in Parquet on the Hugging Face Hub, read once and stored in the format used for training.
 
 data: {name: hub, path: owner/set, image: image, mask: annotation, classes: [road, sky], batch_size: 16}
 
-Address, token, cache and offline mode are huggingface_hub's own: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE.
+Address, token, cache and offline mode are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Label = Annotated[int, Field(ge=0, le=255)]
 def _owner_and_name(path: str) -> str:
     """OWNER/NAME."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ValueError("must be the owner and the name of a repository, e.g. zhoubolei/scene_parse_150")
+        raise ValueError("must be OWNER/NAME of a repository, e.g. zhoubolei/scene_parse_150")
     return path
 
 
@@ -54,10 +54,10 @@ def hub(
     train: str = "train",
     validation: str | InnerFraction = "validation",
 ) -> Source:
-    """Two columns of the repository `path`: encoded images, and masks, which may be lists of lists of labels as well.
+    """Two columns of the repository `path`: encoded images, and masks, which may also be lists of lists of labels.
 
-    Without `classes` they are those that the features of the column `mask` name. `validation` is the name of a split,
-    or a share of `train`. What a branch such as `main` is, is looked up when the set is prepared, and then no more.
+    By default, `classes` are the names in the features of the column `mask`. `validation` is the name of a split, or a
+    share of `train`. A branch such as `main` is resolved to a commit only when the set is prepared.
 
     Args:
         path: owner and name of the repository.
@@ -110,7 +110,7 @@ def hub(
 
 
 def _known_classes(name: str) -> tuple[str, ...]:
-    """The classes on the set's card, so that a set that is prepared needs no network."""
+    """The classes on the set's card, so that a prepared set needs no network."""
     with suppress(UserError):
         return Card.load(data_dir() / name).classes
     return ()
@@ -118,7 +118,7 @@ def _known_classes(name: str) -> tuple[str, ...]:
 
 @dataclass
 class _Repository:
-    """A repository, at the commit that `revision` names when it is first asked for something."""
+    """A repository, at the commit of `revision` at the time of the first access."""
 
     path: str
     config: str | None
@@ -128,13 +128,13 @@ class _Repository:
     def _builder(self) -> Any:
         import datasets
 
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, below
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below
         with self._errors_reported():
-            # With hf: it is never a folder of that name.
+            # hf:// prevents reading a local folder of that name.
             builder = datasets.load_dataset_builder(f"hf://datasets/{self.path}", self.config, revision=self.revision)
-        if builder.name != "parquet":  # `datasets` reads other formats too, not all of which are mere data
+        if builder.name != "parquet":  # `datasets` reads other formats too, and some can run code
             raise UserError(
-                f"{self.path} is not in Parquet but {builder.name}; many sets have a copy that is: "
+                f"{self.path} is in the format {builder.name}, not Parquet; many sets have a copy in Parquet: "
                 "revision=refs/convert/parquet"
             )
         return builder
@@ -145,14 +145,14 @@ class _Repository:
         return str(self._builder.hash)
 
     def class_names(self, split: str, column: str) -> tuple[str, ...]:
-        """What the features of a column call its classes."""
+        """The class names in the features of a column."""
         feature = self._stream(split, column).features[column]
-        while hasattr(feature, "feature"):  # of a list's entries
+        while hasattr(feature, "feature"):  # of the elements of a list
             feature = feature.feature
         if not hasattr(feature, "names"):
             raise UserError(
-                f"{self.path}: the features of column {column} name no classes; list them, e.g. data.classes=[road, "
-                "sky]"
+                f"{self.path}: the features of column {column} have no class names; list them, e.g. "
+                "data.classes=[road, sky]"
             )
         return tuple(feature.names)
 
@@ -176,23 +176,23 @@ class _Repository:
     def _errors_reported(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of datasets, huggingface_hub, httpx and Arrow, which have no base in common
+        except Exception as error:  # errors of datasets, huggingface_hub, httpx and Arrow have no common base
             reason = str(error).partition("\n")[0].rstrip(".")
             raise UserError(
-                f"{self.path} can't be read from the Hugging Face Hub: {reason} (HF_ENDPOINT, HF_TOKEN and "
-                "HF_HUB_OFFLINE say how)"
+                f"{self.path} can't be read from the Hugging Face Hub: {reason}; check HF_ENDPOINT, HF_TOKEN and "
+                "HF_HUB_OFFLINE"
             ) from error
 
 
 def _encoded(place: str, cell: Any) -> Member:
-    """The encoded image in a cell; a list of lists of labels becomes one."""
+    """The encoded image in a cell; encodes a list of lists of labels."""
     data = cell["bytes"] if isinstance(cell, dict) else cell
     if not isinstance(data, bytes):
         try:
             labels = np.asarray(data)
             if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 255:
                 raise ValueError
-        except ValueError:  # numpy's own, where rows differ in length
+        except ValueError:  # numpy raises it if rows differ in length
             raise UserError(
                 f"{place}: neither an encoded image nor a list of lists of labels from 0 to 255; choose another column"
             ) from None

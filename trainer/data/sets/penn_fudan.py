@@ -20,12 +20,12 @@ ARCHIVE = Archive("PennFudanPed.zip", ("https://www.cis.upenn.edu/~jshi/ped_html
 NUM_VALIDATION = 50
 # PNGImages/FudanPed00001.png, PedMasks/FudanPed00001_mask.png.
 IMAGES, MASKS, OF_MASK = "PNGImages", "PedMasks", "_mask"
-REMEDY = "replace it by the official archive"
+REMEDY = "replace it with the official archive"
 
 
 @dataset(fields=("image", "boxes", "masks"))
 def penn_fudan() -> Source:
-    """All 170 images; boxes are those that just hold a mask."""
+    """All 170 images; boxes are the bounding boxes of the masks."""
     return Source(
         "penn_fudan",
         DataInfo(("pedestrian",)),
@@ -48,7 +48,7 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
             masks[path.stem.removesuffix(OF_MASK)] = member
     if images.keys() != masks.keys():
         raise UserError(
-            f"{archive} holds images without masks, or masks without image: "
+            f"{archive} contains images without masks, or masks without images: "
             f"{sorted(images.keys() ^ masks.keys())[:10]}; {REMEDY}"
         )
     for place, name in enumerate(sorted(images, key=_draw)):
@@ -59,7 +59,7 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
 
 
 def _pedestrians(archive: Path, mask: Member) -> list[Instance]:
-    """An object for each of the values 1, 2, … that pixels of an index image have."""
+    """One object for each of the values 1, 2, … in an index image."""
     import torch
 
     from trainer.detection.rle import encode_masks
@@ -83,5 +83,5 @@ def _box(pixels: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def _draw(name: str) -> bytes:
-    """A random key that is the same for ever, on any machine and version."""
+    """A pseudo-random key that never changes, on any machine and in any version."""
     return hashlib.sha256(f"penn_fudan image {name}".encode()).digest()

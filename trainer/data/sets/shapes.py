@@ -1,4 +1,4 @@
-"""Generated shapes: a small segmentation set that needs no archive and no network."""
+"""Generated shapes: a small segmentation set that needs neither an archive nor a network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = {"train": 1500, "validation": 151}  # a prime: no number of processes d
 
 @dataset(fields=("image", "mask"))
 def shapes() -> Source:
-    """Circles, squares and triangles of any colour before a noisy gradient; their outlines are ignored."""
+    """Circles, squares and triangles of any colour on a noisy gradient; their outlines are ignored."""
     notes = ("Generated: sample i of a split is drawn from a seed of its own.",)
     return Source("shapes", DataInfo(CLASSES, IGNORE), {"image": "image", "mask": "mask"}, _rows, notes=notes)
 
@@ -62,7 +62,7 @@ def _distance(index: int, x: np.ndarray, y: np.ndarray, generator: np.random.Gen
     if CLASSES[index] == "circle":
         distance: np.ndarray = np.hypot(dx, dy) - 0.8 * radius
         return distance
-    # A regular polygon is what lies on the inner side of all its sides.
+    # A regular polygon is the intersection of the half-planes inside its sides.
     sides = {"square": 4, "triangle": 3}[CLASSES[index]]
     normals = angle + 2 * np.pi * np.arange(sides) / sides
     along = dx[..., None] * np.cos(normals) + dy[..., None] * np.sin(normals)

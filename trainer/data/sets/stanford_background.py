@@ -21,10 +21,10 @@ ARCHIVE = Archive(
     "iccv09Data.tar.gz", tuple(f"{scheme}://dags.stanford.edu/data/iccv09Data.tar.gz" for scheme in ("https", "http"))
 )
 CLASSES = ("sky", "tree", "road", "grass", "water", "building", "mountain", "foreground", "misc")
-UNKNOWN = -1  # in the label files; the ninth class
+UNKNOWN = -1  # in the label files; mapped to the ninth class
 VALIDATION_SHARE = 0.2
 IMAGE, LABELS = ".jpg", ".regions.txt"
-REMEDY = "replace it by the official archive"
+REMEDY = "replace it with the official archive"
 NOTES = (
     "Split: fixed, by a hash of the image's name: 80 % train and 20 % validation, give or take; an image stays where",
     "it is whatever others the archive holds. Byte-equal images are on one side.",
@@ -33,9 +33,7 @@ NOTES = (
 
 @dataset(fields=("image", "mask"))
 def stanford_background() -> Source:
-    """All images that the archive holds, 715 in the official one; pixels of no class are the class `misc`,
-    so none is ignored.
-    """
+    """All images in the archive, 715 in the official one. Unlabelled pixels get the class `misc`; none is ignored."""
     columns: dict[str, Role] = {"image": "image", "mask": "mask"}
     return Source("stanford_background", DataInfo(CLASSES), columns, _rows, (ARCHIVE,), notes=NOTES)
 
@@ -52,23 +50,23 @@ def _rows(archives: Mapping[str, Path]) -> Iterator[tuple[str, Row]]:
             masks[number] = _mask(archive, member)
     if images.keys() != masks.keys():
         raise UserError(
-            f"{archive} holds images without labels, or labels without image: "
+            f"{archive} contains images without labels, or labels without images: "
             f"{sorted(images.keys() ^ masks.keys())[:10]}; {REMEDY}"
         )
     first: dict[bytes, str] = {}
     for number in sorted(images):
         first.setdefault(images[number].data, number)
-    for number in sorted(images, key=_draw):  # kinds of scenes mixed, so that neighbours in a file are not alike
+    for number in sorted(images, key=_draw):  # shuffled, since neighbours in a file are similar scenes
         split = "validation" if in_validation(_draw(first[images[number].data]), VALIDATION_SHARE) else "train"
         yield split, {"image": images[number], "mask": masks[number]}
 
 
 def _mask(archive: Path, labels: Member) -> Member:
-    """The index image of a text file with a line of numbers for each row of pixels."""
+    """Encodes a text file, with a line of labels for each row of pixels, as an index image."""
     try:
         indices = np.loadtxt(io.BytesIO(labels.data), np.int64, ndmin=2)
         if not indices.size or indices.min() < UNKNOWN or indices.max() > CLASSES.index("foreground"):
-            raise ValueError("labels are -1 to 7")
+            raise ValueError("labels must be -1 to 7")
     except ValueError as error:
         raise UserError(f"{archive}: {labels.name} can't be read as labels ({error}); {REMEDY}") from error
     return Member(
@@ -77,5 +75,5 @@ def _mask(archive: Path, labels: Member) -> Member:
 
 
 def _draw(number: str) -> bytes:
-    """A random key that is the same for ever, on any machine and version."""
+    """A pseudo-random key that never changes, on any machine and in any version."""
     return hashlib.sha256(f"stanford_background image {number}".encode()).digest()

@@ -1,4 +1,4 @@
-"""Images and YOLO label files of your own: `trainer prepare yolo` makes a set of them, and recipes name it.
+"""Your own images with YOLO label files: `trainer prepare yolo` makes a set that recipes can use.
 
 data: {name: yolo, set: my_cars, batch_size: 16}
 """
@@ -16,17 +16,17 @@ from trainer.data.files import File, class_names, files_below, image_files, refu
 from trainer.data.options import CLASSES, IMAGES, INVALID, NAME, FilesCommand, Option, split_options
 from trainer.data.own_sets import REMEDY_OF_OBJECTS, names_a_set, prepared_set, source_of_files
 from trainer.data.source import DataInfo, Instance, Source
-from trainer.data.splits import Sample, split_folders
+from trainer.data.splits import LabelledImage, split_folders
 from trainer.errors import UserError
 
 COMMAND = FilesCommand(
     "yolo",
-    "images, and a YOLO label file for each",
+    "images with a YOLO label file each",
     {
         "name": NAME,
         "images": IMAGES,
         "labels": Option(
-            "DIR", "text files of the same names; an image without one has no objects", Path, required=True
+            "DIR", "folder of text files of the same names; an image without one has no objects", Path, required=True
         ),
         "classes": CLASSES,
         **split_options("labels"),
@@ -38,12 +38,12 @@ COMMAND = FilesCommand(
     "data: {name: yolo, set: my_cars, batch_size: 16}",
 )
 MAX_CLASSES = 65_536
-NOT_LABELS = "classes"  # classes.txt, which labelling tools write beside the labels
+NOT_LABELS = "classes"  # classes.txt, which labelling tools write next to the labels
 
 
 @dataset(fields=("image", "boxes"))
 def yolo(*, set: Annotated[str, names_a_set(COMMAND, "objects")]) -> Source:
-    """What `trainer prepare yolo --name SET` made, as its card describes it; a recipe can't make it again.
+    """The set made by `trainer prepare yolo --name SET`; a recipe can't prepare it again.
 
     Args:
         set: its name, the SET of that command.
@@ -64,24 +64,23 @@ def from_yolo(
     test_labels: Path | None = None,
     invalid: Literal["refuse", "drop"] = "refuse",
 ) -> Source:
-    """The set of the images in a folder and all below it, and of the label files of the same names in another.
+    """The set of the images in a folder and its subfolders, with the label files of the same names in another folder.
 
     Args:
         name: of the set.
-        images: holds images in any format that Pillow reads, e.g. `a/b.jpg`.
-        labels: holds a text file for each that has objects, e.g. `a/b.txt`; see `read_objects`.
-        classes: a text file with the name of a class in each line, in the order of their index.
-        validation: the share of the images that validate, 0.2 unless something says otherwise; or the folders that do,
-            see `split_folders`.
-        validation_images: images that validate.
-        validation_labels: their label files.
+        images: folder of images in any format that Pillow reads, e.g. `a/b.jpg`.
+        labels: folder with a text file for each image with objects, e.g. `a/b.txt`; see `read_objects`.
+        classes: a text file with one class name per line, in the order of their index.
+        validation: the share of the images for validation, 0.2 by default, or their folders, see `split_folders`.
+        validation_images: folder of the validation images.
+        validation_labels: folder of their label files.
         test: the folders of the test split, see `split_folders`.
-        test_images: images of the test split.
-        test_labels: their label files.
-        invalid: what becomes of invalid objects.
+        test_images: folder of the test images.
+        test_labels: folder of their label files.
+        invalid: how to handle invalid objects.
 
     Raises:
-        UserError: one of these is invalid, a label file has no image, or an image is in more than one split.
+        UserError: an argument is invalid, a label file has no image, or an image is in more than one split.
     """
     info = DataInfo(class_names(classes, 1, MAX_CLASSES))
     given = {"name": name, "images": images, "labels": labels, "classes": classes}
@@ -95,41 +94,44 @@ def from_yolo(
         info,
         {"image": "image", "objects": "boxes"},
         samples,
-        lambda image, found: {
+        lambda image, label_file: {
             "image": image,
-            "objects": read_objects(found and found.read(), image, REMEDY_OF_OBJECTS),
+            "objects": read_objects(label_file and label_file.read(), image, REMEDY_OF_OBJECTS),
         },
         read=[file for sample in samples for file in (sample.image, sample.labels) if file],
         remedy=REMEDY_OF_OBJECTS,
     )
 
 
-def _pairs(split: str, images: Path, labels: Path) -> list[Sample[File | None]]:
+def _pairs(split: str, images: Path, labels: Path) -> list[LabelledImage[File | None]]:
     of_images, of_labels = image_files(images), files_below(labels, "label files (.txt)", {".txt"})
     of_labels.pop(NOT_LABELS, None)
     alone = [f"{of_labels[key].path} has no image {images / key}" for key in of_labels.keys() - of_images.keys()]
-    refuse(f"an image and its labels have the same name, but for its ending; {len(alone)} files are alone:", alone)
-    return [Sample(split, image, of_labels.get(key)) for key, image in of_images.items()]
+    refuse(
+        f"an image and its labels must have the same name, except for the suffix; {len(alone)} files have no match:",
+        alone,
+    )
+    return [LabelledImage(split, image, of_labels.get(key)) for key, image in of_images.items()]
 
 
 def read_objects(labels: Member | None, image: Member, remedy: str) -> list[Instance]:
-    """The objects of an image in YOLO's text format; none where there is no file.
+    """The objects of an image in YOLO's text format; none if there is no file.
 
-    A line has a class and the centre, width and height of a box, or a class and the corners of a polygon, whose box
-    counts; all as shares of the width and height of the image.
+    A line has a class and the centre, width and height of a box, or a class and the corners of a polygon, which is
+    reduced to its box; all relative to the width and height of the image.
 
     Args:
-        labels: the text file.
-        image: what it belongs to.
-        remedy: what to do about a file that can't be read.
+        labels: the text file, or None.
+        image: the image it describes.
+        remedy: advice on a file that can't be read.
 
     Raises:
-        UserError: a line is neither, or the image can't be decoded.
+        UserError: a line is invalid, or the image can't be decoded.
     """
     if labels is None:
         return []
     width, height = size_of(image, remedy)
-    found = []
+    objects = []
     for number, line in enumerate(labels.data.decode("utf-8-sig", "replace").splitlines(), start=1):
         words = line.split()
         if not words:
@@ -140,7 +142,7 @@ def read_objects(labels: Member | None, image: Member, remedy: str) -> list[Inst
                 raise ValueError(f"it has {len(words)} words")
         except ValueError as error:
             raise UserError(
-                f"{labels.name}:{number}: a line is `class x y width height` or `class x1 y1 x2 y2 x3 y3 …` "
+                f"{labels.name}:{number}: a line must be `class x y width height` or `class x1 y1 x2 y2 x3 y3 …` "
                 f"({error}); {remedy}"
             ) from error
         if len(values) == 4:
@@ -149,5 +151,5 @@ def read_objects(labels: Member | None, image: Member, remedy: str) -> list[Inst
         else:
             low, high = values.reshape(-1, 2).min(0), values.reshape(-1, 2).max(0)
         left, top, right, bottom = (np.concatenate([low, high]) * [width, height, width, height]).tolist()
-        found.append(Instance((left, top, right, bottom), label))
-    return found
+        objects.append(Instance((left, top, right, bottom), label))
+    return objects
