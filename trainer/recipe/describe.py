@@ -192,7 +192,12 @@ def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         words = {int: "integer", float: "number", str: "text"}
         text = f"{words.get(annotation, getattr(annotation, '__name__', str(annotation)))}{_range_text(metadata)}"
     remarks = [each.func.__doc__ for each in metadata if isinstance(each, AfterValidator) and each.func.__doc__]
-    return text + "".join(f" ({remark.strip().rstrip('.')})" for remark in remarks)
+    return text + "".join(f" ({_lowered(remark.strip().rstrip('.'))})" for remark in remarks)
+
+
+def _lowered(text: str) -> str:
+    """A phrase without its capital, which a sentence has; OWNER keeps its."""
+    return text[0].lower() + text[1:] if text[1:2].islower() else text
 
 
 def _list_text(item: Any, metadata: Sequence[Any]) -> str:
