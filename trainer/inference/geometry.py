@@ -46,11 +46,14 @@ class Frame:
         if inner.shape[-2:] == self.size:
             yield inner
             return
+        count = max(1, STRIP_VALUES // (width * inner[..., 0, 0].numel()))
+        if count >= height:
+            yield F.interpolate(inner, self.size, mode="bilinear", align_corners=False)
+            return
         rows, last = torch.arange(height, device=inner.device), inner.shape[-2] - 1
         places = ((rows + 0.5) * (inner.shape[-2] / height) - 0.5).clamp(0, last)  # of centres of pixels
         upper = places.floor().long()
         share = (places - upper).to(inner.dtype)[:, None]
-        count = max(1, STRIP_VALUES // (width * inner[..., 0, 0].numel()))
         for some, lower_share in zip(upper.split(count), share.split(count), strict=True):
             strip = inner[..., some, :].lerp(inner[..., (some + 1).clamp(max=last), :], lower_share)
             yield F.interpolate(strip, (len(some), width), mode="bilinear", align_corners=False)

@@ -116,7 +116,7 @@ class Model:
             if batch:
                 yield from self._predict_batch(batch, threshold)
 
-    @torch.no_grad()  # not in inference mode: users may change a result
+    @torch.no_grad()
     def _predict_batch(self, images: Sequence[Prepared], threshold: float) -> list[Result]:
         inputs = torch.stack([prepared for _, prepared, _ in images]).to(self.device)
         predictions = self.predictions(inputs, [frame for _, _, frame in images], threshold)
@@ -137,7 +137,8 @@ class Model:
             "width": torch.full((len(inputs),), inputs.shape[3]),
             "content": torch.tensor([frame.content for frame in frames], dtype=torch.float32, device=inputs.device),
         }
-        outputs = self.task.infer(self.forward, batch)
+        with torch.inference_mode():  # not what follows: users may change a result
+            outputs = self.task.infer(self.forward, batch)
         if isinstance(outputs, Tensor) and outputs.dim() == 4:  # maps: resized before they are decoded
             return [
                 torch.cat([self.task.decode(strip, batch)[0] for strip in frame.strips(maps[None])], dim=-2)

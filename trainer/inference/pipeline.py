@@ -53,35 +53,55 @@ class Pipeline(Generic[Outcome]):
         Raises:
             Exception: the network or `finish` failed on a file.
         """
+        shares = [files[index :: len(self.models)] for index in range(len(self.models))]
+        missing = len(files)
         with (
             ThreadPoolExecutor(self.threads, "reader") as readers,
             ThreadPoolExecutor(self.threads, "writer") as writers,
             ThreadPoolExecutor(len(self.models), "network") as networks,
         ):
+            replicas = [
+                self._predict(model, share, readers, writers) for model, share in zip(self.models, shares, strict=True)
+            ]
             try:
-                for index, model in enumerate(self.models):
-                    networks.submit(self._replica, model, files[index :: len(self.models)], readers, writers)
-                for _ in files:
-                    answer = self._answers.get()
-                    if isinstance(answer, BaseException):
-                        raise answer
-                    yield answer
+                if len(replicas) == 1:
+                    # In this thread: a single network needs no other.
+                    for _ in replicas[0]:
+                        while not self._answers.empty():
+                            missing -= 1
+                            yield self._next_answer()
+                else:
+                    for replica in replicas:
+                        networks.submit(self._exhaust, replica)
+                for _ in range(missing):
+                    yield self._next_answer()
             finally:
                 self._stopped.set()
                 readers.shutdown(wait=False, cancel_futures=True)
 
-    def _replica(
-        self, model: Model, files: Sequence[Path], readers: ThreadPoolExecutor, writers: ThreadPoolExecutor
-    ) -> None:
-        read: deque[Path] = deque()  # in the order of their results
+    def _next_answer(self) -> Answer[Outcome]:
+        answer = self._answers.get()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _exhaust(self, replica: Iterator[None]) -> None:
         try:
-            prepared = self._prepared(model, files, readers, read)
-            results = model.predict_prepared(prepared, threshold=self.threshold, batch_size=self.batch_size)
-            for result in results:
-                self._slots.acquire()
-                writers.submit(self._finish, read.popleft(), result)
+            deque(replica, maxlen=0)
         except BaseException as error:
             self._answers.put(error)
+
+    def _predict(
+        self, model: Model, files: Sequence[Path], readers: ThreadPoolExecutor, writers: ThreadPoolExecutor
+    ) -> Iterator[None]:
+        """One step for each image that can be read: it is predicted on, and given to a writer."""
+        read: deque[Path] = deque()  # in the order of their results
+        prepared = self._prepared(model, files, readers, read)
+        results = model.predict_prepared(prepared, threshold=self.threshold, batch_size=self.batch_size)
+        for result in results:
+            self._slots.acquire()
+            writers.submit(self._finish, read.popleft(), result)
+            yield
 
     def _prepared(
         self, model: Model, files: Sequence[Path], readers: ThreadPoolExecutor, read: deque[Path]
