@@ -18,6 +18,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -37,6 +38,8 @@ CATALOGUE = {
 }
 
 SUFFIX = ".safetensors"  # of weight files
+HUB = "hf://"  # of models on the Hugging Face Hub: hf://OWNER/NAME or hf://OWNER/NAME@REVISION
+HUB_ADDRESS = re.compile(r"hf://(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -138,11 +141,16 @@ tracker = _decorator("tracker")
 def weights_field(*names: str) -> AfterValidator:
     """Validates a recipe's `model.weights`; used as `Annotated[str, weights_field("coco")]`.
 
-    Allowed are `names`, `none`, and the path of an existing .safetensors file.
+    Allowed are `names`, `none`, the path of an existing .safetensors file, and a model on the Hugging Face Hub.
     """
-    allowed = f"must be {', '.join((*names, 'none'))} or an existing {SUFFIX} file"
+    one_of = f"{', '.join((*names, 'none'))} or an existing {SUFFIX} file"
+    allowed = f"must be {one_of}"
 
     def check(weights: str) -> str:
+        if weights.startswith(HUB):
+            if not HUB_ADDRESS.fullmatch(weights):
+                raise ValueError(f"must be {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION for a model on the Hub")
+            return weights
         # Path.is_file() would raise on an invalid file name.
         if weights.endswith(SUFFIX) and not os.path.isfile(weights):
             raise ValueError(f"{allowed}; no such file")
@@ -150,7 +158,18 @@ def weights_field(*names: str) -> AfterValidator:
             raise ValueError(f"{allowed}; to start from scratch, set model.weights=none")
         return weights
 
+    check.__doc__ = one_of
     return AfterValidator(check)
+
+
+def registered(kind: str) -> dict[str, Component]:
+    """The components of a kind that imported modules have, by name."""
+    return dict(sorted(_registered[kind].items()))
+
+
+def is_trained(weights: str) -> bool:
+    """Whether `model.weights` is a safetensors file, here or on the Hub, and not a name."""
+    return weights.endswith(SUFFIX) or weights.startswith(HUB)
 
 
 def catalogue(kind: str) -> dict[str, Component]:
@@ -160,4 +179,4 @@ def catalogue(kind: str) -> dict[str, Component]:
         for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
             importlib.import_module(f"{CATALOGUE[kind]}.{info.name}")
         _loaded.add(kind)
-    return dict(sorted(_registered[kind].items()))
+    return registered(kind)

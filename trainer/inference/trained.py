@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.components import HUB
 from trainer.data.card import CARD, Card
 from trainer.data.prepare import data_dir
 from trainer.data.source import DataInfo
 from trainer.errors import UserError
-from trainer.runs.checkpoint import COUNTERS, InvalidCheckpoint, read_counters, verify
+from trainer.runs.checkpoint import COUNTERS, MANIFEST, InvalidCheckpoint, read_counters, verify
 from trainer.runs.folder import DATA, RECIPE, RunFolder, find_run
+from trainer.runs.published import MODEL, fetch
+from trainer.runs.published import verify as verify_published
 
-MODEL, EMA = "model.safetensors", "ema.safetensors"
+EMA = "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class TrainedModel:
         size: height and width of all images that validation shows to the network; None where they differ.
         step: optimizer steps done.
         checkpoint: its folder.
+        published: whether this is a published folder, apart from its run and data set.
+        identity: of the prepared set that it was trained on; None where that is unknown.
     """
 
     name: str
@@ -38,23 +43,27 @@ class TrainedModel:
     size: tuple[int, int] | None
     step: int
     checkpoint: Path
+    published: bool = False
+    identity: str | None = None
 
 
 def find_trained(given: str, checkpoint: str = "best") -> TrainedModel:
     """Finds the model of a run, of a single checkpoint or of a published folder.
 
     Args:
-        given: a run's name or folder, a checkpoint folder in it, or a folder with recipe.yaml, data.json and
-            model.safetensors.
+        given: a run's name or folder, a checkpoint folder in it, a published model on the Hub (`hf://OWNER/NAME`,
+            optionally with `@REVISION`), or its folder: recipe.yaml, data.json and model.safetensors.
         checkpoint: of a run: `best` (the newest one, where none is the best), `last`, or a name such as
             `step_00000100`.
 
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
     """
-    path = Path(given)
+    path = fetch(given) if given.startswith(HUB) else Path(given)
     if (path / RECIPE).is_file() and (path / MODEL).is_file():
-        return _published(path)
+        if checkpoint not in ("best", "last"):
+            raise UserError(f"{given} is a published model with only one set of weights: leave out {checkpoint!r}")
+        return _published(path, given.rpartition("/")[2].partition("@")[0] if given.startswith(HUB) else path.name)
     if (path / MODEL).is_file():
         folder = path.resolve()
         run = next((parent.parent for parent in folder.parents if parent.name == "checkpoints"), None)
@@ -71,8 +80,12 @@ def _chosen(run: Path, checkpoint: str) -> Path:
         raise UserError(f"{run} has no checkpoint yet: nothing can be loaded from it")
     names = ("best", "last") if checkpoint == "best" else (checkpoint,)
     for name in names:
-        if (folder := store.path / name).is_dir():
+        if "/" not in name and (folder := store.path / name).is_dir():
             return folder.resolve()
+    if (path := Path(checkpoint)).is_dir() and "/" in checkpoint:
+        if run.resolve() not in path.resolve().parents:
+            raise UserError(f"{checkpoint} is no checkpoint of {run}; give it instead of the run to use its own recipe")
+        return path.resolve()
     raise UserError(f"{run} has no checkpoint {checkpoint!r}; it has best, last, or {_listed(store.steps())}")
 
 
@@ -88,18 +101,21 @@ def _checkpoint(run: Path, folder: Path) -> TrainedModel:
     ema = folder / EMA
     weights = ema if ema.exists() else folder / MODEL
     info, size = _data(run)
-    step = read_counters(folder)["step"]
-    return TrainedModel(RunFolder(run).path.name, run / RECIPE, weights, info, size, step, folder)
+    counters = read_counters(folder)
+    step, identity = counters["step"], counters.get("data")
+    return TrainedModel(RunFolder(run).path.name, run / RECIPE, weights, info, size, step, folder, identity=identity)
 
 
-def _published(folder: Path) -> TrainedModel:
+def _published(folder: Path, name: str) -> TrainedModel:
+    if (folder / MANIFEST).exists():
+        verify_published(folder)
     info, size = _data(folder)
     counters = folder / COUNTERS
     try:
         step = int(json.loads(counters.read_text(encoding="utf-8"))["step"]) if counters.exists() else 0
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{counters}: can't be read: {error}") from None
-    return TrainedModel(folder.name, folder / RECIPE, folder / MODEL, info, size, step, folder)
+    return TrainedModel(name, folder / RECIPE, folder / MODEL, info, size, step, folder, published=True)
 
 
 def _data(folder: Path) -> tuple[DataInfo, tuple[int, int] | None]:

@@ -21,20 +21,24 @@ from pydantic import ValidationError, create_model
 from trainer.components import Component, Settings, catalogue
 from trainer.errors import UserError
 from trainer.recipe.checks import CHECKS, Check
-from trainer.recipe.file import KeyPath, Place, Problem, Reader, RecipeError, nearest, place_of, short
+from trainer.recipe.file import KeyPath, Problem, Reader, RecipeError, nearest, place_of, short
 from trainer.recipe.recipe import Choice, Recipe
-from trainer.recipe.settings import DEFAULTS, KINDS, SCHEMAS, SHARED, NamedSettings
+from trainer.recipe.settings import DEFAULTS, KINDS, SCHEMAS, SHARED, DataSettings, NamedSettings
 
 S = TypeVar("S", bound=Settings)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = (), checks: Iterable[Check] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Iterable[str] = (), checks: Iterable[Check] = (), data: bool = True
+) -> Recipe:
     """Reads, merges and validates a recipe.
 
     Args:
         path: the YAML file.
         overrides: `key.path=value` arguments, applied last.
         checks: further cross-field checks.
+        data: whether its data set is needed; False for a trained model that only predicts: `recipe.data` then has the
+            keys that all sets share, there is no `recipe.source`, and nothing is checked across sections.
 
     Raises:
         RecipeError: with every problem found.
@@ -52,18 +56,21 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), checks: Iterabl
     _reference(tree.get("reference", {}), recipe, validator)
     if not reader.complete:  # a missing key may be in a file that couldn't be read
         raise RecipeError(reader.problems)
-    data = tree.get("data")
-    if isinstance(data, dict):
-        recipe.augmentations = validator.choices("augmentation", data.pop("augment", []), ("data", "augment"))
+    dataset = tree.get("data")
+    if isinstance(dataset, dict) and not data:
+        tree["data"] = {key: value for key, value in dataset.items() if key in DataSettings.model_fields}
+    elif isinstance(dataset, dict):
+        recipe.augmentations = validator.choices("augmentation", dataset.pop("augment", []), ("data", "augment"))
     recipe.trackers = validator.choices("tracker", tree.get("track", []), ("track",))
     for section in SCHEMAS:
-        _section(section, tree.get(section, DEFAULTS.get(section)), recipe, validator)
-    if hasattr(recipe, "data"):
+        kind = KINDS.get(section) if data or section != "data" else None
+        _section(section, kind, tree.get(section, DEFAULTS.get(section)), recipe, validator)
+    if data and hasattr(recipe, "data"):
         try:
             recipe.source = recipe.build("data")
         except (ValueError, UserError) as error:
             validator.add_problem(("data",), str(error))
-    for needs, check in (*CHECKS, *checks):
+    for needs, check in (*CHECKS, *checks) if data else ():
         if all(hasattr(recipe, part) for part in needs):
             reader.problems.extend(check(recipe))
     if reader.problems:
@@ -99,20 +106,25 @@ def _plugins(plugins: Any, recipe: Recipe, validator: Validator) -> None:
     if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
         validator.add_problem(("plugins",), "must be a list of module names or .py files", plugins)
         return
-    place = place_of(recipe.places, ("plugins",), recipe.path)
+    folder = Path(place_of(recipe.places, ("plugins",), recipe.path).rsplit(":", 2)[0]).parent
     for i, plugin in enumerate(plugins):
         try:
-            recipe.plugins.append(_import_plugin(plugin, place))
+            recipe.plugins.append(import_plugin(plugin, folder))
         except (ImportError, OSError, SyntaxError, ValueError, TypeError) as error:
             validator.add_problem(("plugins", i), f"can't be imported: {error}", plugin)
 
 
-def _import_plugin(plugin: str, place: Place) -> str:
-    """Imports a listed module; the path of a `.py` file is relative to the recipe that lists it."""
+def import_plugin(plugin: str, folder: Path) -> str:
+    """Imports a module, or a `.py` file relative to `folder`, for its components; returns the module's name, or the
+    file's path.
+
+    Raises:
+        Exception: whatever its code raises; ImportError where there is no such file.
+    """
     if not plugin.endswith(".py"):
         importlib.import_module(plugin)
         return plugin
-    file = (Path(place.rsplit(":", 2)[0]).parent / plugin).resolve()
+    file = (folder / plugin).resolve()
     name = f"trainer_plugin_{file.stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
@@ -128,14 +140,14 @@ def _import_plugin(plugin: str, place: Place) -> str:
     return str(file)
 
 
-def _section(section: str, value: Any, recipe: Recipe, validator: Validator) -> None:
+def _section(section: str, kind: str | None, value: Any, recipe: Recipe, validator: Validator) -> None:
     """Validates a section with the keys of the component that it names; sets it on the recipe if it is valid."""
     if value is None:
         validator.add_problem((section,), "must be a mapping" if section in DEFAULTS else "this section is required")
         return
     schema = SCHEMAS[section]
-    if section in KINDS:
-        component = validator.component(KINDS[section], value, (section,))
+    if kind:
+        component = validator.component(kind, value, (section,))
         if component is None:
             return
         recipe.components[section] = component

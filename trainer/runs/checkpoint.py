@@ -56,7 +56,7 @@ def folder_name(step: int) -> str:
 def seal(folder: Path, counters: Counters) -> None:
     """Completes a folder that holds the tensors: adds counters and manifest, and flushes everything to disk."""
     (folder / COUNTERS).write_text(json.dumps(counters, indent=1), encoding="utf-8")
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
     manifest = {"format": FORMAT, "step": counters["step"], "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for file in (*folder.iterdir(), folder):
@@ -80,7 +80,7 @@ def verify(folder: Path) -> None:
             file = folder / Path(name).name
             if not file.is_file():
                 raise InvalidCheckpoint(f"{name}: missing")
-            if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
                 raise InvalidCheckpoint(f"{name}: corrupted (checksum mismatch)")
         if read_counters(folder)["step"] != manifest["step"]:
             raise InvalidCheckpoint(f"{MANIFEST}: step {manifest['step']} differs from that in {COUNTERS}")
@@ -95,6 +95,7 @@ def read_counters(folder: Path) -> Counters:
     return _counters.validate_python(json.loads((folder / COUNTERS).read_text(encoding="utf-8")))
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: installed for name in PACKAGES if (installed := version(name))},
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "git": _git(Path(__file__).resolve().parents[2]),
         "host": platform.node(),
@@ -43,7 +43,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The version of an installed package; None if it isn't installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import nn
 
-from trainer.components import SUFFIX
+from trainer.components import is_trained
 from trainer.data.seeds import Use, mix
 from trainer.data.source import DataInfo
 from trainer.errors import UserError
@@ -18,6 +18,7 @@ from trainer.models.freeze import layers_after, train_only
 from trainer.models.layers import is_below
 from trainer.models.weights import load_safetensors
 from trainer.recipe.recipe import Recipe, build
+from trainer.runs.published import local_weights
 from trainer.tasks.task import Task
 
 MAX_CHANGED = 2  # settings of a model to change at once in the search for one that a weight file fits
@@ -37,8 +38,8 @@ def build_task(recipe: Recipe, info: DataInfo) -> Task[Any]:
     try:
         torch.manual_seed(seed)
         model = build_model(recipe, info, weights=published_weights(recipe))
-        if weights.endswith(SUFFIX):
-            load_safetensors(model, weights, reset_layers, alternatives(recipe, info))
+        if is_trained(weights):
+            load_safetensors(model, local_weights(weights), reset_layers, alternatives(recipe, info))
         elif weights != "none" and reset_layers:
             torch.manual_seed(seed)
             fresh = build_model(recipe, info, weights="none").state_dict()
@@ -68,7 +69,7 @@ def build_untrained(recipe: Recipe, device: str = "meta") -> nn.Module:
 def published_weights(recipe: Recipe) -> str:
     """The published weights to build the model with; `none` for a file, which is loaded afterwards."""
     weights = recipe.model.weights
-    return "none" if weights.endswith(SUFFIX) else weights
+    return "none" if is_trained(weights) else weights
 
 
 def trainable_layers(recipe: Recipe, model: nn.Module) -> list[str]:

@@ -27,6 +27,7 @@ class Colorization(Task[Tensor]):
         statistics: of the data set: `colour_centres` (C, 3), RGB in [0, 1).
     """
 
+    pipeline_tag = "image-to-image"
     metric_names = ("loss", "accuracy")
     panels = ("grey", "true colours", "predicted colours")
 

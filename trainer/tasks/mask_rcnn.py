@@ -23,6 +23,7 @@ class MaskRcnnTask(ObjectTask):
         classes: names of the classes, without background.
     """
 
+    pipeline_tag = "image-segmentation"
     kinds = {"mask_": "segm", "box_": "bbox"}
     fixed_shapes = False
     has_validation_loss = False
@@ -52,6 +53,6 @@ class MaskRcnnTask(ObjectTask):
 
     def _images(self, batch: Batch) -> list[Tensor]:
         """Each image without its padding, float (3, H, W) in [0, 1]."""
-        pixels = self.pixels(batch["image"]) / 255
+        images = self.inputs(batch["image"])
         sizes = zip(batch["height"].tolist(), batch["width"].tolist(), strict=True)
-        return [image[:, :height, :width] for image, (height, width) in zip(pixels, sizes, strict=True)]
+        return [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]

@@ -54,6 +54,7 @@ class Segmentation(Task[Tensor]):
         ValueError: `exclude` names no class.
     """
 
+    pipeline_tag = "image-segmentation"
     panels = ("image", "ground truth", "prediction")
 
     def __init__(

@@ -35,6 +35,7 @@ class Watershed(ObjectTask):
         min_pixels: smaller instances, and smaller markers, are dropped.
     """
 
+    pipeline_tag = "image-segmentation"
     kinds: dict[str, coco.Kind] = {"mask_": "segm"}
 
     def __init__(

@@ -4,16 +4,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.hub_server import COMMIT, Hub, Repository
 from tests.processes import write_recipe
 from trainer.data.build import Data
 from trainer.data.card import Card
@@ -31,7 +29,6 @@ from trainer.data.images import encode_png, read_indices
 from trainer.recipe.load import load_recipe
 from trainer.tasks.checks import TASK_CHECKS
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_nobodys"
 HOLDERS = {"me/private": TOKEN, "me/secret": "hf_another"}  # whose token opens what is private
 
@@ -94,87 +91,14 @@ def repositories() -> dict[str, dict[str, bytes]]:
     }
 
 
-class Hub(ThreadingHTTPServer):
-    """Repositories as the Hub's API shows them; what is private to the holder of its token alone."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories = repositories()
-        self.requests = 0
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def reply(self, code: int, body: Any, **headers: str) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        self.server.requests += 1
-        found = re.fullmatch(
-            r"(?:/api)?/datasets/(\w+/\w+)(?:/(revision|tree|resolve)/([^/?]+)/?([^?]*))?(?:\?.*)?", self.path
-        )
-        files = self.server.repositories.get(found[1]) if found else None
-        if files is None or (found[1] in HOLDERS and self.headers["Authorization"] != f"Bearer {HOLDERS[found[1]]}"):
-            self.reply(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-        elif found[3] not in (None, "main", COMMIT):
-            self.reply(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
-        elif found[2] in (None, "revision"):
-            self.reply(
-                200,
-                {
-                    "id": found[1],
-                    "sha": COMMIT,
-                    "private": False,
-                    "tags": [],
-                    "siblings": [{"rfilename": name} for name in files],
-                },
-            )
-        elif found[2] == "tree":
-            names = [name for name in files if name.startswith(f"{found[4]}/" if found[4] else "")]
-            folders = {} if found[4] else {name.rpartition("/")[0] for name in names if "/" in name}
-            entries = [
-                {"type": "file", "oid": "0" * 40, "size": len(files[name]), "path": name}
-                for name in names
-                if "/" not in name or found[4]
-            ]
-            self.reply(
-                200, entries + [{"type": "directory", "oid": "1" * 40, "size": 0, "path": name} for name in folders]
-            )
-        elif found[4] not in files:
-            self.reply(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-        else:
-            self.file(files[found[4]])
-
-    do_HEAD = do_GET
-
-    def file(self, content: bytes) -> None:
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
-        if not self.headers["Range"]:
-            return self.reply(200, content, **headers)
-        first, last = (int(end) for end in self.headers["Range"].removeprefix("bytes=").split("-"))
-        part = content[first : last + 1]
-        return self.reply(206, part, Content_Range=f"bytes {first}-{first + len(part) - 1}/{len(content)}", **headers)
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Hub]:
-    with Hub() as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
+    held = {name: (token,) for name, token in HOLDERS.items()}
+    shown = {
+        f"datasets/{name}": Repository({COMMIT: files}, held.get(name, ())) for name, files in repositories().items()
+    }
+    with Hub(shown).serving() as hub:
         yield hub
-        hub.shutdown()
 
 
 # The address is read when huggingface_hub is imported, so the commands run in a process of their own.
@@ -261,9 +185,7 @@ def prepared(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """The folder of the sets, and what each command printed."""
     folder = tmp_path_factory.mktemp("hub")
     lines = [*PREPARED.values(), *REFUSED]
-    return folder, dict(
-        zip(lines, commands(folder, f"http://127.0.0.1:{server.server_port}", *lines, HF_TOKEN=TOKEN), strict=True)
-    )
+    return folder, dict(zip(lines, commands(folder, server.address, *lines, HF_TOKEN=TOKEN), strict=True))
 
 
 def card(folder: Path, key: str, outputs: dict[str, tuple[int, str]]) -> tuple[Path, Card]:
@@ -350,7 +272,7 @@ def test_offline_a_prepared_set_is_ready_and_another_one_is_one_sentence(
     prepared: tuple[Path, dict[str, tuple[int, str]]], server: Hub
 ) -> None:
     lines = [PREPARED["named"], f"{STREETS} train=test"]
-    ready, missing = commands(prepared[0], f"http://127.0.0.1:{server.server_port}", *lines, HF_HUB_OFFLINE="1")
+    ready, missing = commands(prepared[0], server.address, *lines, HF_HUB_OFFLINE="1")
     assert ready[0] == 0 and "21 rows" in ready[1]
     assert missing[0] == 2 and re.search(
         r"me/streets can't be read from the Hugging Face Hub: Couldn't reach .*HF_HUB_OFFLINE", missing[1]
