@@ -217,7 +217,8 @@ def build_page(gradio: Any, model: Model, examples: Sequence[Path]) -> Any:
     """
     height, width = model.trained.size or (256, 256)
     kind = type(model(Image.new("RGB", (width, height))))  # this also warms up the model
-    framed = {"height": FRAME_HEIGHT, "elem_classes": "picture"}
+    buttons = ["download", "fullscreen"]  # not gradio's "share", which uploads
+    framed = {"height": FRAME_HEIGHT, "elem_classes": "picture", "buttons": buttons}
     with gradio.Blocks(title=f"{model.trained.name} · trainer demo", analytics_enabled=False) as page:
         gradio.HTML(heading(model), elem_classes="heading")
         with gradio.Row():
