@@ -75,6 +75,8 @@ def validation_data(model: Model) -> Data | None:
     Raises:
         UserError: it has other classes.
     """
+    if model.trained.published:  # without its data set
+        return None
     folder = data_dir() / model.recipe.source.name
     if not (folder / CARD).exists():
         return None

@@ -90,7 +90,7 @@ def test_all_runs_are_listed_newest_first_with_their_status(runs: Path, capsys: 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["name", "status", "task", "best", "step", "duration", "size", "age"]
     assert lines[-1].startswith("a     finished     segmentation  miou 0.5000  30/100  1 min")
-    assert "disk full; fix this, and the same command resumes from step 30" in lines[-2]
+    assert "disk full; fix this and rerun to resume from step 30" in lines[-2]
     assert "\x1b" not in "".join(lines)
 
 

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.processes import write_recipe
@@ -22,8 +22,12 @@ from trainer.inference import export
 from trainer.inference.graphs import Tensors, graph_of
 from trainer.inference.model import load
 from trainer.losses.yolo import YoloLoss
+from trainer.metrics.best import Best
 from trainer.models.yolo import Yolo
 from trainer.recipe.load import load_recipe
+from trainer.runs.folder import RunFolder
+from trainer.runs.state import Checkpoint, snapshot
+from trainer.runs.train_state import TrainState
 from trainer.tasks.build import build_task
 from trainer.tasks.detection import Detection
 
@@ -34,15 +38,16 @@ SIZE = (24, 24)
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a model of the tiny set, with the weights that training begins with."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "trained"
-    folder.mkdir()
-    recipe = load_recipe(write_recipe(folder, name="recipe"))
+    run = RunFolder(tmp_path / "trained")
+    run.create()
+    recipe = load_recipe(write_recipe(run.path, name="recipe"))
     torch.manual_seed(0)
     task = build_task(recipe, recipe.source.info)
-    save_file(task.model.state_dict(), folder / "model.safetensors")
-    about = {"name": "tiny", **asdict(recipe.source.info), "size": SIZE}
-    (folder / "data.json").write_text(json.dumps(about))
-    return folder
+    counters: Any = TrainState(Best("miou")).counters() | {"unreadable": [], "fingerprint": 0, "means": {}}
+    counters |= {"scaler": None, "world_size": 1, "threads": 1}
+    run.checkpoints.save(Checkpoint(snapshot(task.model), {}, counters), keep=2, best=False)
+    run.write_data({"name": "tiny", **asdict(recipe.source.info), "size": SIZE})
+    return run.path
 
 
 def prepare(trained: Path) -> None:
