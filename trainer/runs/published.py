@@ -24,6 +24,7 @@ from trainer.runs.folder import DATA, RECIPE
 FORMAT = 1
 MODEL = "model.safetensors"
 ATTEMPTS = 3  # to download a file while the server has errors; huggingface_hub itself only repeats lost connections
+_AGAIN = "delete it and download the model again (from the Hub: rerun this command)"
 LOADED = (RECIPE, DATA, COUNTERS, MODEL)  # what predicting takes
 
 
@@ -59,9 +60,6 @@ def verify(folder: Path, names: Iterable[str] = LOADED) -> None:
             raise UserError(f"{file} can't be read: {error.strerror or error}; {_AGAIN}") from None
         if found != checksum:
             raise UserError(f"{file} is damaged: its SHA-256 is {found}, the manifest has {checksum}; {_AGAIN}")
-
-
-_AGAIN = "delete it and download the model again (from the Hub: rerun this command)"
 
 
 def fetch(address: str, names: Iterable[str] = LOADED) -> Path:
