@@ -71,13 +71,14 @@ def run(options: argparse.Namespace) -> int:
             return code
         assemble(model, folder, repository, not options.no_pictures)
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-        print("\n".join(f"{file.stat().st_size:>12,}  {file.relative_to(folder)}" for file in files))
         for note in _notes(model, files):
             print(f"note: {note}")
         if options.dry_run:
+            sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
             if out.exists():
                 out.rmdir()  # empty
             folder.rename(out)
+            print("\n".join(f"{size:>12,}  {name}" for name, size in sizes.items()))
             print(f"{out}: this is what would be uploaded to {repository}; nothing was")
         else:
             print(f"published step {trained.step} of {trained.name}: {upload(folder, repository, options.private)}")

@@ -59,11 +59,14 @@ def find_trained(given: str, checkpoint: str = "best") -> TrainedModel:
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
     """
-    path = fetch(given) if given.startswith(HUB) else Path(given)
+    on_hub = given.startswith(HUB)
+    path = fetch(given) if on_hub else Path(given)
     if (path / RECIPE).is_file() and (path / MODEL).is_file():
         if checkpoint not in ("best", "last"):
             raise UserError(f"{given} is a published model with only one set of weights: leave out {checkpoint!r}")
-        return _published(path, given.rpartition("/")[2].partition("@")[0] if given.startswith(HUB) else path.name)
+        if not on_hub and (path / MANIFEST).exists():  # `fetch` has verified the others
+            verify_published(path)
+        return _published(path, given.partition("@")[0].rpartition("/")[2] if on_hub else path.resolve().name)
     if (path / MODEL).is_file():
         folder = path.resolve()
         run = next((parent.parent for parent in folder.parents if parent.name == "checkpoints"), None)
@@ -107,8 +110,6 @@ def _checkpoint(run: Path, folder: Path) -> TrainedModel:
 
 
 def _published(folder: Path, name: str) -> TrainedModel:
-    if (folder / MANIFEST).exists():
-        verify_published(folder)
     info, size = _data(folder)
     counters = folder / COUNTERS
     try:

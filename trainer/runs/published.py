@@ -24,6 +24,7 @@ from trainer.runs.folder import DATA, RECIPE
 FORMAT = 1
 MODEL = "model.safetensors"
 ATTEMPTS = 3  # to download a file while the server has errors; huggingface_hub itself only repeats lost connections
+_AGAIN = "delete this file and run the command again, which downloads it from the Hub"
 LOADED = (RECIPE, DATA, COUNTERS, MODEL)  # what predicting takes
 
 
@@ -58,10 +59,9 @@ def verify(folder: Path, names: Iterable[str] = LOADED) -> None:
         except OSError as error:
             raise UserError(f"{file} can't be read: {error.strerror or error}; {_AGAIN}") from None
         if found != checksum:
-            raise UserError(f"{file} is damaged: its SHA-256 is {found}, the manifest has {checksum}; {_AGAIN}")
-
-
-_AGAIN = "delete it and download the model again (from the Hub: rerun this command)"
+            raise UserError(
+                f"{name} is damaged: {file} has the SHA-256 {found}, the manifest expects {checksum}; {_AGAIN}"
+            )
 
 
 def fetch(address: str, names: Iterable[str] = LOADED) -> Path:
@@ -123,6 +123,10 @@ def hub_errors(address: str, done: str) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise UserError(f"{address}: this repository has no such revision") from None
     except errors.LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            raise UserError(
+                f"{address} isn't in the cache, and HF_HUB_OFFLINE is set: unset it to download it"
+            ) from None
         raise UserError(
             f"{address} can't be {done}, and isn't in the cache: {_reason(error.__cause__ or error)}; check the "
             "network, HF_ENDPOINT and HF_HUB_OFFLINE"
