@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run",
         metavar="RUN",
-        help="a run folder or the name of a run in $TRAINER_RUNS, one of its checkpoint folders, or a published model",
+        help="a run folder or the name of a run in $TRAINER_RUNS, one of its checkpoint folders, or a published model: "
+        "its folder or hf://OWNER/NAME",
     )
     parser.add_argument("--port", type=int, metavar="N", help="port of the page (default: the first free from 7860)")
     parser.add_argument(
