@@ -18,8 +18,9 @@ from pycocotools.cocoeval import COCOeval
 from tests.processes import RECIPE, TINY, lines, run_processes, train, write_recipe
 from tests.scenes import RECIPES
 from tests.scenes import VALIDATION as SCENES
-from tests.tiny import TRAIN, VALIDATION
 from trainer.commands import main
+
+TRAIN, VALIDATION = 52, 13  # images of tests/tiny.py
 
 SETS = """
 from dataclasses import replace
@@ -92,7 +93,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRAINER_DATA", str(folder / "data"))
         patch.setenv("TRAINER_RUNS", str(folder / "runs"))
-        recipe = write_recipe(folder, RECIPE.replace(str(TINY), "tests.tiny, sets.py"))
+        recipe = write_recipe(folder, RECIPE.replace(str(TINY), f"{TINY}, sets.py"))
         brief = ("train.duration=10 steps", "evaluate.every=5 steps", "train.ema=0.9", "evaluate.best=loss")
         run_processes(1, train, recipe, brief)
     return folder
