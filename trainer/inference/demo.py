@@ -277,11 +277,19 @@ def serve(gradio: Any, page: Any, listening: socket.socket, ready: str) -> None:
     )
     headers = [("Content-Security-Policy", POLICY), ("Referrer-Policy", "no-referrer")]
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", headers=headers, access_log=False))
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            server.run([listening])
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         print(ready, flush=True)
-        thread.join()
+        ended.wait()  # not thread.join(), which takes the thread for ended when a signal interrupts it (Python 3.11)
     except Stopped:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave the uploaded files behind
         server.should_exit = server.force_exit = True
