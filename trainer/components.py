@@ -143,7 +143,8 @@ def weights_field(*names: str) -> AfterValidator:
 
     Allowed are `names`, `none`, the path of an existing .safetensors file, and a model on the Hugging Face Hub.
     """
-    allowed = f"must be {', '.join((*names, 'none'))} or an existing {SUFFIX} file"
+    one_of = f"{', '.join((*names, 'none'))} or an existing {SUFFIX} file"
+    allowed = f"must be {one_of}"
 
     def check(weights: str) -> str:
         if weights.startswith(HUB):
@@ -157,7 +158,13 @@ def weights_field(*names: str) -> AfterValidator:
             raise ValueError(f"{allowed}; to start from scratch, set model.weights=none")
         return weights
 
+    check.__doc__ = one_of
     return AfterValidator(check)
+
+
+def registered(kind: str) -> dict[str, Component]:
+    """The components of a kind that imported modules have, by name."""
+    return dict(sorted(_registered[kind].items()))
 
 
 def is_trained(weights: str) -> bool:
@@ -172,4 +179,4 @@ def catalogue(kind: str) -> dict[str, Component]:
         for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
             importlib.import_module(f"{CATALOGUE[kind]}.{info.name}")
         _loaded.add(kind)
-    return dict(sorted(_registered[kind].items()))
+    return registered(kind)

@@ -32,9 +32,9 @@ def follow(run: Path) -> tuple[int, set[float]]:
 @pytest.mark.slow
 def test_training_ends_when_nothing_gets_better_and_an_interrupted_one_ends_there_too(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    run_processes(2, train, recipe, ("name=whole", *OPTIONS))
-    last, rates = follow(tmp_path / "runs" / "whole")
-    values = [line["loss"] for line in lines(tmp_path / "runs" / "whole", "validation")]
+    run_processes(2, train, recipe, ("name=uninterrupted", *OPTIONS))
+    last, rates = follow(tmp_path / "runs" / "uninterrupted")
+    values = [line["loss"] for line in lines(tmp_path / "runs" / "uninterrupted", "validation")]
     assert 6 < last < 200 and len(values) == last
     assert values.index(min(values)) == last - 6  # the fifth without a better one is the last
     assert {3e-2, 1.5e-2, 0.75e-2} <= rates
@@ -42,8 +42,8 @@ def test_training_ends_when_nothing_gets_better_and_an_interrupted_one_ends_ther
     for stop in (last - 4, last - 1):
         run_processes(2, train, recipe, ("name=parts", *OPTIONS), stop)
     run_processes(2, train, recipe, ("name=parts", *OPTIONS))
-    assert lines(tmp_path / "runs" / "parts") == lines(tmp_path / "runs" / "whole")
-    assert weights(tmp_path / "runs" / "parts") == weights(tmp_path / "runs" / "whole")
+    assert lines(tmp_path / "runs" / "parts") == lines(tmp_path / "runs" / "uninterrupted")
+    assert weights(tmp_path / "runs" / "parts") == weights(tmp_path / "runs" / "uninterrupted")
 
     run_processes(2, train, recipe, ("name=parts", *OPTIONS))  # is finished, and stays so
     assert follow(tmp_path / "runs" / "parts")[0] == last

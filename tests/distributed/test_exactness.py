@@ -82,21 +82,21 @@ EXTRAS = ("train.accumulate=2", "train.ema=0.9", "train.clip_norm=1.0")
     ids=["plain-1", "plain-2", "accumulate-ema-clip-1", "accumulate-ema-clip-2", "accumulate-ema-clip-4"],
 )
 @pytest.mark.slow
-def test_a_run_interrupted_twice_ends_bit_for_bit_like_an_undisturbed_one(
+def test_a_run_interrupted_twice_ends_bit_for_bit_like_an_uninterrupted_one(
     tmp_path: Path, world_size: int, options: tuple[str, ...]
 ) -> None:
     recipe = write_recipe(tmp_path)
     options = (*options, "train.precision=fp32", "train.log_every=3 steps")
-    run_processes(world_size, train, recipe, ("name=whole", *options))
+    run_processes(world_size, train, recipe, ("name=uninterrupted", *options))
     run_processes(world_size, train, recipe, ("name=cut", *options), 9)
     run_processes(world_size, train, recipe, ("name=cut", *options), 16)
     assert max((tmp_path / "runs" / "cut" / "checkpoints").glob("step_*")).name == "step_00000016"
     run_processes(world_size, train, recipe, ("name=cut", *options))
-    whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
-    assert sha256(cut) == sha256(whole)
-    assert lines(cut) == lines(whole)
+    uninterrupted, cut = tmp_path / "runs" / "uninterrupted", tmp_path / "runs" / "cut"
+    assert sha256(cut) == sha256(uninterrupted)
+    assert lines(cut) == lines(uninterrupted)
     if EXTRAS[0] in options:
-        assert sha256(cut, "ema") == sha256(whole, "ema") != sha256(whole)
+        assert sha256(cut, "ema") == sha256(uninterrupted, "ema") != sha256(uninterrupted)
 
 
 def test_the_last_steps_differ_if_one_sample_was_augmented_differently(tmp_path: Path) -> None:

@@ -201,12 +201,12 @@ def test_one_and_two_processes_see_the_same_and_evaluate_every_image(tmp_path: P
 def test_an_interrupted_run_ends_with_the_same_weights_and_metrics(tmp_path: Path, task: str, world_size: int) -> None:
     file = recipe(tmp_path, task)
     options = ("train.ema=0.9", "evaluate.pictures=0")
-    run_processes(world_size, train, file, ("name=whole", *options))
+    run_processes(world_size, train, file, ("name=uninterrupted", *options))
     for stop_after in (5, None):
         run_processes(world_size, train, file, ("name=parts", *options), stop_after)
-    whole, parts = (tmp_path / "runs" / name for name in ("whole", "parts"))
-    assert weights(whole) == weights(parts)
-    assert lines(whole) == lines(parts)
+    uninterrupted, parts = (tmp_path / "runs" / name for name in ("uninterrupted", "parts"))
+    assert weights(uninterrupted) == weights(parts)
+    assert lines(uninterrupted) == lines(parts)
 
 
 @TASKS

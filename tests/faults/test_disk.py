@@ -53,10 +53,10 @@ def messages(output: str) -> list[str]:
 
 def filled_during_save(disk: Path) -> None:
     """While the third checkpoint is written, and training has continued."""
-    goes_on = threading.Event()
-    before_step(10, lambda trainer: goes_on.set())
+    continued = threading.Event()
+    before_step(10, lambda trainer: continued.set())
     # Each checkpoint has two files of tensors.
-    before_call(state, "save_file", lambda *_: (goes_on.wait(), fill(disk)), on_call=5)
+    before_call(state, "save_file", lambda *_: (continued.wait(), fill(disk)), on_call=5)
 
 
 def filled_between_saves(disk: Path) -> None:

@@ -28,7 +28,7 @@ def test_a_run_interrupted_and_continued_by_other_numbers_of_processes_sees_the_
     tmp_path: Path, tally: Tally, precision: str, tolerance: float
 ) -> None:
     recipe, runs = write_recipe(tmp_path), tmp_path / "runs"
-    with Job(1, recipe, "name=whole", f"train.precision={precision}") as job:
+    with Job(1, recipe, "name=uninterrupted", f"train.precision={precision}") as job:
         assert job.wait() == [0], job.output
     for world_size, stop in zip(SIZES, STOPS, strict=True):
         with Job(
@@ -40,7 +40,7 @@ def test_a_run_interrupted_and_continued_by_other_numbers_of_processes_sees_the_
             assert job.wait() == [0] * world_size, job.output
         assert (f"at step {stop}, checkpoint saved" if stop else "finished run") in job.output
         assert ("results may differ slightly" in job.output) == (stop != STOPS[0]), job.output
-    found, expected = lines(runs / "run"), lines(runs / "whole")
+    found, expected = lines(runs / "run"), lines(runs / "uninterrupted")
     assert [line.get("data_fingerprint") for line in found] == [line.get("data_fingerprint") for line in expected]
     assert sum("data_fingerprint" in line for line in found) == 20
     for line, other in zip(found, expected, strict=True) if precision == "fp64" else [(found[-1], expected[-1])]:

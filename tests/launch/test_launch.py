@@ -62,7 +62,7 @@ def test_check_prints_the_resolved_recipe_and_what_reading_costs(
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     command = [
         sys.executable,

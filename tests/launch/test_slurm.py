@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes: pre-emption, sweeps, a node that doesn't answer. `launch/` as users call it."""
+"""A real SLURM of two nodes: pre-emption, sweeps, a node that doesn't respond. `launch/` as users call it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def text_of(file: Path) -> str:
 
 
 @pytest.mark.parametrize("times", [2 if LONG else 1])
-def test_a_preempted_job_of_two_nodes_goes_on_by_itself_and_ends_with_the_same_bits(
+def test_a_preempted_job_of_two_nodes_resumes_automatically_and_ends_with_the_same_bits(
     cluster: Cluster, tmp_path: Path, times: int
 ) -> None:
     recipe, runs = write_recipe(tmp_path), tmp_path / "runs"
@@ -81,10 +81,10 @@ def test_a_preempted_job_of_two_nodes_goes_on_by_itself_and_ends_with_the_same_b
     # The launchers survived the signal, too.
     assert re.search(r"^run  finished  .*miou", output, re.MULTILINE) and "srun ended" not in output
 
-    run_processes(2, train, recipe, (*overrides, "name=undisturbed"))
+    run_processes(2, train, recipe, (*overrides, "name=uninterrupted"))
     weights = [
         sha256((runs / run / "checkpoints" / "last" / "model.safetensors").read_bytes()).hexdigest()
-        for run in ("run", "undisturbed")
+        for run in ("run", "uninterrupted")
     ]
     assert weights[0] == weights[1]
 
@@ -128,7 +128,7 @@ def test_a_node_that_never_answers_is_named_within_the_limit(
         "sbatch", "--parsable", "--nodes=2", ROOT / "launch" / "slurm.sbatch", write_recipe(tmp_path)
     ).strip()
     output = tmp_path / "logs" / f"trainer-{job}.out"
-    wait_for(lambda: "error: node n2 (rank 1) doesn't answer within 1 s" in text_of(output), "the node's name")
+    wait_for(lambda: "error: node n2 (rank 1) did not respond within 1 s" in text_of(output), "the node's name")
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", "another attempt")
     cluster.hang("n2", False)
     cluster.run("scancel", job)

@@ -9,20 +9,17 @@ import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-from ruamel.yaml import YAML
 
 from trainer.errors import UserError
 from trainer.recipe.file import Reader, RecipeError
+from trainer.reporting.table import table
 from trainer.runs.folder import find_run, runs_dir
-from trainer.runs.lock import is_locked
+from trainer.runs.standing import FAILED, TO_BE_RESUMED, Standing, standing_of
 from trainer.runs.sweeps import plot_sweep, varying
 
 HELP = "show the status of runs; exit codes: 0 finished, 75 to be resumed, 3 failed"
-TO_BE_RESUMED, FAILED = 75, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([asdict(standing) for standing in standings], indent=2))
     else:
-        print_table([standing.row() for standing in standings])
+        print("\n".join(table([standing.row() for standing in standings])))
     return code_of(standings)
 
 
@@ -78,77 +75,6 @@ def code_of(standings: list[Standing]) -> int:
     """The exit code for several runs: 3 if one failed, else 75 if one is to be resumed, else 0."""
     codes = {standing.code for standing in standings}
     return FAILED if FAILED in codes else max(codes)
-
-
-@dataclass
-class Standing:
-    """The status of a run.
-
-    Attributes:
-        name: of the run.
-        status: finished, running, stopped, failed, interrupted (killed), not started, or cancelled.
-        code: 0 finished, 75 to be resumed, 3 failed.
-        note: what to do next.
-        step: optimizer steps done, if known.
-        total_steps: of the recipe; None if its duration is in minutes.
-        checkpoint: step of the newest checkpoint.
-        best: `metric`, `value` and `step` of the recipe's `evaluate.best`.
-        seconds: of training.
-    """
-
-    name: str
-    status: str
-    code: int
-    note: str
-    step: int | None = None
-    total_steps: int | None = None
-    checkpoint: int | None = None
-    best: dict[str, Any] | None = None
-    seconds: float | None = None
-
-    def row(self) -> list[str]:
-        """The cells of its row in the table."""
-        step = (
-            "" if self.step is None else f"step {self.step}" + (f" of {self.total_steps}" if self.total_steps else "")
-        )
-        best = "" if self.best is None else f"{self.best['metric']} {self.best['value']:.4f}"
-        return [self.name, self.status, step, best, "" if self.seconds is None else f"{self.seconds:.0f} s", self.note]
-
-
-def standing_of(folder: Path) -> Standing:
-    """The status of the run in a folder; `not started` if there is none."""
-    if not (folder / "checkpoints").is_dir():
-        return Standing(folder.name, "not started", TO_BE_RESUMED, "no training step done yet")
-    file = folder / "summary.json"
-    summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    steps = [
-        int(match[1])
-        for path in (folder / "checkpoints").iterdir()
-        if (match := re.fullmatch(r"step_(\d+)", path.name))
-    ]
-    newest = max(steps, default=None)
-    rerun = f"rerun to resume from step {newest}" if steps else "rerun to start from scratch"
-    if is_locked(folder):
-        status, code, note = "running", TO_BE_RESUMED, "a process is training it"
-    elif (recorded := summary.get("status")) == "finished":
-        status, code, note = recorded, 0, f"see {folder}"
-    elif recorded == "failed":
-        status, code, note = recorded, FAILED, f"{summary.get('error', 'see its log')}; fix this and {rerun}"
-    elif recorded == "stopped":
-        status, code, note = recorded, TO_BE_RESUMED, rerun
-    else:  # recorded as running, but no process holds its lock
-        status, code, note = "interrupted", TO_BE_RESUMED, rerun
-    return Standing(
-        folder.name,
-        status,
-        code,
-        note,
-        summary.get("step", newest),
-        summary.get("total_steps"),
-        newest,
-        _best(folder, summary),
-        summary.get("seconds"),
-    )
 
 
 def sweep_standings(file: Path) -> list[Standing]:
@@ -211,15 +137,6 @@ def run_name(recipe: Path, overrides: list[str]) -> str:
     return str(tree.get("name", recipe.stem))
 
 
-def _best(folder: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
-    """The best value of the recipe's `evaluate.best`."""
-    if not summary.get("best"):
-        return None
-    recipe = YAML(typ="safe", pure=True).load(folder / "recipe.yaml")
-    metric = recipe["evaluate"]["best"]
-    return {"metric": metric, **summary["best"][metric]} if metric in summary["best"] else None
-
-
 def _array_states(job_name: str) -> dict[int, str]:
     """The SLURM state of each task of the newest job array with that name, e.g. `CANCELLED`. SLURM forgets a task some
     minutes after its end.
@@ -243,10 +160,3 @@ def _indices(text: str) -> list[int]:
     """`1,4-6%2` as [1, 4, 5, 6]: SLURM shows waiting tasks together."""
     bounds = [[int(bound) for bound in part.split("-")] for part in text.partition("%")[0].split(",")]
     return [index for first, *last in bounds for index in range(first, (last or [first])[0] + 1)]
-
-
-def print_table(rows: list[list[str]]) -> None:
-    """Prints aligned columns, without the empty ones."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip())

@@ -164,6 +164,8 @@ def _measure(recipe: Recipe, trainable: list[str], height: int, width: int) -> l
 
 def _text(report: dict[str, Any]) -> str:
     """The report as tables."""
+    from trainer.reporting.table import table
+
     shape = "x".join(map(str, report["input"]))
     rows = [["layer", "kind", "output", *COUNTS]]
     rows += [
@@ -174,7 +176,7 @@ def _text(report: dict[str, Any]) -> str:
     rows += [
         ["total, height and width doubled", "", "", *(f"{report['totals_at_doubled_size'][what]:,}" for what in COUNTS)]
     ]
-    parts = [_table(rows, left=3)]
+    parts = ["\n".join(table(rows, left=3))]
     if "polynomials" in report:
         parts.append("\n".join(f"{what} = {text}" for what, text in report["polynomials"].items()))
     if "training" in report:
@@ -202,18 +204,5 @@ def _text(report: dict[str, Any]) -> str:
                 f"{cost['trainable']:,}",
             ]
             rows.append([*row, *sizes, f"{cost['flops'] / 1e9:,.2f}", f"{cost['seconds']:.3f}"])
-        parts.append(_table(rows, left=2))
+        parts.append("\n".join(table(rows, left=2)))
     return "\n\n".join(parts)
-
-
-def _table(rows: list[list[str]], left: int) -> str:
-    """Aligned columns, the first `left` of them left-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        (
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.commands.status import code_of, print_table, run_name, standing_of
+from trainer.commands.status import code_of, run_name
 from trainer.errors import UserError
+from trainer.reporting.table import table
 from trainer.runs.folder import runs_dir
+from trainer.runs.standing import standing_of
 from trainer.runs.sweeps import plot_sweep, variant_name, variants_of
 
 if TYPE_CHECKING:  # imported where it is used: `trainer --help` must not wait for torch
@@ -71,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"{each}: already finished", flush=True)
     _train(commands, _slots(options))
     standings = [standing_of(runs_dir() / each) for each in names]
-    print_table([standing.row() for standing in standings])
+    print("\n".join(table([standing.row() for standing in standings])))
     plot = runs_dir() / f"{name}-sweep.png"
     if plot_sweep(variants, [runs_dir() / each for each in names], plot):
         print(f"see {plot}")

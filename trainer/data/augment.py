@@ -30,6 +30,7 @@ Transform = Callable[[Sample], Sample]
 
 
 def _in_order(interval: list[float]) -> list[float]:
+    """The smallest and the largest."""
     if interval[0] > interval[1]:
         raise ValueError("must be [smallest, largest]")
     return interval
@@ -47,6 +48,11 @@ def random_crop(ignore_index: int | None, has_objects: bool, /, *, size: Size) -
     """Crops a random region of `size` (height, width). Smaller images are padded, masks with the ignored label.
 
     If no label is ignored, padding repeats the edge pixels: otherwise black would be labelled as a class.
+
+    Args:
+        ignore_index: the label of ignored pixels, or None.
+        has_objects: whether samples have boxes.
+        size: height and width of the result.
     """
     if has_objects:
         return v2.RandomCrop(size, pad_if_needed=True)
@@ -67,6 +73,12 @@ def random_resized_crop(
     """Crops a random share `scale` of the area with a random aspect `ratio`, then resizes it to `size` (default:
     `data.resize`).
 
+    Args:
+        resize: `data.resize`.
+        size: height and width of the result; by default those of `data.resize`.
+        scale: smallest and largest share of the area that is cut out.
+        ratio: smallest and largest aspect, width over height, of what is cut out.
+
     Raises:
         ValueError: neither is set.
     """
@@ -77,13 +89,21 @@ def random_resized_crop(
 
 @augmentation()
 def horizontal_flip(*, p: Fraction = 0.5) -> v2.Transform:
-    """Mirrors horizontally with probability `p`."""
+    """Mirrors horizontally with probability `p`.
+
+    Args:
+        p: how probable it is that a sample is mirrored.
+    """
     return v2.RandomHorizontalFlip(p)
 
 
 @augmentation()
 def vertical_flip(*, p: Fraction = 0.5) -> v2.Transform:
-    """Mirrors vertically with probability `p`."""
+    """Mirrors vertically with probability `p`.
+
+    Args:
+        p: how probable it is that a sample is mirrored.
+    """
     return v2.RandomVerticalFlip(p)
 
 
@@ -97,6 +117,12 @@ def color_jitter(
 ) -> v2.Transform:
     """Scales the image's brightness, contrast and saturation by random factors in [1 - strength, 1 + strength], and
     shifts its hue by at most `hue` turns.
+
+    Args:
+        brightness: strength of the change of brightness.
+        contrast: strength of the change of contrast.
+        saturation: strength of the change of saturation.
+        hue: the largest shift of the hue, in turns.
     """
     return v2.ColorJitter(brightness, contrast, saturation, hue)
 
@@ -183,6 +209,12 @@ def mosaic(
 
     The result has the height and width `size` (default: `data.resize`). Each sample is cropped to fill a tile of that
     size; the four tiles are then scaled by a random factor in `scale`.
+
+    Args:
+        resize: `data.resize`.
+        p: how probable it is that a sample becomes part of a mosaic.
+        size: height and width of the result; by default those of `data.resize`.
+        scale: smallest and largest factor by which the samples are enlarged.
 
     Raises:
         ValueError: neither size is set.

@@ -36,6 +36,7 @@ def names_a_set(command: FilesCommand, column: str) -> AfterValidator:
     """Validates the key `set` of a recipe: a prepared set with this column, made by `command`."""
 
     def check(name: str) -> str:
+        """The name of a prepared set"""
         try:
             if not NAME.fullmatch(name):
                 raise UserError(

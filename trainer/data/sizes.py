@@ -33,7 +33,6 @@ def sizes_fed(recipe: Recipe) -> dict[str, Sizes]:
     Sizes are unknown if the set is neither prepared nor resized, and after a plugin's augmentation.
     """
     settings = recipe.data
-    resized = np.array([settings.resize], dtype=np.int64) if settings.resize else None
     try:  # neither argument affects the size
         transforms = [
             build(component, chosen, ignore_index=None, resize=settings.resize, has_objects=False)
@@ -41,16 +40,22 @@ def sizes_fed(recipe: Recipe) -> dict[str, Sizes]:
         ]
     except ValueError:  # another check reports it
         return {}
-    before = {"train": resized, "validation": resized}
-    if resized is None:
-        folder = data_dir() / recipe.source.name
-        with suppress(UserError):  # not prepared, or damaged: reported when it is read
-            card = Card.load(folder)
-            card = card.of_first(settings.overfit) if settings.overfit else card
-            if has_pixels(card.columns):
-                before = {split: _native(folder, card, split) for split in before}
-    fed = {"train": _augmented(before["train"], transforms), "validation": before["validation"]}
+    fed = {"train": _augmented(sizes_of(recipe, "train"), transforms), "validation": sizes_of(recipe, "validation")}
     return {split: sizes for split, sizes in fed.items() if sizes is not None}
+
+
+def sizes_of(recipe: Recipe, split: str) -> Sizes | None:
+    """The sizes that images of a split have after the resize alone; None where they aren't known, see `sizes_fed`."""
+    settings = recipe.data
+    if settings.resize:
+        return np.array([settings.resize], dtype=np.int64)
+    folder = data_dir() / recipe.source.name
+    with suppress(UserError):  # not prepared, or damaged: reported when it is read
+        card = Card.load(folder)
+        card = card.of_first(settings.overfit) if settings.overfit else card
+        if has_pixels(card.columns) and split in card.splits:
+            return _native(folder, card, split)
+    return None
 
 
 def micro_batch_sizes(recipe: Recipe, processes: int) -> dict[str, int]:
@@ -60,13 +65,14 @@ def micro_batch_sizes(recipe: Recipe, processes: int) -> dict[str, int]:
     return {"train": max(1, train), "validation": max(1, validation)}
 
 
-def check_one_size(recipe: Recipe, columns: Mapping[str, Any], processes: int) -> None:
+def check_one_size(recipe: Recipe, columns: Mapping[str, Any], processes: int, evaluated: str | None = None) -> None:
     """Checks that images of a batch have one size, unless they are padded and the task takes each at its own size.
 
     Args:
         recipe: names the set, its resize and its augmentations.
         columns: roles of the set's columns.
         processes: number of processes.
+        evaluated: the split that is evaluated; None where the recipe trains and validates.
 
     Raises:
         UserError: images of a batch differ in size.
@@ -74,10 +80,11 @@ def check_one_size(recipe: Recipe, columns: Mapping[str, Any], processes: int) -
     has_objects = bool({*columns.values()} & {*ROLES})  # their images are padded to one size
     if has_objects and not getattr(recipe.components["task"].factory, "fixed_shapes", True):
         return
-    batch_sizes = micro_batch_sizes(recipe, processes)
-    differing = {
-        split: sizes for split, sizes in sizes_fed(recipe).items() if len(sizes) > 1 and batch_sizes[split] > 1
-    }
+    together, fed = micro_batch_sizes(recipe, processes), sizes_fed(recipe)
+    if evaluated:
+        sizes = sizes_of(recipe, evaluated)
+        together, fed = {evaluated: together["validation"]}, {} if sizes is None else {evaluated: sizes}
+    differing = {split: sizes for split, sizes in fed.items() if len(sizes) > 1 and together[split] > 1}
     if not differing:
         return
     first, second, *_ = (f"{height} x {width}" for height, width in next(iter(differing.values())).tolist())
@@ -87,7 +94,7 @@ def check_one_size(recipe: Recipe, columns: Mapping[str, Any], processes: int) -
         advice = "set data.resize=[H,W]" + (
             ", with data.resize_mode=letterbox to keep their aspect" if has_objects else ""
         )
-        advice += "" if "train" in differing else ", or evaluate.batch_size=1"
+        advice += "" if "train" in differing and not evaluated else ", or evaluate.batch_size=1"
     which = f"{recipe.source.name} ({' and '.join(differing)})"
     raise UserError(f"images of {which} differ in size ({first}, {second}, …), so they can't be batched: {advice}")
 

@@ -80,9 +80,18 @@ class Watchdog:
         rank, world_size: of this process. It watches from before the processes meet in torch.distributed.
         timeout: seconds that a rank may take to start, that training may stall, or a rank be silent.
         on_failure: called on rank 0 with the reason when another rank failed, before this one ends.
+        failure: what is printed when a rank is lost, with the `{reason}`.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: float, on_failure: Callable[[TrainingFailed], Any]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        on_failure: Callable[[TrainingFailed], Any] = lambda failure: None,
+        failure: str = "training failed: {reason}; the last checkpoint is kept",
+    ) -> None:
+        self.failure = failure
         self.rank, self.world_size, self.timeout, self.on_failure = rank, world_size, timeout, on_failure
         self.max_silence = min(timeout, MAX_SILENCE_S)
         self.interval = min(timeout / 10, MAX_INTERVAL_S)
@@ -259,7 +268,7 @@ class Watchdog:
         """Ends this process; the first one that knows the reason prints it."""
         if not self._store.check([REASON]):
             self._store.set(REASON, reason)
-            _print_failure(reason)
+            _print(self.failure.format(reason=reason))
         if self._peer_failed:
             with suppress(Exception):
                 self.on_failure(TrainingFailed(reason))
@@ -272,7 +281,7 @@ class Watchdog:
     def _terminate_without_store(self) -> None:
         if self.rank == 1:  # the first that is left
             last = f"last heartbeat {self._last_seen[0][0]}" if 0 in self._last_seen else "no heartbeat so far"
-            _print_failure(f"rank 0, or what launched the job, is not responding; {last}")
+            _print(self.failure.format(reason=f"rank 0, or what launched the job, is not responding; {last}"))
         self._exit()
 
     def _exit(self) -> None:
@@ -291,10 +300,6 @@ def _not_started(ranks: list[int], timeout: float) -> str:
 
 def _not_responding(rank: int, heartbeat: Heartbeat, silence: float) -> str:
     return f"rank {rank} is not responding, killed or stopped; last heartbeat {silence:.0f} s ago, {heartbeat}"
-
-
-def _print_failure(reason: str) -> None:
-    _print(f"training failed: {reason}; the last checkpoint is kept")
 
 
 def _print(line: str) -> None:

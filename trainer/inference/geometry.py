@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,9 @@ from torchvision.transforms import v2
 
 from trainer.data.objects import Letterbox
 from trainer.detection.boxes import Detections
+
+STRIP_VALUES = 2**22
+"""Values of a map that are resized at a time, so that huge images with many classes need no more memory."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,26 @@ class Frame:
 
     def map_back(self, maps: Tensor) -> Tensor:
         """Maps float (…, C, h, w) at the size of the input, as (…, C, H, W) at that of the image; bilinear."""
+        return torch.cat(list(self.strips(maps)), dim=-2)
+
+    def strips(self, maps: Tensor) -> Iterator[Tensor]:
+        """What `map_back` returns, from top to bottom in strips (…, C, rows, W) of at most `STRIP_VALUES` values."""
         left, top, right, bottom = self.content
-        inner = maps[..., top:bottom, left:right]
+        inner, (height, width) = maps[..., top:bottom, left:right], self.size
         if inner.shape[-2:] == self.size:
-            return inner
-        return F.interpolate(inner, self.size, mode="bilinear", align_corners=False)
+            yield inner
+            return
+        count = max(1, STRIP_VALUES // (width * inner[..., 0, 0].numel()))
+        if count >= height:
+            yield F.interpolate(inner, self.size, mode="bilinear", align_corners=False)
+            return
+        rows, last = torch.arange(height, device=inner.device), inner.shape[-2] - 1
+        places = ((rows + 0.5) * (inner.shape[-2] / height) - 0.5).clamp(0, last)  # of centres of pixels
+        upper = places.floor().long()
+        share = (places - upper).to(inner.dtype)[:, None]
+        for some, lower_share in zip(upper.split(count), share.split(count), strict=True):
+            strip = inner[..., some, :].lerp(inner[..., (some + 1).clamp(max=last), :], lower_share)
+            yield F.interpolate(strip, (len(some), width), mode="bilinear", align_corners=False)
 
     def detections_back(self, detections: Detections) -> Detections:
         """Boxes and masks in pixels of the image."""
@@ -50,7 +68,12 @@ class Frame:
         boxes = ((detections.boxes - origin) * scale).clamp(torch.zeros_like(limits), limits)
         masks = detections.masks
         if masks is not None and not (self.is_identity and masks.shape[-2:] == self.size):
-            masks = self.map_back(masks[None].float())[0] > 0.5 if len(masks) else masks.new_zeros(0, height, width)
+            resized = masks.new_empty(len(masks), height, width, dtype=torch.bool)
+            for mask, target in zip(
+                masks, resized, strict=True
+            ):  # one by one: as float they need four times the memory
+                target.copy_(self.map_back(mask[None, None].float())[0, 0] > 0.5)
+            masks = resized
         return detections._replace(boxes=boxes, masks=masks)
 
 

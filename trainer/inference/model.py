@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from trainer.data.source import DataInfo
 from trainer.detection.boxes import Detections
 from trainer.distributed.accelerator import resolve_precision
 from trainer.errors import UserError
@@ -31,6 +32,10 @@ from trainer.tasks.build import build_task
 from trainer.tasks.objects import SHOWN_SCORE
 from trainer.tasks.task import Task
 
+AS_TRAINED = ("model.weights=none", "model.reset_layers=[]", "track=[]")
+"""Overrides of the recipe of a run whose model is only used: its weights are loaded once the network is built."""
+Prepared = tuple[Tensor, Tensor, Frame]
+"""An image uint8 (3, H, W), the network's input uint8 (3, h, w) for it, and how it lies in that."""
 Input = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """An image, see `read_image`."""
 
@@ -57,16 +62,10 @@ class Model:
         self.trained = trained
         self.recipe = _recipe(trained)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.task: Task[Any] = build_task(self.recipe, trained.info)
+        self.task = load_task(self.recipe, trained, trained.info)
         self.classes = trained.info.classes
         self.module: nn.Module = self.task.model
-        try:
-            self.module.load_state_dict(load_file(trained.weights))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{trained.weights}: these weights can't be loaded: {str(error)[:300]}") from error
         self.module.to(self.device).eval().requires_grad_(False)
-        if self.recipe.train.precision == "fp64":
-            self.module.double()
         if self.recipe.train.channels_last:
             self.module.to(memory_format=torch.channels_last)
         letterbox = self.recipe.data.resize_mode == "letterbox"
@@ -101,8 +100,14 @@ class Model:
     ) -> Iterator[Result]:
         """Predicts on images uint8 (3, H, W), one after the other; neighbours of one size form batches."""
         prepared = ((image, *self.preparation(image)) for image in images)
-        for _, group in groupby(prepared, key=lambda each: each[1].shape):
-            batch: list[tuple[Tensor, Tensor, Frame]] = []
+        yield from self.predict_prepared(prepared, threshold=threshold, batch_size=batch_size)
+
+    def predict_prepared(
+        self, images: Iterable[Prepared], *, threshold: float = SHOWN_SCORE, batch_size: int = 8
+    ) -> Iterator[Result]:
+        """Does the same for images that are prepared: threads can do that while the network computes."""
+        for _, group in groupby(images, key=lambda each: each[1].shape):
+            batch: list[Prepared] = []
             for each in group:
                 batch.append(each)
                 if len(batch) == batch_size:
@@ -111,20 +116,20 @@ class Model:
             if batch:
                 yield from self._predict_batch(batch, threshold)
 
-    @torch.inference_mode()
-    def _predict_batch(self, images: Sequence[tuple[Tensor, Tensor, Frame]], threshold: float) -> list[Result]:
-        frames = [frame for _, _, frame in images]
+    @torch.no_grad()
+    def _predict_batch(self, images: Sequence[Prepared], threshold: float) -> list[Result]:
         inputs = torch.stack([prepared for _, prepared, _ in images]).to(self.device)
-        results = []
-        for (image, _, _), prediction in zip(images, self.predictions(inputs, frames), strict=True):
-            if isinstance(prediction, Detections):
-                kept = prediction.scores >= threshold
-                prediction = Detections(*(None if part is None else part[kept] for part in prediction))  # type: ignore[arg-type]
-            results.append(result_of(prediction, image, self.classes))
-        return results
+        predictions = self.predictions(inputs, [frame for _, _, frame in images], threshold)
+        return [
+            result_of(prediction, image, self.classes)
+            for (image, _, _), prediction in zip(images, predictions, strict=True)
+        ]
 
-    def predictions(self, inputs: Tensor, frames: Sequence[Frame]) -> list[Tensor | Detections]:
-        """The task's predictions for prepared inputs uint8 (B, 3, h, w), at the sizes of the images."""
+    def predictions(self, inputs: Tensor, frames: Sequence[Frame], threshold: float = 0.0) -> list[Tensor | Detections]:
+        """The task's predictions for prepared inputs uint8 (B, 3, h, w), at the sizes of the images.
+
+        Maps of huge images are decoded in strips, so a task must decode each pixel by itself.
+        """
         batch = {
             "image": inputs,
             "sample_id": torch.arange(len(inputs)),
@@ -132,15 +137,16 @@ class Model:
             "width": torch.full((len(inputs),), inputs.shape[3]),
             "content": torch.tensor([frame.content for frame in frames], dtype=torch.float32, device=inputs.device),
         }
-        outputs = self.task.infer(self.forward, batch)
+        with torch.inference_mode():  # not what follows: users may change a result
+            outputs = self.task.infer(self.forward, batch)
         if isinstance(outputs, Tensor) and outputs.dim() == 4:  # maps: resized before they are decoded
             return [
-                self.task.decode(frame.map_back(outputs[index : index + 1]), batch)[0]
-                for index, frame in enumerate(frames)
+                torch.cat([self.task.decode(strip, batch)[0] for strip in frame.strips(maps[None])], dim=-2)
+                for maps, frame in zip(outputs, frames, strict=True)
             ]
         predictions = self.task.decode(outputs, batch)
         return [
-            frame.detections_back(each) if isinstance(each, Detections) else each
+            frame.detections_back(_at_least(each, threshold)) if isinstance(each, Detections) else each
             for each, frame in zip(predictions, frames, strict=True)
         ]
 
@@ -156,6 +162,11 @@ class Model:
         return torch.autocast(self.device.type, dtypes[precision]) if precision in dtypes else nullcontext()
 
 
+def _at_least(detections: Detections, threshold: float) -> Detections:
+    kept = detections.scores >= threshold
+    return Detections(*(None if part is None else part[kept] for part in detections))  # type: ignore[arg-type]
+
+
 def _as_fp32(value: Any) -> Any:
     is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
     return value.float() if is_half else value
@@ -166,12 +177,11 @@ def _recipe(trained: TrainedModel) -> Recipe:
 
     A published recipe needs neither its data set nor its plugins, whose code isn't run: they may be anything.
     """
-    overrides = ["model.weights=none", "model.reset_layers=[]", "track=[]"]
     if not trained.published:
-        return load_recipe(trained.recipe, overrides)
+        return load_recipe(trained.recipe, AS_TRAINED)
     plugins = RunFolder(trained.checkpoint).read_recipe().get("plugins", [])
     try:
-        return load_recipe(trained.recipe, [*overrides, "plugins=[]"], data=False)
+        return load_recipe(trained.recipe, [*AS_TRAINED, "plugins=[]"], data=False)
     except RecipeError as error:
         if not plugins:
             raise
@@ -179,6 +189,27 @@ def _recipe(trained: TrainedModel) -> Recipe:
             f"{trained.recipe} needs plugins ({', '.join(map(str, plugins))}), and code of published models isn't run: "
             f"import your own copy of them before trainer.load ({str(error).strip().splitlines()[-1].strip()})"
         ) from error
+
+
+def load_task(recipe: Recipe, trained: TrainedModel, info: DataInfo) -> Task[Any]:
+    """The task of a recipe with the trained weights, on the CPU.
+
+    Args:
+        recipe: of the run, loaded with `AS_TRAINED`.
+        trained: its files.
+        info: what the task must know of the data set.
+
+    Raises:
+        UserError: the weights are damaged, or belong to another network.
+    """
+    task = build_task(recipe, info)
+    if recipe.train.precision == "fp64":
+        task.model.double()  # before its weights, which would be rounded
+    try:
+        task.model.load_state_dict(load_file(trained.weights))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{trained.weights}: these weights can't be loaded: {str(error)[:300]}") from error
+    return task
 
 
 def load(

@@ -20,6 +20,7 @@ from trainer.detection.boxes import Detections
 from trainer.detection.rle import encode_masks
 from trainer.tasks.drawing import draw_objects, paint_classes
 
+OVERLAY, LAST_SUFFIXES = ".overlay.jpg", (".json", ".png")
 JPEG_QUALITY = 90  # of overlays
 
 
@@ -40,30 +41,44 @@ class Result(ABC):
         """The prediction drawn for people."""
 
     @abstractmethod
-    def contents(self) -> dict[str, bytes]:
+    def contents(self, overlay: bool = True) -> dict[str, bytes]:
         """The files of the prediction by their suffixes, the one that stands for all of them last."""
+
+    def _overlay(self, wanted: bool) -> dict[str, bytes]:
+        return {OVERLAY: _jpeg(self.plot())} if wanted else {}
 
     @classmethod
     @abstractmethod
     def last_suffix(cls) -> str:
         """The suffix of the file that `save` writes last: where it exists, the others do too."""
 
-    def save(self, path: str | Path) -> list[Path]:
+    def save(self, path: str | Path, overlay: bool = True) -> list[Path]:
         """Writes the prediction, e.g. for `out/photo` to `out/photo.overlay.jpg` and `out/photo.png`.
 
         Each file appears as a whole or not at all.
 
+        Args:
+            path: of the files, without their suffixes.
+            overlay: whether to write the overlay, where there is one.
+
         Returns:
             The files.
+
+        Raises:
+            OSError: one can't be written.
         """
         base = Path(path)
         base.parent.mkdir(parents=True, exist_ok=True)
         files = []
-        for suffix, content in self.contents().items():
+        for suffix, content in self.contents(overlay).items():
             file = base.with_name(base.name + suffix)
             temporary = file.with_name(f".{file.name}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(file)
+            try:
+                temporary.write_bytes(content)
+                temporary.replace(file)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
             files.append(file)
         return files
 
@@ -82,9 +97,10 @@ class ClassMap(Result):
         """The colours of the classes over the image."""
         return _as_pillow(paint_classes(self.image[None], self.mask[None], len(self.classes))[0])
 
-    def contents(self) -> dict[str, bytes]:
+    def contents(self, overlay: bool = True) -> dict[str, bytes]:
         """An overlay, and the class indices as a one-channel PNG."""
-        return {".overlay.jpg": _jpeg(self.plot()), self.last_suffix(): encode_png(self.mask.to(torch.uint8).numpy())}
+        indices = encode_png(self.mask.to(torch.uint8).numpy())
+        return self._overlay(overlay) | {self.last_suffix(): indices}
 
     @classmethod
     def last_suffix(cls) -> str:
@@ -118,10 +134,10 @@ class Objects(Result):
         detections = Detections(self.boxes, self.scores, self.labels, self.masks)
         return _as_pillow(draw_objects(self.image, detections, self.classes, with_scores=True))
 
-    def contents(self) -> dict[str, bytes]:
+    def contents(self, overlay: bool = True) -> dict[str, bytes]:
         """An overlay, and the objects as JSON."""
         text = json.dumps({"height": self.image.shape[1], "width": self.image.shape[2], "objects": self.as_dicts()})
-        return {".overlay.jpg": _jpeg(self.plot()), self.last_suffix(): text.encode()}
+        return self._overlay(overlay) | {self.last_suffix(): text.encode()}
 
     @classmethod
     def last_suffix(cls) -> str:
@@ -167,7 +183,7 @@ class Picture(Result):
         """The picture."""
         return _as_pillow(self.picture)
 
-    def contents(self) -> dict[str, bytes]:
+    def contents(self, overlay: bool = True) -> dict[str, bytes]:
         """The picture as PNG."""
         return {self.last_suffix(): encode_png(self.picture.permute(1, 2, 0).numpy())}
 
@@ -198,7 +214,7 @@ class ImageClass(Result):
         detections = Detections(whole, torch.ones(1), torch.tensor([self.label]))
         return _as_pillow(draw_objects(self.image, detections, self.classes, with_scores=False))
 
-    def contents(self) -> dict[str, bytes]:
+    def contents(self, overlay: bool = True) -> dict[str, bytes]:
         """The class as JSON."""
         return {self.last_suffix(): json.dumps({"class": self.name}).encode()}
 

@@ -33,6 +33,7 @@ class TrainedModel:
         step: optimizer steps done.
         checkpoint: its folder.
         published: whether this is a published folder, apart from its run and data set.
+        identity: of the prepared set that it was trained on; None where that is unknown.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TrainedModel:
     step: int
     checkpoint: Path
     published: bool = False
+    identity: str | None = None
 
 
 def find_trained(given: str, checkpoint: str = "best") -> TrainedModel:
@@ -81,8 +83,12 @@ def _chosen(run: Path, checkpoint: str) -> Path:
         raise UserError(f"{run} has no checkpoint yet: nothing can be loaded from it")
     names = ("best", "last") if checkpoint == "best" else (checkpoint,)
     for name in names:
-        if (folder := store.path / name).is_dir():
+        if "/" not in name and (folder := store.path / name).is_dir():
             return folder.resolve()
+    if (path := Path(checkpoint)).is_dir() and "/" in checkpoint:
+        if run.resolve() not in path.resolve().parents:
+            raise UserError(f"{checkpoint} is no checkpoint of {run}; give it instead of the run to use its own recipe")
+        return path.resolve()
     raise UserError(f"{run} has no checkpoint {checkpoint!r}; it has best, last, or {_listed(store.steps())}")
 
 
@@ -98,8 +104,9 @@ def _checkpoint(run: Path, folder: Path) -> TrainedModel:
     ema = folder / EMA
     weights = ema if ema.exists() else folder / MODEL
     info, size = _data(run)
-    step = read_counters(folder)["step"]
-    return TrainedModel(RunFolder(run).path.name, run / RECIPE, weights, info, size, step, folder)
+    counters = read_counters(folder)
+    step, identity = counters["step"], counters.get("data")
+    return TrainedModel(RunFolder(run).path.name, run / RECIPE, weights, info, size, step, folder, identity=identity)
 
 
 def _published(folder: Path, name: str) -> TrainedModel:

@@ -58,6 +58,13 @@ class CrossEntropy(Loss):
     one, the loss is 0. With weights of the classes (see `weigh_classes`) it is the sum of weight · nll, divided by the
     sum of the weights of the valid labels.
 
+    Args:
+        num_classes: C.
+        ignore_index: the label that counts nowhere, or None.
+        statistics: of the data set.
+        class_weights: whether classes count alike, or inversely to the number of their pixels in the training set.
+        max_weight: the largest weight of a class, as a multiple of the median.
+
     Raises:
         UserError: the data set lacks the pixel counts that the weights follow from.
     """

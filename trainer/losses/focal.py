@@ -22,6 +22,14 @@ class Focal(CrossEntropy):
     The mean is that of `cross_entropy`, including class weights (the paper's alpha); with `gamma: 0` so is the loss.
     Takes the same logits and class indices.
 
+    Args:
+        num_classes: C.
+        ignore_index: the label that counts nowhere, or None.
+        statistics: of the data set.
+        gamma: how much less pixels count that are classified well.
+        class_weights: whether classes count alike, or inversely to the number of their pixels in the training set.
+        max_weight: the largest weight of a class, as a multiple of the median.
+
     Raises:
         UserError: the data set lacks the pixel counts that the weights follow from.
     """

@@ -23,6 +23,11 @@ class SoftIoU(Loss):
     (Rahman & Wang, "Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation", 2016).
     Takes logits (B, C, H, W) and class indices (B, H, W), long or uint8. With an empty union the loss is 0.
 
+    Args:
+        num_classes: C.
+        ignore_index: the label that counts nowhere, or None.
+        channel: the class whose IoU is maximised.
+
     Raises:
         ValueError: the data set has no class `channel`.
     """

@@ -148,7 +148,7 @@ class YoloLoss(Loss):
         box_gain, obj_gain, cls_gain: weights of the terms in the loss.
         scale_gains: whether the gains are scaled.
         obj_pw, cls_pw: weights of the positive part of a cross entropy.
-        label_smoothing: ε.
+        label_smoothing: ε, how much the targets of the classes are softened.
         max_ratio: the largest ratio between the sides of a box and of an anchor that is responsible for it.
         balance: weights of the scales in the objectness, the finest first. Fine ones have many cells and few boxes.
     """

@@ -111,5 +111,10 @@ def base_conv(
 ) -> nn.Module:
     """Builds the network with `width` channels at half the resolution; `skips: true` makes it a U-Net.
     3.1 and 3.9 million parameters by default.
+
+    Args:
+        num_classes: channels of the logits.
+        width: channels at half the resolution.
+        skips: whether the decoder also gets each level of the encoder, as in a U-Net.
     """
     return BaseConv(num_classes, width, skips)

@@ -48,7 +48,14 @@ def _block(*layers: nn.Module, channels: int) -> nn.Sequential:
 def pool_upsample_net(
     num_classes: int, /, *, kernel: Kernel = 3, num_filters: Positive = 32, num_in_channels: Positive = 1
 ) -> nn.Module:
-    """Pools twice, upsamples twice: images (B, num_in_channels, H, W) to logits (B, num_classes, H, W)."""
+    """Pools twice, upsamples twice: images (B, num_in_channels, H, W) to logits (B, num_classes, H, W).
+
+    Args:
+        num_classes: channels of the logits.
+        kernel: side of the convolutions' kernels in pixels.
+        num_filters: channels after the first block.
+        num_in_channels: channels of the images.
+    """
     k, filters, colours = kernel, num_filters, num_classes
     return nn.Sequential(
         _block(SameConv2d(num_in_channels, filters, k), nn.MaxPool2d(2), channels=filters),
@@ -65,6 +72,12 @@ def conv_transpose_net(
 ) -> nn.Module:
     """Strided convolutions down, transposed ones up: images (B, num_in_channels, H, W) to logits (B, num_classes, H,
     W).
+
+    Args:
+        num_classes: channels of the logits.
+        kernel: side of the convolutions' kernels in pixels.
+        num_filters: channels after the first block.
+        num_in_channels: channels of the images.
     """
     k, filters, colours = kernel, num_filters, num_classes
     return nn.Sequential(
@@ -82,6 +95,12 @@ class ColorizationUNet(nn.Module):
     the image.
 
     Images (B, num_in_channels, H, W) to logits (B, num_classes, H, W).
+
+    Args:
+        num_classes: channels of the logits.
+        kernel: side of the convolutions' kernels in pixels.
+        num_filters: channels after the first block.
+        num_in_channels: channels of the images.
     """
 
     def __init__(

@@ -61,5 +61,5 @@ class Frequency(nn.Module):
                 f"model.size is {expected}, but an image is {size}: make both equal, by data.resize={expected} or "
                 f"model.size={size}"
             )
-        logits: Tensor = _Count.apply(self.counts, len(images))
+        logits: Tensor = _Count.apply(self.counts, images.shape[0])
         return logits

@@ -72,9 +72,11 @@ def mask_rcnn(
             raise ValueError(
                 "there are no weights coco for backbone resnet18; set model.weights=none, or model.backbone=resnet50"
             )
-        return _with_full_precision(_small(num_classes + 1, min_size, max_size))
+        return _with_known_scales(_with_full_precision(_small(num_classes + 1, min_size, max_size)))
     if weights == "none":
-        return _with_full_precision(_large(backbone, num_classes + 1, min_size, max_size, frozen_norm))
+        return _with_known_scales(
+            _with_full_precision(_large(backbone, num_classes + 1, min_size, max_size, frozen_norm))
+        )
     net = _large(backbone, COCO_CLASSES, min_size, max_size, frozen_norm=backbone == "resnet50")
     load_published(
         net, (MaskRCNN_ResNet50_FPN_Weights if backbone == "resnet50" else MaskRCNN_ResNet50_FPN_V2_Weights).COCO_V1
@@ -83,7 +85,7 @@ def mask_rcnn(
     net.roi_heads.mask_predictor = MaskRCNNPredictor(256, 256, num_classes + 1)
     for name in ("conv1", "bn1", "layer1"):
         net.backbone.body[name].requires_grad_(False)
-    return _with_full_precision(net)
+    return _with_known_scales(_with_full_precision(net))
 
 
 def _large(backbone: str, num_outputs: int, min_size: int, max_size: int, frozen_norm: bool) -> MaskRCNN:
@@ -135,6 +137,21 @@ def _with_full_precision(net: MaskRCNN) -> MaskRCNN:
     for head in (net.rpn.head, net.roi_heads.box_predictor, net.roi_heads.mask_predictor):
         head.register_forward_hook(_widen_outputs)
     net.rpn.anchor_generator.register_forward_pre_hook(_without_values)
+    return net
+
+
+def _with_known_scales(net: MaskRCNN) -> MaskRCNN:
+    """Fixes the scales of the feature maps that regions are read from.
+
+    torchvision infers them from the first image that it sees, and wrongly where padding makes up much of it: what the
+    model finds in an image would depend on which one a process saw first.
+    """
+    side, strides = 256, (4, 8, 16, 32)
+    for pool in (net.roi_heads.box_roi_pool, net.roi_heads.mask_roi_pool):
+        with torch.device("cpu"):  # also where the network is built without memory
+            sides = [side // stride for stride in strides]
+            maps = {name: torch.zeros(1, 1, each, each) for name, each in zip(pool.featmap_names, sides, strict=True)}
+            pool(maps, [torch.zeros(1, 4)], [(side, side)])
     return net
 
 

@@ -71,5 +71,11 @@ def unet(
     width: Annotated[int, Field(gt=0, le=4096)] = 16,
     depth: Annotated[int, Field(gt=0, le=10)] = 3,
 ) -> nn.Module:
-    """Builds a U-Net with `width` channels at full resolution and `depth` resolutions; 118k parameters by default."""
+    """Builds a U-Net with `width` channels at full resolution and `depth` resolutions; 118k parameters by default.
+
+    Args:
+        num_classes: channels of the logits.
+        width: channels at full resolution, doubled at each level below; twice the width takes about four times as long.
+        depth: number of resolutions, each half the one above.
+    """
     return UNet(num_classes, width, depth)

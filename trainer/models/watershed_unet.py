@@ -39,5 +39,11 @@ def watershed_unet(
     width: Annotated[int, Field(gt=0, le=4096)] = 16,
     depth: Annotated[int, Field(gt=0, le=10)] = 5,
 ) -> nn.Module:
-    """Builds it with `width` channels at full resolution and `depth` resolutions; 1.9 million parameters by default."""
+    """Builds a U-Net with two heads, for classes and for distances to boundaries; 1.9 million parameters by default.
+
+    Args:
+        num_classes: C, without background.
+        width: channels at full resolution, doubled at each level below.
+        depth: number of resolutions, each half the one above.
+    """
     return WatershedUNet(num_classes, width, depth)

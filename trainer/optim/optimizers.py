@@ -21,7 +21,15 @@ def sgd(
     weight_decay: NonNegativeFloat = 0.0,
     nesterov: bool = False,
 ) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with momentum."""
+    """Stochastic gradient descent with momentum.
+
+    Args:
+        parameters: what is trained.
+        lr: learning rate, which the schedule's factor multiplies.
+        momentum: share of the last step that is added to the next.
+        weight_decay: strength of an L2 term in the gradient.
+        nesterov: whether the momentum is Nesterov's.
+    """
     optimizer = torch.optim.SGD(
         parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
     )
@@ -43,7 +51,16 @@ def adam(
     eps: float = 1e-8,
     weight_decay: NonNegativeFloat = 0.0,
 ) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba, 2015); `weight_decay` is an L2 term in the gradient."""
+    """Adam (Kingma & Ba, 2015); `weight_decay` is an L2 term in the gradient.
+
+    Args:
+        parameters: what is trained.
+        lr: learning rate, which the schedule's factor multiplies.
+        beta1: decay of the mean of the gradients.
+        beta2: decay of the mean of their squares.
+        eps: added to the denominator.
+        weight_decay: strength of an L2 term in the gradient.
+    """
     return torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
 
 
@@ -58,5 +75,14 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: NonNegativeFloat = 0.01,
 ) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019)."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
+
+    Args:
+        parameters: what is trained.
+        lr: learning rate, which the schedule's factor multiplies.
+        beta1: decay of the mean of the gradients.
+        beta2: decay of the mean of their squares.
+        eps: added to the denominator.
+        weight_decay: how fast weights decay, times the learning rate.
+    """
     return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)

@@ -51,19 +51,36 @@ def _after_warmup(warmup: float, decay: Schedule) -> Schedule:
 
 @schedule()
 def constant(share: Share, /, *, warmup: DurationOrZero = NONE) -> Schedule:
-    """`optimizer.lr` throughout, after the warm-up."""
+    """`optimizer.lr` throughout, after the warm-up.
+
+    Args:
+        share: converts a duration to a share of the training.
+        warmup: how long the learning rate rises linearly from 0.
+    """
     return _after_warmup(share(warmup), lambda _: 1.0)
 
 
 @schedule()
 def cosine(share: Share, /, *, warmup: DurationOrZero = NONE, final: Fraction = 0.0) -> Schedule:
-    """Half a cosine from 1 down to `final` (Loshchilov & Hutter, 2017, without restarts)."""
+    """Half a cosine from 1 down to `final` (Loshchilov & Hutter, 2017, without restarts).
+
+    Args:
+        share: converts a duration to a share of the training.
+        warmup: how long the learning rate rises linearly from 0.
+        final: factor on `optimizer.lr` at the end.
+    """
     return _after_warmup(share(warmup), lambda p: final + (1 - final) * (1 + math.cos(math.pi * p)) / 2)
 
 
 @schedule()
 def polynomial(share: Share, /, *, warmup: DurationOrZero = NONE, power: PositiveFloat = 0.9) -> Schedule:
-    """(1 - progress) ** power, as in DeepLab (Chen et al., 2017)."""
+    """(1 - progress) ** power, as in DeepLab (Chen et al., 2017).
+
+    Args:
+        share: converts a duration to a share of the training.
+        warmup: how long the learning rate rises linearly from 0.
+        power: the exponent.
+    """
     return _after_warmup(share(warmup), lambda p: (1 - p) ** power)
 
 
@@ -77,7 +94,15 @@ def plateau(
     patience: NonNegativeInt = 5,
     warmup: DurationOrZero = NONE,
 ) -> Schedule:
-    """Multiplies by `factor` after every `patience` + 1 evaluations in a row that didn't improve `evaluate.best`."""
+    """Multiplies by `factor` after every `patience` + 1 evaluations in a row that didn't improve `evaluate.best`.
+
+    Args:
+        share: converts a duration to a share of the training.
+        best: the evaluations so far.
+        factor: multiplies the learning rate.
+        patience: evaluations in a row without a better value that are tolerated.
+        warmup: how long the learning rate rises linearly from 0.
+    """
     return _after_warmup(share(warmup), lambda _: float(factor ** best.plateaus(patience)))
 
 
@@ -85,7 +110,14 @@ def plateau(
 def one_cycle(
     share: Share, /, *, warmup: DurationOrZero = Span.parse("30%"), start: Fraction = 0.04, final: Fraction = 1e-6
 ) -> Schedule:
-    """Half a cosine up from `start` to `optimizer.lr`, half a cosine down to `final` (Smith & Topin, 2018)."""
+    """Half a cosine up from `start` to `optimizer.lr`, half a cosine down to `final` (Smith & Topin, 2018).
+
+    Args:
+        share: converts a duration to a share of the training.
+        warmup: how long the learning rate rises.
+        start: factor on `optimizer.lr` at the start.
+        final: factor on `optimizer.lr` at the end.
+    """
     peak = share(warmup)
 
     def between(a: float, b: float, p: float) -> float:

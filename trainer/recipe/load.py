@@ -21,7 +21,7 @@ from pydantic import ValidationError, create_model
 from trainer.components import Component, Settings, catalogue
 from trainer.errors import UserError
 from trainer.recipe.checks import CHECKS, Check
-from trainer.recipe.file import KeyPath, Place, Problem, Reader, RecipeError, nearest, place_of, short
+from trainer.recipe.file import KeyPath, Problem, Reader, RecipeError, nearest, place_of, short
 from trainer.recipe.recipe import Choice, Recipe
 from trainer.recipe.settings import DEFAULTS, KINDS, SCHEMAS, SHARED, DataSettings, NamedSettings
 
@@ -106,20 +106,25 @@ def _plugins(plugins: Any, recipe: Recipe, validator: Validator) -> None:
     if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
         validator.add_problem(("plugins",), "must be a list of module names or .py files", plugins)
         return
-    place = place_of(recipe.places, ("plugins",), recipe.path)
+    folder = Path(place_of(recipe.places, ("plugins",), recipe.path).rsplit(":", 2)[0]).parent
     for i, plugin in enumerate(plugins):
         try:
-            recipe.plugins.append(_import_plugin(plugin, place))
+            recipe.plugins.append(import_plugin(plugin, folder))
         except (ImportError, OSError, SyntaxError, ValueError, TypeError) as error:
             validator.add_problem(("plugins", i), f"can't be imported: {error}", plugin)
 
 
-def _import_plugin(plugin: str, place: Place) -> str:
-    """Imports a listed module; the path of a `.py` file is relative to the recipe that lists it."""
+def import_plugin(plugin: str, folder: Path) -> str:
+    """Imports a module, or a `.py` file relative to `folder`, for its components; returns the module's name, or the
+    file's path.
+
+    Raises:
+        Exception: whatever its code raises; ImportError where there is no such file.
+    """
     if not plugin.endswith(".py"):
         importlib.import_module(plugin)
         return plugin
-    file = (Path(place.rsplit(":", 2)[0]).parent / plugin).resolve()
+    file = (folder / plugin).resolve()
     name = f"trainer_plugin_{file.stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)

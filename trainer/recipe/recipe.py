@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,13 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         out |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
     return out
+
+
+def differing(resolved: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Keys (dotted) in which resolved recipes differ, but for `name`, with the value in each, or None."""
+    flat = [flatten(tree) for tree in resolved]
+    values = {key: [tree.get(key) for tree in flat] for key in dict.fromkeys(key for tree in flat for key in tree)}
+    return {key: each for key, each in values.items() if key != "name" and any(value != each[0] for value in each)}
 
 
 def differences(old: Mapping[str, Any], recipe: Recipe) -> list[str]:

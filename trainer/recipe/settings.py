@@ -13,10 +13,19 @@ from trainer.recipe.durations import Duration, Span
 class DataSettings(Settings):
     """Keys of `data:` that every data set has.
 
-    Each process tolerates `max_unreadable` unreadable training samples and replaces each by the next sample. An
-    unreadable validation sample is always an error, since metrics on different samples aren't comparable.
-    `resize_mode: letterbox` keeps the aspect ratio and pads the rest; it can't be used with class masks, since padding
-    has no class. `overfit: N` trains and validates on the first N training samples, which a working model memorises.
+    Attributes:
+        name: the data set.
+        batch_size: samples in one optimizer step, over all processes.
+        workers: processes that load samples, for each training process. `auto` is none on CPUs, where they compete
+            with the training.
+        cache: whether decoded and resized pixels are kept on disk; `auto` does so where there is room.
+        window: row groups of samples that are shuffled together; more mix better and take more memory.
+        resize: height and width that images are resized to, once.
+        resize_mode: `stretch` changes the aspect; `letterbox` keeps it and pads what is left, and is for sets of boxes.
+        max_unreadable: training samples that may be unreadable, as each process counts. The next sample of the set
+            takes the place of each. A validation sample that can't be read is always an error: metrics over another set
+            can't be compared.
+        overfit: train and validate on this many training samples only, which a working model memorises.
     """
 
     name: str
@@ -31,8 +40,13 @@ class DataSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """Keys of `model:` that every model has: its initial weights, the layers to reset and the trainable layers.
-    Some models also accept published weights by name.
+    """Keys of `model:` that every model has.
+
+    Attributes:
+        name: the model.
+        weights: initial weights; some models know published ones by name.
+        reset_layers: layers, by name, that start from new values whatever the weights.
+        train_only: layers, by name, that are trained while all others stay frozen; none means all layers are trained.
     """
 
     name: str
@@ -42,25 +56,47 @@ class ModelSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """Keys of `optimizer:` that every optimizer has: the learning rate, which the schedule scales."""
+    """Keys of `optimizer:` that every optimizer has.
+
+    Attributes:
+        name: the optimizer.
+        lr: learning rate, which the schedule's factor multiplies.
+    """
 
     name: str
     lr: PositiveFloat
 
 
 class NamedSettings(Settings):
-    """A section without keys of its own, only those of its component."""
+    """Keys of a section that has no others than its component's.
+
+    Attributes:
+        name: the component.
+    """
 
     name: str
 
 
 class TrainSettings(Settings):
-    """Keys of `train:`, which configure the training loop.
+    """How the loop runs.
 
-    `precision: tf32` stores fp32 and computes matrix products and convolutions in TF32, on GPUs from Ampere on; `fp32`
-    never does. `deterministic: auto` is true on CPUs and false on GPUs, where it costs speed; there a resumed run has
-    the bits of an uninterrupted one only with `true`. `timeout` is how long a rank may stall. `freeze: N` freezes the
-    first N layers of a model that numbers them (`model.0`, `model.1`, …).
+    Attributes:
+        duration: how long to train, e.g. `25 epochs`, `500 steps` or `30 minutes`.
+        precision: of the arithmetic; `auto` is bf16 where the hardware is fast at it, else fp32. `tf32` stores fp32 and
+            computes products and convolutions in TF32, on GPUs from Ampere on; `fp32` never does.
+        seed: of everything random.
+        accumulate: parts of a batch whose gradients are added up, to save memory.
+        clip_norm: largest norm of the gradients; larger ones are scaled down.
+        freeze: keep this many first layers of a model that numbers them (`model.0`, `model.1`, …) as they are.
+        ema: decay of an exponential moving average of the weights, which is then evaluated.
+        channels_last: whether images are stored with the channels last, which is faster on most hardware.
+        compile: whether to compile the model with torch.compile.
+        deterministic: `auto` is true on CPUs and false on GPUs, where it costs speed. There a resumed run has the bits
+            of an uninterrupted one with `true` only.
+        threads: of each process, for computing on CPUs.
+        log_every: how often metrics of the training are logged.
+        non_finite: what to do about a loss or gradient that isn't finite; `skip` leaves out the step.
+        timeout: how long a process may stall before the job ends.
     """
 
     duration: Duration
@@ -80,8 +116,14 @@ class TrainSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """Keys of `evaluate:`: how often, which metric decides on the best checkpoint, and after how many evaluations
-    without an improvement training ends.
+    """When to evaluate, and which checkpoint is the best.
+
+    Attributes:
+        every: how often to evaluate.
+        best: the validation metric that makes a checkpoint the best.
+        stop_after: evaluations without a better value after which training ends early.
+        batch_size: samples in a validation batch, over all processes; by default that of the training.
+        pictures: validation samples that are drawn at each evaluation.
     """
 
     every: Duration = Span.parse("1 epoch")
@@ -92,7 +134,12 @@ class EvaluateSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Keys of `checkpoint:`: how often, and how many are kept in addition to the best."""
+    """When to save checkpoints, and how many stay.
+
+    Attributes:
+        every: how often to save one.
+        keep: how many of the newest stay, besides the best.
+    """
 
     every: Duration = Span.parse("1 epoch")
     keep: Annotated[int, Field(ge=2)] = 3

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from trainer.metrics.best import lower_is_better
-from trainer.recipe.recipe import flatten
+from trainer.recipe.recipe import differing
 from trainer.reporting.figures import MAX_LABELLED, row_shares
 from trainer.runs.folder import Line, RunFolder, metrics_of
 
@@ -218,13 +218,8 @@ def _pictures(run: Run) -> str:
 
 def _recipes(runs: list[Run]) -> str:
     """The keys in which the recipes differ, and each complete recipe."""
-    flat = [flatten(run.recipe) for run in runs]
-    keys = [
-        key
-        for key in dict.fromkeys(key for each in flat for key in each)
-        if len({json.dumps(each.get(key)) for each in flat}) > 1 and key != "name"
-    ]
-    rows = [[_cell(key), *(_cell(each.get(key)) for each in flat)] for key in keys]
+    differing_keys = differing([run.recipe for run in runs])
+    rows = [[_cell(key), *map(_cell, values)] for key, values in differing_keys.items()]
     differences = _table(["key", *(run.name for run in runs)], rows) if rows else ""
     return differences + "".join(
         _details(run.name, (run.folder.path / "recipe.yaml").read_text(encoding="utf-8")) for run in runs

@@ -31,6 +31,11 @@ class Progress:
         self.enabled = enabled
         self._bar: Any = None
 
+    @property
+    def has_bar(self) -> bool:
+        """Whether there is a bar."""
+        return self._bar is not None
+
     @_survives_terminal()
     def start(self, total_steps: int | None, step: int) -> None:
         """Shows the bar at `step` of `total_steps` (None if the duration of the training is in minutes)."""
@@ -66,10 +71,15 @@ class Progress:
     def train(self, line: dict[str, Any]) -> None:
         """Shows a training line of the metrics."""
         text = f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['samples_per_second']:.0f} samples/s"
+        self.show(text, before=f"step {line['step']:6d}  epoch {line['epoch']:6.2f}  ")
+
+    @_survives_terminal()
+    def show(self, text: str, before: str) -> None:
+        """Writes a text beside the bar, or as a line of its own after what the bar would show."""
         if self._bar:
             self._bar.update(self._task, description=text)
         else:
-            self.say(f"step {line['step']:6d}  epoch {line['epoch']:6.2f}  {text}")
+            self.say(before + text)
 
     @_survives_terminal()
     def say(self, text: str) -> None:

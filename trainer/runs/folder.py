@@ -20,7 +20,7 @@ from trainer.recipe.file import nearest
 from trainer.runs.durable import atomic_write
 from trainer.runs.store import CheckpointStore
 
-RECIPE, DATA = "recipe.yaml", "data.json"
+RECIPE, DATA, SUMMARY = "recipe.yaml", "data.json", "summary.json"
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -149,11 +149,11 @@ class RunFolder:
 
     def write_data(self, description: dict[str, Any]) -> None:
         """Writes what a model must know of its data set to predict, see `Data.description`."""
-        atomic_write(self.path / DATA, _pretty(description))
+        atomic_write(self.path / DATA, pretty(description))
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Writes `environment.json`, see `environment`."""
-        atomic_write(self.path / "environment.json", _pretty(environment))
+        atomic_write(self.path / "environment.json", pretty(environment))
 
     def log(self, line: Line) -> None:
         """Appends a line to `metrics.jsonl`, in the operating system's hands when this returns.
@@ -205,7 +205,7 @@ class RunFolder:
             facts: further entries, e.g. `seconds` of training over all interruptions, or the `error` that ended it.
         """
         summary = {"status": status, "best": self._validation.best, "final": self._validation.final, **facts}
-        atomic_write(self.path / "summary.json", _pretty(summary))
+        atomic_write(self.path / SUMMARY, pretty(summary))
         return summary
 
     def update_status(self, status: Status, **facts: Any) -> None:
@@ -219,7 +219,7 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """What `write_summary` wrote last; empty before that."""
-        file = self.path / "summary.json"
+        file = self.path / SUMMARY
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
@@ -231,7 +231,8 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _pretty(tree: dict[str, Any]) -> str:
+def pretty(tree: dict[str, Any]) -> str:
+    """Indented JSON; nan and infinity become null."""
     return json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n"
 
 

@@ -18,7 +18,7 @@ def lock_run(folder: Path) -> FileLock:
         UserError: another process holds it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_lock_file(folder))
+    lock = FileLock(lock_file(folder))
     try:
         lock.acquire(timeout=1)  # longer than `is_locked` takes
     except Timeout:
@@ -31,7 +31,7 @@ def lock_run(folder: Path) -> FileLock:
 def is_locked(folder: Path) -> bool:
     """Whether a process holds the run. Tries a shared lock: two simultaneous callers must not see each other."""
     try:
-        descriptor = os.open(_lock_file(folder), os.O_RDONLY)
+        descriptor = os.open(lock_file(folder), os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
@@ -43,5 +43,6 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def _lock_file(folder: Path) -> Path:
+def lock_file(folder: Path) -> Path:
+    """The file, beside the folder, that is locked; it stays when the lock is released."""
     return folder.with_name(f".{folder.name}.lock")

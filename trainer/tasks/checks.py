@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer.components import is_trained
 from trainer.data.roles import has_pixels
-from trainer.data.sizes import check_one_size, sizes_fed
+from trainer.data.sizes import check_one_size, sizes_fed, sizes_of
 from trainer.errors import UserError
 from trainer.models.freeze import layers_after, train_only
 from trainer.models.layers import check_layers, check_sides
@@ -73,25 +73,29 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def check_sizes(recipe: Recipe, model: nn.Module) -> None:
+def check_sizes(recipe: Recipe, model: nn.Module, evaluated: str | None = None) -> None:
     """Checks that the model's `size_divisor` divides the sides of all images whose size is known.
 
+    Args:
+        recipe: names the set and what is done to its images.
+        model: see above.
+        evaluated: the split that is evaluated; None where the recipe trains and validates.
+
     Raises:
-        UserError: a side isn't divisible, in training or validation.
+        UserError: a side isn't divisible.
     """
-    for key, what in _wrong_sides(recipe, model):
+    for key, what in _wrong_sides(recipe, model, evaluated):
         raise UserError(f"{key}: {what}")
 
 
-def _wrong_sides(recipe: Recipe, model: nn.Module) -> Iterator[tuple[str, str]]:
+def _wrong_sides(recipe: Recipe, model: nn.Module, evaluated: str | None = None) -> Iterator[tuple[str, str]]:
     """The first size that doesn't fit the model: the key that sets it, and a message."""
-    fed = sizes_fed(recipe)
-    for split, key in (
-        ("validation", "data.resize"),
-        ("train", "data.augment" if recipe.augmentations else "data.resize"),
-    ):
+    fed = {evaluated: sizes_of(recipe, evaluated)} if evaluated else sizes_fed(recipe)
+    for split in ("validation", "train", "test"):
+        key = "data.augment" if split == "train" and recipe.augmentations else "data.resize"
+        sizes = fed.get(split)
         try:
-            for height, width in fed[split].tolist() if split in fed else ():
+            for height, width in () if sizes is None else sizes.tolist():
                 check_sides(getattr(model, "size_divisor", 1), height, width, f"those of the {split} split")
         except UserError as error:
             yield key, str(error)
@@ -126,8 +130,11 @@ def _check_batches(recipe: Recipe, processes: int) -> Iterator[Problem]:
         yield recipe.problem("data.augment" if recipe.data.resize else "data.resize", str(error))
 
 
+DATA_CHECKS: tuple[Check, ...] = ((("source", "data", "task"), _check_columns),)
+"""For `load_recipe`: whether the set has what the task needs."""
+
 TASK_CHECKS: tuple[Check, ...] = (
-    (("source", "data", "task"), _check_columns),
+    *DATA_CHECKS,
     (("source", "data", "model", "train"), _check_model),
     (("source", "loss"), _check_loss),
     (("source", "task", "evaluate"), _check_task),

@@ -53,6 +53,6 @@ class MaskRcnnTask(ObjectTask):
 
     def _images(self, batch: Batch) -> list[Tensor]:
         """Each image without its padding, float (3, H, W) in [0, 1]."""
-        pixels = self.pixels(batch["image"]) / 255
+        images = self.inputs(batch["image"])
         sizes = zip(batch["height"].tolist(), batch["width"].tolist(), strict=True)
-        return [image[:, :height, :width] for image, (height, width) in zip(pixels, sizes, strict=True)]
+        return [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]

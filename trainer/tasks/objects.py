@@ -52,7 +52,11 @@ class ObjectTask(Task[list[Detections]]):
             if len(set(sizes)) > 1:
                 advice = "set data.resize=[H,W], and data.resize_mode=letterbox to keep their aspect"
                 raise UserError(f"images of a batch differ in {name} ({min(sizes)} to {max(sizes)}): {advice}")
-        return self.pixels(batch["image"]) / 255
+        return self.inputs(batch["image"])
+
+    def inputs(self, image: Tensor) -> Tensor:
+        """Images uint8 (B, 3, H, W), in [0, 1] and in the dtype and memory format of the model's weights."""
+        return self.pixels(image) / 255
 
     def clipped(self, detections: Iterable[Detections], batch: Batch) -> list[Detections]:
         """The detections in each image of a batch, without those parts that lie in the padding of a letterbox."""

@@ -20,6 +20,8 @@ Forward = Callable[..., Any]
 """The model as the Trainer wrapped it (DDP, autocast, compile), or a bare one in evaluation."""
 Predictions = TypeVar("Predictions", bound=Tensor | list[Detections])
 """Of a batch, one for each sample: class indices int64 (B, …), pictures uint8 (B, 3, H, W), or the objects in it."""
+Observer = Callable[[Any, Batch], None]
+"""Called with the predictions for each evaluation batch, and the batch."""
 Color = tuple[int, int, int]
 """RGB, 0 to 255."""
 
@@ -110,13 +112,15 @@ class Task(ABC, Generic[Predictions]):
         """Runs the model, in evaluation mode, on a batch that needs no ground truth; returns its predictions."""
         return self.decode(self.infer(model, batch), batch)
 
-    def evaluation_sums(self, model: Forward, batch: Batch) -> EvaluationSums:
+    def evaluation_sums(self, model: Forward, batch: Batch, observe: Observer | None = None) -> EvaluationSums:
         """Runs the model on an evaluation batch; returns all that its metrics follow from."""
         if self.has_validation_loss:
             outputs, targets = self.run(model, batch)
             loss = self.loss(outputs, targets)
         else:
             outputs, loss = self.infer(model, batch), {}
+        if observe:
+            observe(self.decode(outputs, batch), batch)
         samples = torch.tensor(len(batch["sample_id"]), device=next(self.model.parameters()).device)
         return EvaluationSums(loss, self.sums(outputs, batch), self.rows(outputs, batch), samples)
 

@@ -204,3 +204,20 @@ def test_recipes_know_its_keys() -> None:
     schema = catalogue("model")["mask_rcnn"].schema
     expected = {"backbone": "resnet50", "min_size": 800, "max_size": 1333, "frozen_norm": False, "weights": "none"}
     assert schema.model_validate({}).model_dump() == expected
+
+
+def test_regions_of_an_image_are_the_same_whichever_image_was_seen_first() -> None:
+    """Small images, of which padding makes up much."""
+    images = [
+        torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+        for height, width in ((50, 53), (64, 49))
+    ]
+    pooled = []
+    for first in images:
+        torch.manual_seed(0)
+        net = mask_rcnn(2, backbone="resnet18", min_size=32, max_size=48).eval()
+        with torch.no_grad():
+            net([first])
+            net.roi_heads.box_roi_pool.register_forward_hook(lambda pool, inputs, outputs: pooled.append(outputs))
+            net([images[0]])
+    assert torch.equal(*pooled)

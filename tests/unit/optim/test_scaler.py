@@ -95,15 +95,15 @@ def test_gradients_are_logged_and_clipped_as_if_nothing_had_scaled_them(tmp_path
 
 
 @pytest.mark.slow
-def test_an_interrupted_training_skips_the_steps_that_an_undisturbed_one_skips(tmp_path: Path) -> None:
+def test_an_interrupted_training_skips_the_steps_that_an_uninterrupted_one_skips(tmp_path: Path) -> None:
     """Which ones overflow depends on the scale and on how many good steps it has seen."""
     recipe = write_recipe(tmp_path)
-    whole = run(recipe, "name=whole", fault=scaled(2.0**15, overflows=True))
+    uninterrupted = run(recipe, "name=uninterrupted", fault=scaled(2.0**15, overflows=True))
     for step in (5, 8):
         stop = partial(before_step, step, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
         run(recipe, "name=cut", fault=scaled(2.0**15, overflows=True, then=stop))
     cut = run(recipe, "name=cut", fault=scaled(2.0**15, overflows=True))
-    assert scaler_of(cut) == scaler_of(whole)
-    assert scaler_of(whole)["scale"] < 2.0**15
-    assert weights(cut) == weights(whole) != weights(run(recipe, "name=plain"))
-    assert lines(cut) == lines(whole)
+    assert scaler_of(cut) == scaler_of(uninterrupted)
+    assert scaler_of(uninterrupted)["scale"] < 2.0**15
+    assert weights(cut) == weights(uninterrupted) != weights(run(recipe, "name=plain"))
+    assert lines(cut) == lines(uninterrupted)

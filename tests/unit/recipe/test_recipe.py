@@ -566,7 +566,7 @@ built = []
 
 
 @dataset(fields=("image", "mask"))
-def mine(*, broken: bool = False):
+def breakable_shapes(*, broken: bool = False):
     built.append(broken)
     if broken:
         raise ValueError("this set is broken")
@@ -576,8 +576,9 @@ def mine(*, broken: bool = False):
 
 def test_a_data_set_is_built_once_and_one_that_cannot_be_is_one_mistake(tmp_path: Path) -> None:
     (tmp_path / "my_set.py").write_text(SETS)
-    recipe = check(tmp_path, "plugins: [my_set.py]\ndata: {name: mine}")
+    recipe = check(tmp_path, "plugins: [my_set.py]\ndata: {name: breakable_shapes}")
     assert recipe.source.name == "shapes"
     assert sys.modules["trainer_plugin_my_set"].built == [False]
-    text = "plugins: [my_set.py]\ndata: {name: mine, broken: true}\nmodel: {train_only: [haed]}\nevaluate: {best: x}"
+    text = "plugins: [my_set.py]\ndata: {name: breakable_shapes, broken: true}\nmodel: {train_only: [haed]}"
+    text += "\nevaluate: {best: x}"
     assert problems(tmp_path, text) == ["r.yaml:3:1: data: this set is broken"]

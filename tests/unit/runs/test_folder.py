@@ -179,7 +179,7 @@ def test_saving_a_summary_reads_no_metrics(folder: RunFolder, monkeypatch: pytes
     assert reads == [folder.metrics]
 
 
-def test_a_training_reads_its_metrics_at_most_once_however_often_it_saves(tmp_path: Path) -> None:
+def test_a_training_reads_its_metrics_at_its_start_and_for_the_curves_however_often_it_saves(tmp_path: Path) -> None:
     def refuse(run: RunFolder) -> None:
         raise AssertionError("metrics.jsonl is read again")
 
@@ -188,7 +188,7 @@ def test_a_training_reads_its_metrics_at_most_once_however_often_it_saves(tmp_pa
         1,
         write_recipe(tmp_path),
         *options,
-        fault=lambda rank: before_call(RunFolder, "_complete_lines", refuse, on_call=2),
+        fault=lambda rank: before_call(RunFolder, "_complete_lines", refuse, on_call=3),
     ) as job:
         assert job.wait() == [0], job.output
     run = RunFolder(tmp_path / "runs" / "run")

@@ -47,7 +47,12 @@ NumColours = Annotated[int, Field(ge=2, le=255)]
 
 @dataset(fields=("image", "mask", "colour_centres"))
 def cifar10_horses(*, centres: Literal["course", "kmeans"] = "course", num_colours: NumColours = 24) -> Source:
-    """The horses as JPEG files, with the course's 24 colour centres or `num_colours` by k-means."""
+    """The horses as JPEG files, with the course's 24 colour centres or `num_colours` by k-means.
+
+    Args:
+        centres: the course's, or those that k-means finds in the training set.
+        num_colours: classes of colour; 24 with the course's centres.
+    """
     if centres == "course" and num_colours != 24:
         raise ValueError(f"the course has 24 colour centres, not {num_colours}: set data.centres=kmeans")
     name = "cifar10_horses" if centres == "course" else f"cifar10_horses_kmeans{num_colours}"
@@ -57,7 +62,12 @@ def cifar10_horses(*, centres: Literal["course", "kmeans"] = "course", num_colou
 
 @dataset(fields=("image", "mask", "colour_centres"))
 def cifar10(*, category: Literal[CLASSES] = "horse", num_colours: NumColours = 24) -> Source:  # type: ignore[valid-type]
-    """One class of the official archive, with `num_colours` colour centres by k-means."""
+    """One class of the official archive, with `num_colours` colour centres by k-means.
+
+    Args:
+        category: the class of the photographs.
+        num_colours: classes of colour, found by k-means in the training set.
+    """
     return _source(
         f"cifar10_{category}_kmeans{num_colours}",
         (OFFICIAL,),

@@ -50,7 +50,11 @@ Described = tuple[ListedImage, list[Annotation]]
 
 @dataset(fields=("image", "boxes", "masks"))
 def coco(*, set: Annotated[str, names_a_set(COMMAND, "objects")]) -> Source:
-    """The set made by `trainer prepare coco --name SET`; a recipe can't prepare it again."""
+    """The set made by `trainer prepare coco --name SET`; a recipe can't prepare it again.
+
+    Args:
+        set: its name, the SET of that command.
+    """
     return prepared_set(set)
 
 

@@ -39,7 +39,11 @@ MAX_LABELS = 256  # a mask has 8 bits
 
 @dataset(fields=("image", "mask"))
 def folder(*, set: Annotated[str, names_a_set(COMMAND, "mask")]) -> Source:
-    """The set made by `trainer prepare folder --name SET`; a recipe can't prepare it again."""
+    """The set made by `trainer prepare folder --name SET`; a recipe can't prepare it again.
+
+    Args:
+        set: its name, the SET of that command.
+    """
     return prepared_set(set)
 
 

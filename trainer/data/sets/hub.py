@@ -35,6 +35,7 @@ Label = Annotated[int, Field(ge=0, le=255)]
 
 
 def _owner_and_name(path: str) -> str:
+    """OWNER/NAME."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ValueError("must be OWNER/NAME of a repository, e.g. zhoubolei/scene_parse_150")
     return path
@@ -57,6 +58,17 @@ def hub(
 
     By default, `classes` are the names in the features of the column `mask`. `validation` is the name of a split, or a
     share of `train`. A branch such as `main` is resolved to a commit only when the set is prepared.
+
+    Args:
+        path: owner and name of the repository.
+        image: the column of encoded images.
+        mask: the column of masks.
+        classes: their names, in the order of their index; by default those that the column `mask` names.
+        ignore_index: the label of pixels that count nowhere.
+        config: configuration of the repository, where it has several.
+        revision: branch, tag or commit.
+        train: the split to train on.
+        validation: the split to validate on, or a share of `train`.
     """
     keys: dict[str, Any] = {
         "path": path,

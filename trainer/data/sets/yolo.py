@@ -43,7 +43,11 @@ NOT_LABELS = "classes"  # classes.txt, which labelling tools write next to the l
 
 @dataset(fields=("image", "boxes"))
 def yolo(*, set: Annotated[str, names_a_set(COMMAND, "objects")]) -> Source:
-    """The set made by `trainer prepare yolo --name SET`; a recipe can't prepare it again."""
+    """The set made by `trainer prepare yolo --name SET`; a recipe can't prepare it again.
+
+    Args:
+        set: its name, the SET of that command.
+    """
     return prepared_set(set)
 
 
