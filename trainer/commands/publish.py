@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,8 +56,6 @@ def run(options: argparse.Namespace) -> int:
         _check_free(out)
     elif not get_token():
         raise UserError("no Hugging Face token: run `hf auth login` or set HF_TOKEN, or add --dry-run")
-    if options.export and not importlib.util.find_spec("trainer.commands.export"):
-        raise UserError(f"--export {options.export}: this version can't export models")
     trained = find_trained(options.run, options.checkpoint)
     if trained.published:
         raise UserError(f"{options.run} is already published; publish takes a run")

@@ -147,8 +147,10 @@ def write_examples(model: Model, folder: Path) -> list[Path]:
     """Writes a few images of the run's validation set as PNG files, evenly spaced over the set.
 
     Returns:
-        The files; none where the set isn't prepared, or has no images.
+        The files; none if the model is published, the set isn't prepared, or has no images.
     """
+    if model.trained.published:  # without its data set
+        return []
     prepared = data_dir() / model.recipe.source.name
     files = []
     try:

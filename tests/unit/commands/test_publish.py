@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 import trainer
 from tests.hub_server import COMMIT, Hub, Repository
 from tests.processes import RECIPE, run_processes, train, write_recipe
-from trainer.commands import main
+from trainer.commands import main, publish
 from trainer.errors import UserError
 from trainer.recipe.load import load_recipe
 from trainer.runs.published import fetch
@@ -142,6 +143,23 @@ def test_a_dry_run_writes_the_folder_which_can_be_loaded_and_asks_the_hub_nothin
     assert "model.safetensors" in printed and not (tmp_path / "squares/pictures").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["squares"]
     assert torch.equal(predicted(trainer.load("./squares")), predicted(trainer.load("squares")))
+
+
+def test_an_exported_file_is_published_too_and_without_it_nothing_is(
+    command: Callable[[str], Outcome], hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "_export", lambda options, model, folder: 3)
+    assert command("publish squares me/squares --export onnx")[0] == 3 and "me/squares" not in hub.repositories
+
+    def export(options: Any, model: Any, folder: Path) -> int:
+        (folder / publish.FILES[options.export]).write_bytes(b"graph")
+        return 0
+
+    monkeypatch.setattr(publish, "_export", export)
+    assert command("publish squares me/squares --export onnx")[0] == 0
+    ((_, files),) = hub.repositories["me/squares"].commits.items()
+    assert files["model.onnx"] == b"graph" and b"`model.onnx`" in files["README.md"]
+    assert "model.onnx" in json.loads(files["manifest.json"])["files"]
 
 
 def test_a_damaged_download_is_refused_until_it_is_deleted(published: str) -> None:
