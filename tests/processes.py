@@ -45,6 +45,10 @@ Image.init()
 for kind in CATALOGUE:
     catalogue(kind)
 
+# The autograd engine starts with the first backward pass. After an export that would start threads, and a child of a
+# process with those can't run backward passes.
+torch.ones(1, requires_grad=True).sum().backward()
+
 TINY = Path(__file__).with_name("tiny.py")
 RECIPE = f"""
 plugins: [{TINY}]

@@ -52,7 +52,7 @@ def test_a_mistake_in_any_run_is_reported_before_one_is_trained(
     assert "optimizer.lr: must be greater than 0" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
     assert main(["sweep", recipe, *OPTIONS, "optimizer.lr=1e-3"]) == 2
-    assert "nothing to sweep over" in capsys.readouterr().err
+    assert "nothing to sweep: give a key several values" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -293,7 +293,7 @@ def test_a_number_of_processes_that_is_none_is_left_to_the_launcher(tmp_path: Pa
             "detection",
             ["data.augment=[]"],
             1,
-            r"scenes \(train and validation\) differ .* batches: set data.resize=\[H,W\], with "
+            r"scenes \(train and validation\) differ .* batched: set data.resize=\[H,W\], with "
             r"data.resize_mode=letterbox to",
         ),
         (
@@ -309,7 +309,7 @@ def test_a_number_of_processes_that_is_none_is_left_to_the_launcher(tmp_path: Pa
             r"scenes \(validation\) differ .* or evaluate.batch_size=1$",
         ),
         ("watershed", ["data.augment=[{name: random_crop, size: [32,32]}]", "evaluate.batch_size=1"], 1, ""),
-        ("watershed", ["evaluate.batch_size=2"], 2, r"scenes \(train\) differ .* batches: set data.resize"),
+        ("watershed", ["evaluate.batch_size=2"], 2, r"scenes \(train\) differ .* batched: set data.resize"),
         (
             "detection",
             ["data.resize=[64,64]", "data.augment=[{name: mosaic, p: 0.5, size: [32,32]}]"],
