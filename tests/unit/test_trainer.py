@@ -75,9 +75,9 @@ def ticking(then: Callable[[], Any] | None = None, evaluation_s: float = 0.0) ->
     def fault(rank: int) -> None:
         train_step, evaluation_sums, now = loop.Trainer.train_step, Segmentation.evaluation_sums, [1000.0]
 
-        def evaluating(task: Segmentation, model: Any, batch: Any) -> Any:
+        def evaluating(*arguments: Any) -> Any:
             now[0] += evaluation_s
-            return evaluation_sums(task, model, batch)
+            return evaluation_sums(*arguments)
 
         def step(trainer: Any) -> None:
             now[0] += 10
