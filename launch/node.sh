@@ -5,14 +5,18 @@ set -euo pipefail
 # The signal before a pre-emption reaches every process of the step. It would kill preflight and launcher, so they ignore it, as
 # does everything they start, until trainer/run.py handles it. The shell below records it for a training that can't handle it yet.
 trap '' USR1
-(
+exec {recorder}< <(
     trap ': >"$TRAINER_ATTEMPT.stop"' USR1
     trap '' HUP INT TERM
+    echo ready
+    exec </dev/null &>/dev/null
     while kill -0 $$; do # as long as the launcher runs, which replaces this process
         sleep 2 &
         wait || true
     done
-) </dev/null &>/dev/null &
+)
+read -r -u "$recorder" _ # until then a signal would be lost
+exec {recorder}<&-
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=${MASTER_ADDR:-${hosts[0]}}

@@ -21,6 +21,8 @@ from tests.hub_server import COMMIT, Hub, Repository
 from tests.processes import RECIPE, run_processes, train, write_recipe
 from trainer.commands import main, publish
 from trainer.errors import UserError
+from trainer.inference.evaluation import evaluation_recipe
+from trainer.inference.trained import find_trained
 from trainer.recipe.load import load_recipe
 from trainer.runs.published import fetch
 from trainer.tasks.build import build_task
@@ -239,7 +241,7 @@ def test_code_that_a_published_recipe_names_is_not_run(
     assert "evil.py" in text
     recipe.write_text(text)
     trainer.load(folder)
-    assert command(f"evaluate {folder}")[0] == 0  # the component of its data set is known in this process
+    evaluation_recipe(find_trained(str(folder)))
     recipe.write_text(text.replace("name: unet", "name: evil"))
     with pytest.raises(UserError, match=r"needs plugins \(evil.py\), and code of published models isn't run"):
         trainer.load(folder)
