@@ -37,6 +37,7 @@ def test_any_number_of_processes_and_workers_sees_the_same_samples_and_losses(tm
             assert math.isclose(line["loss"], expected["loss"], rel_tol=1e-9), (name, line, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [

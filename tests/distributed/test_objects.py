@@ -209,6 +209,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_metrics(tmp_path: Pat
     assert lines(uninterrupted) == lines(parts)
 
 
+@pytest.mark.slow
 @TASKS
 def test_pictures_show_truth_beside_prediction_and_curves(tmp_path: Path, task: str) -> None:
     run_processes(1, train_and_draw_curves, recipe(tmp_path, task), ("train.duration=4 steps",))

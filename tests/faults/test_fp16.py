@@ -92,6 +92,7 @@ def test_where_bad_steps_are_skipped_the_run_continues_and_the_report_has_the_ad
     tally("fp16 whose gradients are never finite, skipped: reported with advice")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("non_finite", ["error", "skip"])
 def test_a_scaler_that_finds_its_scale_is_counted_resumed_and_not_reported(
     tmp_path: Path, tally: Tally, non_finite: str

@@ -59,6 +59,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_term_step_and_samples(
     tally(f"a loss that is nan, {world_size} processes: one message with term, step and samples")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_skipped_steps_are_counted_and_an_interrupted_run_skips_the_same(
     tmp_path: Path, tally: Tally, world_size: int

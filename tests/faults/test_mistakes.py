@@ -40,6 +40,7 @@ def stop(rank: int) -> None:
     before_call(trainer_module, "build_task", ask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_whose_data_are_damaged_says_so_until_they_are_mended_and_then_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], world_size: int

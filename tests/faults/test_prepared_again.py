@@ -63,6 +63,7 @@ def of_an_older_version(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_whose_set_was_prepared_again_from_other_files_refuses_to_resume_until_it_is_as_before(
     tmp_path: Path, world_size: int

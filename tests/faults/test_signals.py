@@ -60,6 +60,7 @@ def in_building(gate: Gate) -> Callable[[int], None]:
     return lambda rank: before_call(trainer_module, "build_task", gate.stop_here) if rank == 0 else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "world_size", "arrivals", "number", "to_rank", "message"),
     [

@@ -30,6 +30,7 @@ def test_other(): report()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "before", "expected"),
     [

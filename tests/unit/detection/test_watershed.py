@@ -192,6 +192,7 @@ def _average_precision(truths: list[Tensor], results: list[Detections]) -> float
     return float(evaluation.stats[1])
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 @pytest.mark.skipif(
     not os.environ.get("TRAINER_ARCHIVES"), reason="TRAINER_ARCHIVES names no folder with PennFudanPed.zip"

@@ -187,6 +187,7 @@ def ending_at(number: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", ["auto", "the same command"])
 def test_a_kill_at_any_rename_or_link_of_resume_path_leaves_the_old_run_or_the_new_one(
     tmp_path: Path, run: RunFolder, recipe: Recipe, capsys: pytest.CaptureFixture[str], again: str
