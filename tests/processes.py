@@ -49,6 +49,11 @@ for kind in CATALOGUE:
 # process with those can't run backward passes.
 torch.ones(1, requires_grad=True).sum().backward()
 
+LAUNCH = (
+    *(str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "accelerate_config.yaml"),
+    *("--num_processes", "2", "trainer/run.py"),
+)
+"""A real launch of two processes, from the repository's root; a recipe and overrides follow."""
 TINY = Path(__file__).with_name("tiny.py")
 RECIPE = f"""
 plugins: [{TINY}]

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from tests.faults.conftest import LONG, Tally
-from tests.processes import Job, lines, weights, write_recipe
+from tests.processes import LAUNCH, Job, lines, weights, write_recipe
 from tests.unit.runs.test_checkpoint import make
 from trainer.distributed.watchdog import Watchdog
 from trainer.runs import checkpoint, durable, state, store, writer
@@ -217,21 +217,12 @@ def test_a_launch_killed_five_times_ends_bit_for_bit_like_an_uninterrupted_run(t
     options = (*OPTIONS, "train.duration=100 epochs")
     with Job(2, recipe, "name=uninterrupted", *options) as job:
         assert job.wait(200) == [0, 0], job.output
-    launch = [
-        str(Path(sys.executable).parent / "accelerate"),
-        "launch",
-        "--config_file",
-        "accelerate_config.yaml",
-        "--num_processes",
-        "2",
-        "trainer/run.py",
-    ]
     root = runs / "run" / "checkpoints"
     for kill in range(6):
         before = CheckpointStore(root).steps()
         with (
             (tmp_path / "log").open("w") as log,
-            subprocess.Popen([*launch, str(recipe), *options], cwd=ROOT, stderr=log) as launcher,
+            subprocess.Popen([*LAUNCH, str(recipe), *options], cwd=ROOT, stderr=log) as launcher,
         ):
             if kill < 5:
                 while CheckpointStore(root).steps()[-1:] <= before[-1:]:

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from tests.faults.conftest import BRIEF, LONG, Tally, Uninterrupted
 from tests.faults.hooks import Gate, before_call, in_reading
-from tests.processes import TINY, Job, lines, weights, write_recipe
+from tests.processes import LAUNCH, TINY, Job, lines, weights, write_recipe
 from trainer import trainer as trainer_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,16 +148,7 @@ def test_a_rank_killed_under_a_launcher_ends_the_job_in_time_and_is_named(
 ) -> None:
     recipe = write_recipe(tmp_path)
     gated = f"plugins=[{TINY},{Path(__file__).with_name('gated.py')}]"
-    launch = [
-        str(Path(sys.executable).parent / "accelerate"),
-        "launch",
-        "--config_file",
-        "accelerate_config.yaml",
-        "--num_processes",
-        "2",
-        "trainer/run.py",
-    ]
-    command = [*launch, str(recipe), *BRIEF, TIMEOUT, gated]
+    command = [*LAUNCH, str(recipe), *BRIEF, TIMEOUT, gated]
     began = time.time()
     killed = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"GATE_PLACE": "killed"}, capture_output=True, text=True, timeout=120

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -212,12 +212,7 @@ def load_task(recipe: Recipe, trained: TrainedModel, info: DataInfo) -> Task[Any
     return task
 
 
-def load(
-    run: str | Path,
-    checkpoint: str = "best",
-    device: str | torch.device | None = None,
-    find: Callable[[str, str], TrainedModel] = find_trained,
-) -> Model:
+def load(run: str | Path, checkpoint: str = "best", device: str | torch.device | None = None) -> Model:
     """Loads a trained model.
 
     Args:
@@ -225,9 +220,8 @@ def load(
             `hf://OWNER/NAME[@REVISION]`.
         checkpoint: of a run: `best` (the newest one, where none is the best), `last`, or the name of one.
         device: where it computes; the first GPU where there is one, else the CPU.
-        find: finds the files.
 
     Raises:
         UserError: there is no such run, it has no checkpoint yet, or its files are damaged.
     """
-    return Model(find(str(run), checkpoint), device)
+    return Model(find_trained(str(run), checkpoint), device)
